@@ -1,0 +1,60 @@
+//! Every bound in one place. Nothing that comes from a guest, a front-end or a file sizes an
+//! allocation or a loop without one of these in between.
+
+/// The unit of virtio-blk and of VirtualBox, whatever the disk's logical block size.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// Virtqueues one device offers at most (the crates underneath use 64-bit queue masks).
+pub const MAX_QUEUES: u16 = 64;
+/// Entries of one virtqueue at most (QEMU's own limit; larger is never asked for).
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Smallest `--queue-size` worth offering: header, data and status without indirect tables.
+pub const MIN_QUEUE_SIZE: u16 = 16;
+/// Descriptors of one chain, indirect tables included.
+pub const MAX_CHAIN_DESCRIPTORS: usize = 1024;
+/// Data segments a driver may put into one request (`seg_max`): the ring's size less header and
+/// status, and at most this.
+pub const MAX_SEGMENTS: u32 = 254;
+/// Data bytes of one request. Larger ones are answered with IOERR.
+pub const MAX_REQUEST_BYTES: u64 = 1 << 30;
+/// Segments of one DISCARD or WRITE_ZEROES request.
+pub const MAX_DISCARD_SEGMENTS: u32 = 256;
+/// Sectors of one segment of a DISCARD or WRITE_ZEROES request: 1 GiB.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Memory regions a front-end may announce; QEMU must never see this shrink over a reconnect.
+pub const MAX_MEM_SLOTS: usize = 509;
+
+/// Images of one chain.
+pub const MAX_CHAIN_IMAGES: usize = 256;
+/// Files of one chain (an image may consist of several).
+pub const MAX_FILES: usize = 4096;
+/// Files looked at when parents are searched by UUID.
+pub const MAX_PARENT_SEARCH_FILES: usize = 10_000;
+/// Folder levels descended when parents are searched by UUID.
+pub const MAX_PARENT_SEARCH_DEPTH: usize = 4;
+
+/// Largest virtual disk: 4 PiB, VirtualBox's limit for VDI.
+pub const MAX_DISK_BYTES: u64 = 4 << 50;
+/// Largest block table kept in memory.
+pub const MAX_TABLE_BYTES: u64 = 1 << 30;
+/// Block sizes of BAT formats.
+pub const MIN_BLOCK_BYTES: u64 = 4 << 10;
+/// Block sizes of BAT formats.
+pub const MAX_BLOCK_BYTES: u64 = 256 << 20;
+
+/// Extents one look-up returns; a request that needs more is mapped in turns.
+pub const MAX_EXTENTS: usize = 32;
+/// I/O operations one request keeps in flight.
+pub const MAX_REQUEST_OPS: u16 = 64;
+/// A piece of a copy through a bounce buffer.
+pub const BOUNCE_BYTES: usize = 256 << 10;
+/// All bounce buffers together.
+pub const BOUNCE_POOL_BYTES: usize = 32 << 20;
+/// A page of a table: what one metadata write covers at most.
+pub const META_PAGE_BYTES: u64 = 4096;
+/// Clean blocks prepared ahead of need, in bytes of the file.
+pub const POOL_STEP_BYTES: u64 = 64 << 20;
+/// Largest buffered write done by the queue's own thread rather than handed to the engine.
+pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
+/// Iovecs of one operation (the kernel's UIO_MAXIOV).
+pub const MAX_IOVECS: usize = 1024;

@@ -1,0 +1,194 @@
+//! The places of a file that formats with a block table allocate from.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Mutex;
+
+/// The number of a block-sized place in the data area of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostBlock(pub u32);
+
+/// A place taken for use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// The place.
+    pub block: HostBlock,
+    /// It reads as zeros, durably.
+    pub clean: bool,
+}
+
+/// Free places: the clean ones prepared ahead, the ones with old bytes in them, and how far the file reaches.
+///
+/// *Clean* means: made by this process by extending the file (or punching it) and synced since. Nothing is clean
+/// when an image is opened (rule O2).
+#[derive(Debug)]
+pub struct HostBlocks {
+    state: Mutex<State>,
+    /// No place at or behind this number exists: other programs refuse a count above the number of guest blocks.
+    max: u32,
+    /// Most places prepared at once.
+    step_max: u32,
+}
+
+#[derive(Debug)]
+struct State {
+    clean: VecDeque<u32>,
+    unclean: BTreeSet<u32>,
+    /// Named by a failed write that may have reached the disk: never used again in this session.
+    leaked: BTreeSet<u32>,
+    /// Places below this number are used, free in one of the sets above, or leaked.
+    end: u32,
+    /// Extension under way, up to this number.
+    extending: Option<u32>,
+    step: u32,
+}
+
+impl HostBlocks {
+    /// `used` says which places below `end` are in use; the others are free but not clean.
+    pub fn new(end: u32, max: u32, step_max: u32, used: impl Fn(u32) -> bool) -> Self {
+        assert!(end <= max, "more places in use than may exist");
+        let unclean = (0..end).filter(|b| !used(*b)).collect();
+        let state = State {
+            clean: VecDeque::new(),
+            unclean,
+            leaked: BTreeSet::new(),
+            end,
+            extending: None,
+            step: step_max.clamp(1, 4),
+        };
+        HostBlocks { state: Mutex::new(state), max, step_max: step_max.max(1) }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("allocator lock")
+    }
+
+    /// A clean place.
+    pub fn take_clean(&self) -> Option<HostBlock> {
+        self.lock().clean.pop_front().map(HostBlock)
+    }
+
+    /// Any place, for a block that is written whole: places with old bytes first, the lowest before the others.
+    pub fn take_any(&self) -> Option<Taken> {
+        let mut s = self.lock();
+        if let Some(b) = s.unclean.pop_first() {
+            return Some(Taken { block: HostBlock(b), clean: false });
+        }
+        s.clean.pop_front().map(|b| Taken { block: HostBlock(b), clean: true })
+    }
+
+    /// A place back that nothing names and nothing ever named since it was taken.
+    pub fn give_back(&self, block: HostBlock) {
+        let fresh = self.lock().unclean.insert(block.0);
+        assert!(fresh, "place {} given back twice", block.0);
+    }
+
+    /// A place that something on disk may name.
+    pub fn leak(&self, block: HostBlock) {
+        self.lock().leaked.insert(block.0);
+    }
+
+    /// The next extension, as places from .. to, if more are wanted (`urgent`: although some may be left) and
+    /// none is under way. At most one runs; [`Self::extended`] ends it.
+    pub fn begin_extension(&self, urgent: bool) -> Option<(u32, u32)> {
+        let mut s = self.lock();
+        let enough = u32::try_from(s.clean.len()).unwrap_or(u32::MAX) > s.step / 4;
+        if s.extending.is_some() || s.end >= self.max || (enough && !urgent) {
+            return None;
+        }
+        let to = s.end.saturating_add(s.step).min(self.max);
+        s.extending = Some(to);
+        Some((s.end, to))
+    }
+
+    /// The extension has ended: the file reaches `to` and reads as zeros there (`clean`), or as anything; or it
+    /// failed, and the next try asks for less.
+    pub fn extended(&self, done: Option<bool>) {
+        let mut s = self.lock();
+        let to = s.extending.take().expect("an extension is under way");
+        let from = s.end;
+        match done {
+            Some(clean) => {
+                s.end = to;
+                if clean {
+                    s.clean.extend(from..to)
+                } else {
+                    s.unclean.extend(from..to)
+                }
+                s.step = s.step.saturating_mul(2).min(self.step_max);
+            }
+            None => s.step = (s.step / 2).max(1),
+        }
+    }
+
+    /// True while an extension is under way.
+    pub fn is_extending(&self) -> bool {
+        self.lock().extending.is_some()
+    }
+
+    /// True if neither a place is left nor one can be made.
+    pub fn is_exhausted(&self) -> bool {
+        let s = self.lock();
+        s.clean.is_empty() && s.unclean.is_empty() && s.extending.is_none() && s.end >= self.max
+    }
+
+    /// Size of the next extension is down to one place: a failure now is the final word.
+    pub fn is_at_smallest_step(&self) -> bool {
+        self.lock().step == 1
+    }
+
+    /// Number behind the last place the file has, free ones included.
+    pub fn end(&self) -> u32 {
+        self.lock().end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn holes_first_then_clean_ones() {
+        let a = HostBlocks::new(4, 100, 8, |b| b != 1 && b != 2);
+        assert_eq!(a.take_clean(), None);
+        assert_eq!(a.take_any(), Some(Taken { block: HostBlock(1), clean: false }));
+        assert_eq!(a.begin_extension(false), Some((4, 8)));
+        assert_eq!(a.begin_extension(true), None);
+        a.extended(Some(true));
+        assert_eq!(a.take_clean(), Some(HostBlock(4)));
+        assert_eq!(a.take_any(), Some(Taken { block: HostBlock(2), clean: false }));
+        assert_eq!(a.take_any(), Some(Taken { block: HostBlock(5), clean: true }));
+        a.give_back(HostBlock(5));
+        assert_eq!(a.take_any(), Some(Taken { block: HostBlock(5), clean: false }));
+    }
+
+    #[test]
+    fn a_failed_extension_asks_for_less_until_one() {
+        let a = HostBlocks::new(0, 100, 64, |_| true);
+        for want in [4, 2, 1, 1] {
+            assert_eq!(a.begin_extension(true), Some((0, want)));
+            a.extended(None);
+        }
+        assert!(a.is_at_smallest_step());
+    }
+
+    proptest! {
+        /// No place is ever handed out twice, none past the maximum.
+        #[test]
+        fn places_are_unique(ops in proptest::collection::vec(0u8..6, 1..400), max in 1u32..60) {
+            let a = HostBlocks::new(0, max, 16, |_| true);
+            let mut held = std::collections::BTreeSet::new();
+            let mut gone = std::collections::BTreeSet::new();
+            for op in ops {
+                match op {
+                    0 => if let Some(b) = a.take_clean() { prop_assert!(held.insert(b)); },
+                    1 => if let Some(t) = a.take_any() { prop_assert!(held.insert(t.block)); },
+                    2 => if let Some(b) = held.pop_first() { a.give_back(b) },
+                    3 => if let Some(b) = held.pop_first() { a.leak(b); gone.insert(b); },
+                    _ => if a.begin_extension(op == 5).is_some() { a.extended(Some(true)) },
+                }
+                prop_assert!(held.iter().all(|b| b.0 < max && !gone.contains(b)));
+            }
+        }
+    }
+}

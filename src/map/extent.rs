@@ -1,0 +1,126 @@
+//! Where a guest range is.
+
+use super::{FileId, HostOffset};
+use crate::limits::MAX_EXTENTS;
+use smallvec::SmallVec;
+
+/// What one piece of a guest range is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Bytes in a file.
+    Data {
+        /// The file.
+        file: FileId,
+        /// Where the piece begins in it.
+        off: HostOffset,
+    },
+    /// Reads as zeros, and hides what a parent holds.
+    Zero,
+    /// This image says nothing: ask the parent; without one it reads as zeros.
+    Parent,
+}
+
+/// A piece of a guest range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes; never 0.
+    pub len: u64,
+    /// What they are.
+    pub kind: ExtentKind,
+}
+
+/// The extents of a range from its start on. A look-up may stop early when the list is full:
+/// what it covers is a prefix of the range, and the caller asks again for the rest.
+#[derive(Debug, Default)]
+pub struct ExtentList {
+    list: SmallVec<[Extent; MAX_EXTENTS]>,
+    covered: u64,
+}
+
+impl ExtentList {
+    /// An empty list; it never allocates.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.list.clear();
+        self.covered = 0;
+    }
+
+    /// Appends an extent, joined to the last where both continue each other. False if the list is full.
+    pub fn push(&mut self, e: Extent) -> bool {
+        debug_assert!(e.len > 0, "empty extent");
+        if let Some(last) = self.list.last_mut()
+            && continues(last, &e)
+        {
+            last.len += e.len;
+            self.covered += e.len;
+            return true;
+        }
+        if self.list.len() == MAX_EXTENTS {
+            return false;
+        }
+        self.list.push(e);
+        self.covered += e.len;
+        true
+    }
+
+    /// Bytes the extents cover.
+    pub fn covered(&self) -> u64 {
+        self.covered
+    }
+
+    /// True if no extent is in the list.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// True if no further, separate extent fits.
+    pub fn is_full(&self) -> bool {
+        self.list.len() == MAX_EXTENTS
+    }
+
+    /// The extents, in guest order.
+    pub fn as_slice(&self) -> &[Extent] {
+        &self.list
+    }
+
+    /// True if every byte covered reads as zero without a look at a file. Without a parent
+    /// beneath, `Parent` counts as zero as well.
+    pub fn all_zero(&self) -> bool {
+        self.list.iter().all(|e| matches!(e.kind, ExtentKind::Zero))
+    }
+}
+
+fn continues(a: &Extent, b: &Extent) -> bool {
+    match (a.kind, b.kind) {
+        (ExtentKind::Zero, ExtentKind::Zero) | (ExtentKind::Parent, ExtentKind::Parent) => true,
+        (ExtentKind::Data { file: f, off: o }, ExtentKind::Data { file, off }) => {
+            f == file && o.checked_add(a.len) == Some(off)
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(off: u64, len: u64) -> Extent {
+        Extent { len, kind: ExtentKind::Data { file: FileId(0), off: HostOffset(off) } }
+    }
+
+    #[test]
+    fn neighbours_join_and_the_list_is_bounded() {
+        let mut l = ExtentList::new();
+        assert!(l.push(data(0, 10)) && l.push(data(10, 10)));
+        assert_eq!(l.as_slice(), [data(0, 20)]);
+        for i in 0..MAX_EXTENTS as u64 * 2 {
+            let fits = l.push(data(1000 + 100 * i, 1));
+            assert_eq!(fits, (i as usize) < MAX_EXTENTS - 1);
+        }
+        assert_eq!(l.covered(), 20 + MAX_EXTENTS as u64 - 1);
+    }
+}

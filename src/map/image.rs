@@ -1,0 +1,134 @@
+//! What a format is to the data path.
+
+use super::{ExtentList, FileId, GuestOffset, GuestRange, HostOffset, MetaKey, MetaOp, Plan, PlanToken};
+use crate::error::{Failure, Result};
+use std::fmt::Debug;
+use uuid::Uuid;
+
+/// Why a range is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intent {
+    /// To read it.
+    Read,
+    /// To write into what is allocated already; anything else needs a plan.
+    Overwrite,
+}
+
+/// Why a look-up or a plan gave no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Miss {
+    /// [`Intent::Overwrite`] of a range that begins where nothing is allocated: take the claim and plan.
+    NeedsPlan,
+    /// No prepared host block is left: carry out [`ImageMap::room`] and ask again.
+    NeedsRoom,
+    /// It cannot be done.
+    Fail(Failure),
+}
+
+/// A change that needs a plan. It always concerns one [`ImageMap::unit`], under that unit's claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Bytes are written to `part` of the unit. `beneath_zero`: the whole unit reads as zeros now.
+    Write {
+        /// What is written, inside one unit.
+        part: GuestRange,
+        /// Nothing but zeros shows through.
+        beneath_zero: bool,
+    },
+    /// The whole unit shall read as zeros and hide the parent.
+    Zero {
+        /// The unit.
+        unit: GuestRange,
+    },
+}
+
+/// What the data path has to know of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Size of the virtual disk in bytes, a multiple of 512.
+    pub size_bytes: u64,
+    /// Bytes of a unit of allocation; 0 where there is none (raw).
+    pub block_bytes: u64,
+    /// The image may have a parent.
+    pub is_diff: bool,
+}
+
+/// Everything `vdimg info` tells of an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Format name, lower case.
+    pub format: &'static str,
+    /// Variant (`dynamic`, `fixed`, `diff` …).
+    pub variant: &'static str,
+    /// Size of the virtual disk in bytes.
+    pub virtual_size: u64,
+    /// Unit of allocation in bytes.
+    pub block_size: Option<u64>,
+    /// Allocated units, counted from the table itself.
+    pub allocated_blocks: Option<u64>,
+    /// The image's UUID.
+    pub uuid: Option<Uuid>,
+    /// UUID of this state of its contents.
+    pub modification_uuid: Option<Uuid>,
+    /// The parent's UUID; `None` for a base.
+    pub parent_uuid: Option<Uuid>,
+    /// The parent's modification UUID when the diff was made.
+    pub parent_modification_uuid: Option<Uuid>,
+    /// The user's comment.
+    pub comment: Option<String>,
+    /// Geometry the image states: cylinders, heads, sectors.
+    pub geometry: Option<(u32, u32, u32)>,
+    /// Format version, as people write it.
+    pub version: Option<String>,
+}
+
+/// A format: a pure translator over metadata held in memory. It neither reads nor writes.
+pub trait ImageMap: Send + Sync + Debug {
+    /// Sizes and granularities.
+    fn limits(&self) -> Limits;
+
+    /// Appends the extents of `r` to `out`, from its start on, as many as fit. `r` lies inside the image.
+    ///
+    /// # Errors
+    /// With [`Intent::Overwrite`]: [`Miss::NeedsPlan`] where the first byte is not allocated; if a later one
+    /// is not, the answer ends before it.
+    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss>;
+
+    /// The unit of allocation around `at`, clipped to the disk. Its claim key is [`Self::claim_of`].
+    fn unit(&self, at: GuestOffset) -> GuestRange;
+
+    /// The number of the unit around `at`, the key of its claim.
+    fn claim_of(&self, at: GuestOffset) -> super::BlockIndex;
+
+    /// What has to happen for `change`. Reserves what the plan needs; [`Self::settle`] must follow.
+    ///
+    /// # Errors
+    /// [`Miss::NeedsRoom`], or [`Miss::Fail`].
+    fn plan(&self, change: Change) -> std::result::Result<Plan, Miss>;
+
+    /// A plan that prepares host blocks ahead of need. `None` while none is wanted or one runs already
+    /// (`urgent`: a request waits for it).
+    fn room(&self, urgent: bool) -> Option<Plan>;
+
+    /// The plan with this token has ended. `entry_submitted`: a write that carries its pointer was handed to
+    /// the kernel, so after a failure the place it names must never be given away again.
+    fn settle(&self, token: PlanToken, done: std::result::Result<(), Failure>, entry_submitted: bool);
+
+    /// The bytes of a metadata page as it is published, with `ops` over it: where they go, and the bytes.
+    ///
+    /// # Errors
+    /// None of the formats here; a corrupt cache would be one.
+    fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)>;
+
+    /// The kernel has accepted a write of the page with `ops` in it: they are visible from here on.
+    fn publish(&self, key: MetaKey, ops: &[MetaOp]);
+
+    /// Before the first change after opening: a new modification UUID and whatever else must be on disk first.
+    fn begin(&self, modification: Uuid) -> Plan;
+
+    /// At a clean close, with nothing in flight: everything derived exact, the file without slack.
+    fn end(&self) -> Plan;
+
+    /// What there is to tell about the image.
+    fn info(&self) -> ImageInfo;
+}

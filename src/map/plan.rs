@@ -1,0 +1,168 @@
+//! Changes as values: ordered steps with barriers, carried out by one interpreter for all formats.
+
+use super::{FileId, GuestRange, HostOffset};
+use smallvec::SmallVec;
+use uuid::Uuid;
+
+/// A unit of metadata that is written as one: at most [`crate::limits::META_PAGE_BYTES`] long, and with
+/// at most one write in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MetaKey {
+    /// The header.
+    Header,
+    /// A page of the block table.
+    Table(u32),
+}
+
+/// A change of metadata by name. Bytes are computed when the write is submitted, never earlier:
+/// whatever was published or released for that write by then is in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetaOp {
+    /// Entry `index` of the block table becomes `value` (in the format's own coding).
+    Entry {
+        /// The guest block.
+        index: u32,
+        /// What the table shall say.
+        value: u32,
+        /// `value` names a host block (O1 applies).
+        pointer: bool,
+    },
+    /// The header's count of allocated blocks.
+    Count(u32),
+    /// The header's modification UUID.
+    Modification(Uuid),
+}
+
+/// One step of a plan. Steps between two barriers may run at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The request's own bytes for `part`, written in place.
+    Guest {
+        /// Guest bytes to write.
+        part: GuestRange,
+        /// The file.
+        file: FileId,
+        /// Where `part` begins in it.
+        to: HostOffset,
+    },
+    /// A whole block: what the disk holds there without this image, the request's bytes over it, and zeros up
+    /// to `len` where the block reaches past the end of the disk.
+    Block {
+        /// The guest range of the block, clipped to the disk.
+        block: GuestRange,
+        /// The file.
+        file: FileId,
+        /// Where the block begins in it.
+        to: HostOffset,
+        /// Bytes of the block in the file.
+        len: u64,
+        /// The place reads as zeros, so pieces of zeros need no write.
+        clean: bool,
+    },
+    /// A metadata change; done when the write that carries it was accepted by the kernel, and visible to
+    /// [`super::ImageMap::map`] from then on.
+    Meta {
+        /// What is written.
+        key: MetaKey,
+        /// The change.
+        op: MetaOp,
+    },
+    /// The file grows to `to` by space that reads as zeros, durably once synced.
+    Extend {
+        /// The file.
+        file: FileId,
+        /// Present end of what is in use.
+        from: HostOffset,
+        /// The new end.
+        to: HostOffset,
+    },
+    /// The file is cut at `to`.
+    Truncate {
+        /// The file.
+        file: FileId,
+        /// The new end.
+        to: HostOffset,
+    },
+    /// Bytes move inside one file (a block into a hole, at a clean close).
+    Move {
+        /// The file.
+        file: FileId,
+        /// Where they are.
+        from: HostOffset,
+        /// Where they go.
+        to: HostOffset,
+        /// How many.
+        len: u64,
+    },
+    /// Everything before is complete before anything after begins.
+    Barrier,
+    /// A sync of the file, submitted after everything before has completed. Barrier included.
+    Sync {
+        /// The file.
+        file: FileId,
+    },
+}
+
+/// What a format wants to hear about when the plan has ended. The meaning is the format's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PlanToken(pub u64);
+
+/// An ordered change.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The steps.
+    pub steps: SmallVec<[Step; 6]>,
+    /// For [`super::ImageMap::settle`].
+    pub token: Option<PlanToken>,
+    /// What the plan's pointers name reads, as it is durable now, like the guest range does without them.
+    pub clean: bool,
+}
+
+impl Plan {
+    /// A plan of these steps, without a token, not clean.
+    pub fn of(steps: impl IntoIterator<Item = Step>) -> Self {
+        Plan { steps: steps.into_iter().collect(), token: None, clean: false }
+    }
+
+    /// Checks rule O1 (docs/crash-model.md): a pointer is handed to the kernel only if what it names is clean,
+    /// or after a sync behind the last write of data.
+    ///
+    /// # Panics
+    /// On a plan that breaks the rule: a format is wrong, and running it could lose data.
+    pub fn assert_ordered(&self) {
+        let mut unsynced_data = false;
+        for step in &self.steps {
+            match step {
+                Step::Guest { .. } | Step::Block { .. } | Step::Move { .. } | Step::Extend { .. } => {
+                    unsynced_data = true;
+                }
+                Step::Sync { .. } => unsynced_data = false,
+                Step::Meta { op: MetaOp::Entry { pointer: true, .. }, .. } => {
+                    assert!(self.clean || !unsynced_data, "O1: pointer before its data is durable: {self:?}");
+                }
+                Step::Meta { .. } | Step::Truncate { .. } | Step::Barrier => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POINTER: Step =
+        Step::Meta { key: MetaKey::Table(0), op: MetaOp::Entry { index: 0, value: 0, pointer: true } };
+    const DATA: Step = Step::Guest { part: GuestRange::EMPTY, file: FileId(0), to: HostOffset(0) };
+
+    #[test]
+    fn gated_and_clean_plans_pass() {
+        Plan::of([DATA, Step::Sync { file: FileId(0) }, POINTER]).assert_ordered();
+        Plan { clean: true, ..Plan::of([DATA, POINTER]) }.assert_ordered();
+    }
+
+    #[test]
+    #[should_panic(expected = "O1")]
+    fn a_pointer_before_its_data_is_caught() {
+        Plan::of([DATA, Step::Barrier, POINTER]).assert_ordered();
+    }
+}
