@@ -1,0 +1,73 @@
+//! A connection that can be taken up again with the same rings and the same inflight region.
+use crate::dev::{Dev, Opts, err, make_queues};
+use crate::queue::Queue;
+use crate::sys::poll_fd;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
+
+pub(super) struct Session<'a> {
+    o: &'a Opts,
+    pub(super) dev: Dev,
+    pub(super) qs: Vec<Queue>,
+    inflight: Option<(VhostUserInflight, File)>,
+}
+
+impl Session<'_> {
+    /// Like `dev::open`, with the inflight region set before the vrings start.
+    pub(super) fn open(o: &Opts, depth: usize, bs: usize) -> io::Result<Session<'_>> {
+        let dev = Dev::connect(o)?;
+        let qs = make_queues(o, &dev.info, depth, bs)?;
+        let mut s = Session { o, dev, qs, inflight: None };
+        s.get_inflight()?;
+        s.start(|_| 0)?;
+        Ok(s)
+    }
+
+    /// What a VMM does after the back-end came back: same memory, same rings, base = used index.
+    pub(super) fn recover(&mut self) -> io::Result<()> {
+        self.dev = Dev::connect(self.o)?;
+        for q in &mut self.qs {
+            q.renew_events()?;
+        }
+        self.start(|q| q.ring.used_idx())?;
+        for q in &self.qs {
+            q.kick.write(1)?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, base: impl Fn(&Queue) -> u16) -> io::Result<()> {
+        if let Some((d, f)) = &self.inflight {
+            self.dev.fe.set_inflight_fd(d, f.as_raw_fd()).map_err(err("set_inflight_fd"))?;
+        }
+        self.dev.set_mem(&self.qs[0].mem, self.o.mem_slots)?;
+        for (i, q) in self.qs.iter().enumerate() {
+            self.dev.start_vring(i, q, base(q))?;
+        }
+        Ok(())
+    }
+
+    fn get_inflight(&mut self) -> io::Result<()> {
+        if self.dev.info.inflight() {
+            let want = VhostUserInflight {
+                mmap_size: 0,
+                mmap_offset: 0,
+                num_queues: self.qs.len() as u16,
+                queue_size: self.o.vring,
+            };
+            let got = self.dev.fe.get_inflight_fd(&want);
+            self.inflight = Some(got.map_err(err("get_inflight_fd"))?);
+        }
+        Ok(())
+    }
+
+    /// Has the server gone, with nothing left of its completions?
+    pub(super) fn over(&self) -> bool {
+        let shown = poll_fd(&self.dev.fe, libc::POLLRDHUP, 0);
+        let hung_up = shown & (libc::POLLHUP | libc::POLLRDHUP) != 0;
+        hung_up && !self.qs.iter().any(|q| q.ring.pending())
+    }
+}
