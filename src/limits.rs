@@ -58,3 +58,7 @@ pub const POOL_STEP_BYTES: u64 = 64 << 20;
 pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
 /// Iovecs of one operation (the kernel's UIO_MAXIOV).
 pub const MAX_IOVECS: usize = 1024;
+/// A piece of a table read or written at a time while opening, creating or checking.
+pub const TABLE_PIECE_BYTES: usize = 256 << 10;
+/// Lines a check prints; what it counts is not bounded.
+pub const MAX_CHECK_LINES: usize = 200;

@@ -1,5 +1,6 @@
 //! The places of a file that formats with a block table allocate from.
 
+use super::Bitmap;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Mutex;
 
@@ -32,7 +33,8 @@ pub struct HostBlocks {
 #[derive(Debug)]
 struct State {
     clean: VecDeque<u32>,
-    unclean: BTreeSet<u32>,
+    /// As bits: an image of another program may have as many holes as it has blocks.
+    unclean: Bitmap,
     /// Named by a failed write that may have reached the disk: never used again in this session.
     leaked: BTreeSet<u32>,
     /// Places below this number are used, free in one of the sets above, or leaked.
@@ -46,7 +48,8 @@ impl HostBlocks {
     /// `used` says which places below `end` are in use; the others are free but not clean.
     pub fn new(end: u32, max: u32, step_max: u32, used: impl Fn(u32) -> bool) -> Self {
         assert!(end <= max, "more places in use than may exist");
-        let unclean = (0..end).filter(|b| !used(*b)).collect();
+        let mut unclean = Bitmap::new();
+        unclean.extend((0..end).filter(|b| !used(*b)));
         let state = State {
             clean: VecDeque::new(),
             unclean,
@@ -129,6 +132,12 @@ impl HostBlocks {
     pub fn is_exhausted(&self) -> bool {
         let s = self.lock();
         s.clean.is_empty() && s.unclean.is_empty() && s.extending.is_none() && s.end >= self.max
+    }
+
+    /// True while the file may still be extended.
+    pub fn can_grow(&self) -> bool {
+        let s = self.lock();
+        s.end < self.max
     }
 
     /// Size of the next extension is down to one place: a failure now is the final word.

@@ -42,6 +42,26 @@ pub enum Change {
     },
 }
 
+/// How a plan ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// Every step is done.
+    Done {
+        /// Every [`super::Step::Extend`] of the plan made space that reads as zeros, durably by now. True for
+        /// plans without one; false where the file system can only write zeros or lengthen the file over
+        /// bytes nobody vouches for.
+        clean: bool,
+    },
+    /// A step failed; those behind it were not begun.
+    Failed {
+        /// Why.
+        why: Failure,
+        /// A write that carries the plan's table entry was handed to the kernel: the disk may name the place
+        /// although we do not, so the place must never be given away again.
+        entry_submitted: bool,
+    },
+}
+
 /// What the data path has to know of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -101,18 +121,20 @@ pub trait ImageMap: Send + Sync + Debug {
     fn claim_of(&self, at: GuestOffset) -> super::BlockIndex;
 
     /// What has to happen for `change`. Reserves what the plan needs; [`Self::settle`] must follow.
+    /// The plan of [`Self::begin`] must have been settled before the first call.
     ///
     /// # Errors
-    /// [`Miss::NeedsRoom`], or [`Miss::Fail`].
+    /// [`Miss::NeedsRoom`]: carry out [`Self::room`] (urgent) and ask again, also where that has failed: the
+    /// answer is then another try with less, a place that is dearer to use, or [`Miss::Fail`] with the reason.
     fn plan(&self, change: Change) -> std::result::Result<Plan, Miss>;
 
     /// A plan that prepares host blocks ahead of need. `None` while none is wanted or one runs already
     /// (`urgent`: a request waits for it).
     fn room(&self, urgent: bool) -> Option<Plan>;
 
-    /// The plan with this token has ended. `entry_submitted`: a write that carries its pointer was handed to
-    /// the kernel, so after a failure the place it names must never be given away again.
-    fn settle(&self, token: PlanToken, done: std::result::Result<(), Failure>, entry_submitted: bool);
+    /// The plan with this token has ended. Called once for every plan that has a token, after the last
+    /// completion of its steps; [`Self::publish`] was called before for the metadata it wrote.
+    fn settle(&self, token: PlanToken, how: Settled);
 
     /// The bytes of a metadata page as it is published, with `ops` over it: where they go, and the bytes.
     ///
@@ -124,9 +146,11 @@ pub trait ImageMap: Send + Sync + Debug {
     fn publish(&self, key: MetaKey, ops: &[MetaOp]);
 
     /// Before the first change after opening: a new modification UUID and whatever else must be on disk first.
+    /// Nothing may be changed, not even in place, until it is done and settled.
     fn begin(&self, modification: Uuid) -> Plan;
 
-    /// At a clean close, with nothing in flight: everything derived exact, the file without slack.
+    /// At a clean close, with nothing in flight: everything derived exact, the file without slack. Empty where
+    /// nothing was changed. The last call but for reading: no change is planned afterwards.
     fn end(&self) -> Plan;
 
     /// What there is to tell about the image.

@@ -5,6 +5,7 @@
 //! values: they can be printed, asserted on and enumerated by a simulator.
 
 mod alloc;
+mod bitmap;
 mod claims;
 mod extent;
 mod image;
@@ -13,9 +14,10 @@ mod range;
 mod source;
 
 pub use alloc::{HostBlock, HostBlocks, Taken};
+pub use bitmap::Bitmap;
 pub use claims::{ClaimKey, Claims, Waiter};
 pub use extent::{Extent, ExtentKind, ExtentList};
-pub use image::{Change, ImageInfo, ImageMap, Intent, Limits, Miss};
+pub use image::{Change, ImageInfo, ImageMap, Intent, Limits, Miss, Settled};
 pub use plan::{MetaKey, MetaOp, Plan, PlanToken, Step};
 pub use range::{BlockIndex, FileId, GuestOffset, GuestRange, HostOffset};
 pub use source::ByteSource;

@@ -35,3 +35,23 @@ impl ByteSource for [u8] {
         Ok(())
     }
 }
+
+impl<T: ByteSource + ?Sized> ByteSource for &T {
+    fn len(&self) -> u64 {
+        (**self).len()
+    }
+
+    fn read_at(&self, off: HostOffset, buf: &mut [u8]) -> Result<()> {
+        (**self).read_at(off, buf)
+    }
+}
+
+impl ByteSource for Vec<u8> {
+    fn len(&self) -> u64 {
+        self.as_slice().len() as u64
+    }
+
+    fn read_at(&self, off: HostOffset, buf: &mut [u8]) -> Result<()> {
+        self.as_slice().read_at(off, buf)
+    }
+}

@@ -1,0 +1,153 @@
+//! Which format a file has. Nothing is ever taken for raw because nothing else matched: a guest that owns a
+//! raw disk can write any signature into it, and would then choose how its host reads the file.
+
+use super::Format;
+use crate::error::{Error, ErrorKind, Result};
+use crate::map::{ByteSource, HostOffset};
+use std::path::Path;
+
+/// Bytes of the head that signatures lie in.
+const HEAD_BYTES: u64 = 512;
+/// A text a VMDK descriptor file begins with.
+const VMDK_DESCRIPTOR: &[u8] = b"# Disk DescriptorFile";
+
+/// The format of the file at `path` with the contents `source`.
+///
+/// A stated format is taken as it is and nothing is read. The extension `.raw` says raw, and nothing is read
+/// either. Otherwise extension and signature must agree.
+///
+/// # Errors
+/// [`ErrorKind::InvalidArgument`] where they do not, saying what was seen and asking for `--format`;
+/// [`ErrorKind::NotThisFormat`] where the extension names a format and no signature is there;
+/// errors of reading.
+pub fn detect(path: &Path, source: &dyn ByteSource, stated: Option<Format>) -> Result<Format> {
+    if let Some(format) = stated {
+        return Ok(format);
+    }
+    let named = extension_format(path);
+    if named == Some(Format::Raw) {
+        return Ok(Format::Raw);
+    }
+    let seen = signature(source)?;
+    match (named, seen) {
+        (Some(n), Some(s)) if n == s => Ok(n),
+        (Some(n), Some(s)) => Err(ask(
+            ErrorKind::InvalidArgument,
+            format!("its name says {} but its contents look like {}", n.title(), s.title()),
+            format!("say which with --format {n} or --format {s}"),
+        )),
+        (Some(n), None) => Err(ask(
+            ErrorKind::NotThisFormat,
+            format!("its name says {} but its contents have no {} signature", n.title(), n.title()),
+            "if it is a raw image say so with --format raw".into(),
+        )),
+        (None, Some(s)) => Err(ask(
+            ErrorKind::InvalidArgument,
+            format!("its contents look like {} but its name does not say so", s.title()),
+            format!("say which format it is with --format {s} or --format raw"),
+        )),
+        (None, None) => Err(ask(
+            ErrorKind::InvalidArgument,
+            "neither its name nor its contents tell the format".into(),
+            "if it is a raw image say so with --format raw".into(),
+        )),
+    }
+}
+
+fn ask(kind: ErrorKind, what: String, hint: String) -> Error {
+    Error::new(kind, what).hint(hint)
+}
+
+/// The format the extension names, in any case.
+pub fn extension_format(path: &Path) -> Option<Format> {
+    let extension = path.extension()?.to_str()?.to_ascii_lowercase();
+    Format::ALL.into_iter().find(|f| f.extensions().contains(&extension.as_str()))
+}
+
+/// The format whose signature the contents bear. Never [`Format::Raw`].
+///
+/// # Errors
+/// Those of reading; a file too short for a signature has none.
+pub fn signature(source: &dyn ByteSource) -> Result<Option<Format>> {
+    let len = source.len().min(HEAD_BYTES);
+    let mut head = vec![0; usize::try_from(len).expect("512 at most")];
+    source.read_at(HostOffset(0), &mut head)?;
+    if let Some(format) = signature_of_head(&head) {
+        return Ok(Some(format));
+    }
+    let Some(foot_at) = source.len().checked_sub(HEAD_BYTES) else { return Ok(None) };
+    let mut foot = [0; 8];
+    source.read_at(HostOffset(foot_at), &mut foot)?;
+    Ok(match &foot {
+        b"conectix" => Some(Format::Vhd),
+        [b'k', b'o', b'l', b'y', ..] => Some(Format::Dmg),
+        _ => None,
+    })
+}
+
+fn signature_of_head(head: &[u8]) -> Option<Format> {
+    if head.get(0x40..0x44) == Some(&super::vdi::SIGNATURE.to_le_bytes()) {
+        return Some(Format::Vdi);
+    }
+    let starts: [(&[u8], Format); 11] = [
+        (b"KDMV", Format::Vmdk),
+        (b"COWD", Format::Vmdk),
+        (VMDK_DESCRIPTOR, Format::Vmdk),
+        (b"conectix", Format::Vhd),
+        (b"vhdxfile", Format::Vhdx),
+        (b"QFI\xfb\0\0\0\x01", Format::Qcow),
+        (b"QFI\xfb\0\0\0\x02", Format::Qcow2),
+        (b"QFI\xfb\0\0\0\x03", Format::Qcow2),
+        (b"QED\0", Format::Qed),
+        (b"WithoutFreeSpace", Format::Parallels),
+        (b"WithouFreSpacExt", Format::Parallels),
+    ];
+    starts.into_iter().find(|(start, _)| head.starts_with(start)).map(|(_, format)| format)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vdi() -> Vec<u8> {
+        let mut b = vec![0; 1024];
+        b[0x40..0x44].copy_from_slice(&super::super::vdi::SIGNATURE.to_le_bytes());
+        b
+    }
+
+    fn of(path: &str, bytes: &[u8], stated: Option<Format>) -> Result<Format> {
+        detect(Path::new(path), &bytes, stated)
+    }
+
+    #[test]
+    fn raw_is_said_never_guessed() {
+        assert_eq!(of("a.raw", &vdi(), None).unwrap(), Format::Raw);
+        assert_eq!(of("a.img", &vdi(), Some(Format::Raw)).unwrap(), Format::Raw);
+        for bytes in [vec![0u8; 4096], vec![], vec![1; 100]] {
+            let e = of("a.img", &bytes, None).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::InvalidArgument);
+            assert!(e.to_string().contains("--format raw"), "{e}");
+        }
+    }
+
+    #[test]
+    fn name_and_signature_must_agree() {
+        assert_eq!(of("A.VDI", &vdi(), None).unwrap(), Format::Vdi);
+        assert_eq!(of("a.vdi", &[0; 4096], None).unwrap_err().kind(), ErrorKind::NotThisFormat);
+        let e = of("a.vmdk", &vdi(), None).unwrap_err().to_string();
+        assert!(e.contains("VMDK") && e.contains("VDI") && e.contains("--format"), "{e}");
+        let e = of("disk", &vdi(), None).unwrap_err().to_string();
+        assert!(e.contains("--format vdi"), "{e}");
+    }
+
+    #[test]
+    fn signatures_at_either_end() {
+        let mut vhd = vec![0; 2048];
+        vhd[1536..1544].copy_from_slice(b"conectix");
+        assert_eq!(of("a.vhd", &vhd, None).unwrap(), Format::Vhd);
+        vhd[1536..1544].copy_from_slice(b"koly\0\0\0\x04");
+        assert_eq!(of("a.dmg", &vhd, None).unwrap(), Format::Dmg);
+        assert_eq!(signature(&b"QFI\xfb\0\0\0\x03".to_vec()).unwrap(), Some(Format::Qcow2));
+        assert_eq!(signature(&b"QFI\xfb\0\0\0\x01".to_vec()).unwrap(), Some(Format::Qcow));
+    }
+}

@@ -1,0 +1,255 @@
+//! Putting a VDI right without losing anything that is still there.
+//!
+//! - An entry whose place cannot exist, or lies wholly behind the end of the file, becomes free: there is
+//!   nothing to keep. In a differencing image the parent's older bytes are seen again, as VirtualBox does it.
+//! - A place cut off in the middle is filled up with zeros.
+//! - A place that several entries name stays with the first; each other gets a copy of its own. VirtualBox frees
+//!   them all; here every block reads after the repair what it read before.
+//! - The count is set anew, holes are filled from the end, the file is cut.
+//!
+//! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written
+//! over a place before the entry that named it is durably gone.
+
+use super::check::{CheckReport, Examined, examine};
+use super::dense::relocations;
+use super::layout::{Entry, FREE, PAGE_ENTRIES, idx};
+use super::table::survey;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::MAX_CHECK_LINES;
+use crate::map::{Bitmap, ByteSource, HostBlock, HostOffset};
+use std::collections::BTreeSet;
+
+/// One step; each is complete before the next begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RepairStep {
+    /// Bytes to write.
+    Write {
+        /// Where.
+        at: HostOffset,
+        /// What; at most a page of the table.
+        bytes: Vec<u8>,
+    },
+    /// Bytes to copy inside the file; the ranges never overlap.
+    Copy {
+        /// Where they are.
+        from: HostOffset,
+        /// Where they go.
+        to: HostOffset,
+        /// How many.
+        len: u64,
+    },
+    /// The file's new length: cut, or lengthened by zeros.
+    SetLen {
+        /// The length.
+        to: HostOffset,
+    },
+    /// Everything before becomes durable.
+    Sync,
+}
+
+/// What a repair will do.
+#[derive(Clone, Debug)]
+pub struct Repair {
+    /// What was found.
+    pub report: CheckReport,
+    /// What will be done about it, a line each, [`MAX_CHECK_LINES`] at most.
+    pub lines: Vec<String>,
+    /// The steps; empty for a clean image.
+    pub steps: Vec<RepairStep>,
+}
+
+/// Plans the repair of an image. Nothing is written.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where the header itself is wrong, with the first reason; otherwise as
+/// [`super::check()`].
+pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
+    let hopeless = |report: &CheckReport| {
+        let first = report.findings.iter().find(|f| !f.repairable).map_or("unknown", |f| &f.text);
+        Error::new(ErrorKind::Corrupt, format!("cannot be repaired: {first}"))
+    };
+    let examined = examine(source)?.map_err(|report| hopeless(&report))?;
+    let report = examined.report.clone();
+    if report.unrepairable > 0 {
+        return Err(hopeless(&report));
+    }
+    if report.is_clean() {
+        return Ok(Repair { report, lines: Vec::new(), steps: Vec::new() });
+    }
+    let mut work = Work::new(examined);
+    work.free_what_is_gone();
+    work.write_pages();
+    work.separate();
+    work.raise();
+    work.write_copies();
+    if !work.image.is_fixed() {
+        work.make_dense();
+    }
+    Ok(Repair { report, lines: work.lines, steps: work.steps })
+}
+
+struct Work {
+    image: Examined,
+    used: Bitmap,
+    high_water: u32,
+    no_hole_below: u32,
+    /// Entries whose place belongs to one before them.
+    shared: Vec<(u32, HostBlock)>,
+    copies: Vec<RepairStep>,
+    /// Pages of the table that differ from the file.
+    pages: BTreeSet<u32>,
+    file_bytes: u64,
+    lines: Vec<String>,
+    steps: Vec<RepairStep>,
+}
+
+impl Work {
+    fn new(image: Examined) -> Self {
+        let file_bytes = image.file_bytes;
+        Work {
+            image,
+            used: Bitmap::new(),
+            high_water: 0,
+            no_hole_below: 0,
+            shared: Vec::new(),
+            copies: Vec::new(),
+            pages: BTreeSet::new(),
+            file_bytes,
+            lines: Vec::new(),
+            steps: vec![RepairStep::Sync],
+        }
+    }
+
+    fn say(&mut self, line: String) {
+        if self.lines.len() < MAX_CHECK_LINES {
+            self.lines.push(line);
+        }
+    }
+
+    fn set(&mut self, block: u32, value: u32) {
+        self.image.table[idx(block)] = value;
+        self.pages.insert(block / PAGE_ENTRIES);
+    }
+
+    fn take(&mut self, place: u32) -> bool {
+        self.high_water = self.high_water.max(place + 1);
+        self.used.insert(place)
+    }
+
+    fn free_what_is_gone(&mut self) {
+        let layout = self.image.layout;
+        for block in 0..layout.blocks {
+            let Entry::At(place) = Entry::of(self.image.table[idx(block)]) else { continue };
+            let exists = place.0 < layout.blocks && layout.data_of(place).0 < self.image.file_bytes;
+            if !exists {
+                self.set(block, FREE);
+                self.say(format!("block {block}: freed, nothing is at place {}", place.0));
+            } else if !self.take(place.0) {
+                self.shared.push((block, place));
+            }
+        }
+    }
+
+    /// A place behind all others, or a hole.
+    fn new_place(&mut self) -> u32 {
+        let mut to = self.high_water;
+        if to >= self.image.layout.blocks {
+            while self.used.contains(self.no_hole_below) {
+                self.no_hole_below += 1;
+            }
+            to = self.no_hole_below;
+        }
+        assert!(to < self.image.layout.blocks, "there are as many places as blocks");
+        self.take(to);
+        to
+    }
+
+    fn separate(&mut self) {
+        let layout = self.image.layout;
+        for (block, from) in std::mem::take(&mut self.shared) {
+            let to = self.new_place();
+            self.set(block, to);
+            self.copies.push(RepairStep::Copy {
+                from: layout.start_of(from.0),
+                to: layout.start_of(to),
+                len: layout.stride(),
+            });
+            self.say(format!("block {block}: moved to a copy of place {}, which another block has", from.0));
+        }
+    }
+
+    /// Length and count, before anything is copied: nobody else would add a block where the copies go.
+    fn raise(&mut self) {
+        let layout = self.image.layout;
+        let end = layout.end_of(self.high_water);
+        if end.0 > self.file_bytes && (!self.copies.is_empty() || !self.image.is_fixed()) {
+            self.say(format!("file: filled up with {} bytes of zeros", end.0 - self.file_bytes));
+            self.set_len(end);
+        }
+        let said = self.image.header.allocated();
+        let least = if self.image.is_fixed() { layout.blocks } else { self.high_water };
+        let safe = if said > layout.blocks { least } else { said.max(least) };
+        self.set_count(safe);
+        self.steps.push(RepairStep::Sync);
+    }
+
+    fn write_copies(&mut self) {
+        self.steps.append(&mut self.copies);
+        self.write_pages();
+    }
+
+    fn set_len(&mut self, to: HostOffset) {
+        self.steps.push(RepairStep::SetLen { to });
+        self.file_bytes = to.0;
+    }
+
+    fn set_count(&mut self, count: u32) {
+        let said = self.image.header.allocated();
+        if said == count {
+            return;
+        }
+        self.say(format!("count of allocated blocks: {said} becomes {count}"));
+        self.image.header.set_allocated(count);
+        let mut bytes = Vec::new();
+        self.image.header.write_to(&mut bytes);
+        self.steps.push(RepairStep::Write { at: HostOffset(0), bytes });
+    }
+
+    fn write_pages(&mut self) {
+        if self.pages.is_empty() {
+            return;
+        }
+        self.steps.push(RepairStep::Sync);
+        for page in std::mem::take(&mut self.pages) {
+            let (first, end) = self.image.layout.entries_of(page);
+            let entries = &self.image.table[idx(first)..idx(end)];
+            let bytes = entries.iter().flat_map(|v| v.to_le_bytes()).collect();
+            self.steps.push(RepairStep::Write { at: self.image.layout.entry_at(first), bytes });
+        }
+        self.steps.push(RepairStep::Sync);
+    }
+
+    fn make_dense(&mut self) {
+        let layout = self.image.layout;
+        let used = survey(self.image.table.iter().copied(), &layout, u64::MAX, |_| {});
+        let count = u32::try_from(used.places.count()).expect("places are 32-bit numbers");
+        let moves = relocations(self.image.table.iter().copied(), &used);
+        for m in &moves {
+            let (from, to) = (layout.start_of(m.from.0), layout.start_of(m.to.0));
+            self.steps.push(RepairStep::Copy { from, to, len: layout.stride() });
+            self.set(m.block, m.to.0);
+        }
+        if !moves.is_empty() {
+            self.say(format!("{} blocks: moved into holes", moves.len()));
+        }
+        self.write_pages();
+        self.set_count(count);
+        self.steps.push(RepairStep::Sync);
+        let end = layout.end_of(count);
+        if self.file_bytes > end.0 {
+            self.say(format!("file: cut by {} bytes nobody uses", self.file_bytes - end.0));
+            self.set_len(end);
+            self.steps.push(RepairStep::Sync);
+        }
+    }
+}
