@@ -58,3 +58,7 @@ pub const POOL_STEP_BYTES: u64 = 64 << 20;
 pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
 /// Iovecs of one operation (the kernel's UIO_MAXIOV).
 pub const MAX_IOVECS: usize = 1024;
+/// Operations one engine has in flight at most, whatever is asked for.
+pub const MAX_ENGINE_DEPTH: u32 = 4096;
+/// Threads of the process-wide pool behind the thread engine.
+pub const POOL_THREADS: usize = 8;

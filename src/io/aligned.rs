@@ -4,7 +4,7 @@ use super::BufSlice;
 use crate::limits::{BOUNCE_BYTES, BOUNCE_POOL_BYTES};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Alignment of every [`AlignedBuf`], in bytes: enough for O_DIRECT on all but exotic devices.
 pub const BUF_ALIGN: usize = 4096;
@@ -183,6 +183,13 @@ impl Drop for Bounce {
             self.pool.state.lock().expect("bounce pool lock").free.push(buf);
         }
     }
+}
+
+/// [`BOUNCE_BYTES`] zeros to write from. Never given to anything that writes to it.
+pub(super) fn zeros() -> BufSlice {
+    static ZEROS: OnceLock<AlignedBuf> = OnceLock::new();
+    // SAFETY: a static lives on; engines only read from it, and no slice of it is ever made.
+    unsafe { ZEROS.get_or_init(|| AlignedBuf::new(BOUNCE_BYTES)).as_buf() }
 }
 
 #[cfg(test)]

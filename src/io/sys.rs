@@ -1,12 +1,22 @@
 //! The system calls that the standard library does not offer, each as a safe function. All `unsafe` of the file
 //! side of [`crate::io`] is here. Errors are plain error numbers: they travel through completions.
 
+use super::BufSlice;
+use crate::limits::MAX_IOVECS;
 use std::io;
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, align_of, offset_of, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 /// Bytes moved, or the error number.
 pub(super) type SysResult = Result<u64, i32>;
+
+// Slices go to the kernel as they are; `BufSlice` promises this layout.
+const _: () = {
+    assert!(size_of::<BufSlice>() == size_of::<libc::iovec>());
+    assert!(align_of::<BufSlice>() == align_of::<libc::iovec>());
+    assert!(offset_of!(libc::iovec, iov_base) == 0);
+};
 
 /// The error number the last call on this thread left behind.
 fn errno() -> i32 {
@@ -31,9 +41,53 @@ fn signed(v: u64) -> Result<i64, i32> {
     i64::try_from(v).map_err(|_| libc::EINVAL)
 }
 
+/// The slices as iovecs, as many as one call takes: a longer list moves fewer bytes, as any call may.
+pub(super) fn iovecs(bufs: &[BufSlice]) -> (*const libc::iovec, u16) {
+    let n = bufs.len().min(MAX_IOVECS);
+    (bufs.as_ptr().cast(), u16::try_from(n).unwrap_or(u16::MAX))
+}
+
+/// Reads into the slices; may move less than they hold, 0 at the end of the file.
+pub(super) fn preadv(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64) -> SysResult {
+    preadv2(fd, bufs, off, 0)
+}
+
+/// Like [`preadv`], but only what is in the page cache: EAGAIN where nothing is, EOPNOTSUPP where the file
+/// system does not know the question.
+pub(super) fn preadv_nowait(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64) -> SysResult {
+    preadv2(fd, bufs, off, libc::RWF_NOWAIT)
+}
+
+fn preadv2(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64, flags: i32) -> SysResult {
+    let off = signed(off)?;
+    let (iov, n) = iovecs(bufs);
+    retry(|| {
+        // SAFETY: `iov` points at `n` iovecs (layout checked above); whoever made the slices promised that their
+        // memory is mapped and writable (`BufSlice::new`).
+        let r = unsafe { libc::preadv2(fd.as_raw_fd(), iov, i32::from(n), off, flags) };
+        i64::try_from(r).unwrap_or(-1)
+    })
+}
+
+/// Writes the slices; may move less than they hold.
+pub(super) fn pwritev(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64) -> SysResult {
+    let off = signed(off)?;
+    let (iov, n) = iovecs(bufs);
+    retry(|| {
+        // SAFETY: as in `preadv2`; the kernel only reads the memory.
+        let r = unsafe { libc::pwritev2(fd.as_raw_fd(), iov, i32::from(n), off, 0) };
+        i64::try_from(r).unwrap_or(-1)
+    })
+}
+
 /// Mode of fallocate for [`super::IoKind::Allocate`]: the file grows.
 pub(super) const ALLOCATE: i32 = 0;
-/// fallocate(2).
+/// Mode of fallocate for [`super::IoKind::Punch`].
+pub(super) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+/// Mode of fallocate for [`super::IoKind::ZeroRange`].
+pub(super) const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// fallocate(2) in one of the modes above.
 pub(super) fn fallocate(fd: BorrowedFd<'_>, mode: i32, off: u64, len: u64) -> SysResult {
     let (off, len) = (signed(off)?, signed(len)?);
     // SAFETY: no memory is involved; a wrong range is refused by the kernel.
@@ -175,4 +229,26 @@ pub(super) fn ofd_test(fd: BorrowedFd<'_>, lock: OfdLock, byte: u16) -> Result<O
     retry(|| i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut fl) }))?;
     let free = i32::from(fl.l_type) == libc::F_UNLCK;
     Ok((!free).then_some(fl.l_pid))
+}
+
+/// Waits until the descriptor is readable: true, or false after `at_most` or a signal.
+pub(super) fn poll_readable(fd: BorrowedFd<'_>, at_most: Duration) -> Result<bool, i32> {
+    let mut p = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let ms = i32::try_from(at_most.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
+    // SAFETY: `p` is one pollfd and lives through the call.
+    match unsafe { libc::poll(&raw mut p, 1, ms) } {
+        r if r >= 0 => Ok(r > 0),
+        _ if errno() == libc::EINTR => Ok(false),
+        _ => Err(errno()),
+    }
+}
+
+/// Descriptors this process may have open.
+pub(super) fn max_open_files() -> u64 {
+    let mut lim = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `lim` is writable memory of the right size.
+    match unsafe { libc::getrlimit64(libc::RLIMIT_NOFILE, &raw mut lim) } {
+        0 => lim.rlim_cur,
+        _ => 0,
+    }
 }
