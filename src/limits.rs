@@ -62,3 +62,7 @@ pub const MAX_IOVECS: usize = 1024;
 pub const TABLE_PIECE_BYTES: usize = 256 << 10;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
+/// Operations one engine has in flight at most, whatever is asked for.
+pub const MAX_ENGINE_DEPTH: u32 = 4096;
+/// Threads of the process-wide pool behind the thread engine.
+pub const POOL_THREADS: usize = 8;

@@ -60,6 +60,11 @@ pub trait HostFile: Send + Sync + Debug {
     /// From the operating system; so for all of the following.
     fn len(&self) -> io::Result<u64>;
 
+    /// True for a file without a byte.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
     /// Reads what is there, up to the length of `buf`. Any alignment is served.
     fn read_at(&self, off: u64, buf: &mut [u8]) -> io::Result<usize>;
 
