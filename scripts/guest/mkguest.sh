@@ -95,7 +95,7 @@ add_libs() { # PROGRAM : what it needs, and what that needs
     local n f
     for n in $(readelf -dW "$1" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
         [ ! -e "$S/lib/$n" ] || continue
-        case " "$(echo $STUBBED)" " in *" $n "*) continue ;; esac
+        case " $(echo $STUBBED) " in *" $n "*) continue ;; esac
         f=$(find_in "$n")
         if [ -z "$f" ]; then
             case $n in libicu* | ld-linux*) continue ;; esac

@@ -9,7 +9,7 @@ trap 'rm -rf "$T"' EXIT
 cd "$T"
 
 gcc -m32 -ffreestanding -fno-pic -fno-pie -fno-stack-protector -fno-asynchronous-unwind-tables \
-    -mno-sse -mno-mmx -O1 -w -c "$HERE/nano.c" -o nano.o
+    -mno-sse -mno-mmx -O1 -Wall -Wextra -c "$HERE/nano.c" -o nano.o
 cat >flat.ld <<'E2'
 SECTIONS {
     . = 0x200000;
