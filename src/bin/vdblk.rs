@@ -1,1 +1,2 @@
+//! vdblk
 fn main() {}

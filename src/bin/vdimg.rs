@@ -1,1 +1,2 @@
+//! vdimg
 fn main() {}

@@ -59,7 +59,7 @@ impl RawMap {
 
 impl ImageMap for RawMap {
     fn limits(&self) -> Limits {
-        Limits { size_bytes: self.size_bytes, block_bytes: 0, is_diff: false }
+        Limits { size_bytes: self.size_bytes, block_bytes: 0, is_diff: false, data_alignment: 1 << 63 }
     }
 
     fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {

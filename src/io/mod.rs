@@ -16,6 +16,8 @@ mod threads;
 mod uring;
 
 #[cfg(test)]
+pub(crate) mod sim;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -71,6 +71,9 @@ pub struct Limits {
     pub block_bytes: u64,
     /// The image may have a parent.
     pub is_diff: bool,
+    /// Largest power of two to which metadata and blocks are aligned in the file: device sectors up to this size
+    /// never hold both, or parts of two tables.
+    pub data_alignment: u64,
 }
 
 /// Everything `vdimg info` tells of an image.

@@ -1,5 +1,31 @@
 //! The container: a chain of images as one disk, and the interpreter that carries out what formats plan.
+//!
+//! A [`Disk`] is shared; each thread that uses it has a [`Channel`] of its own. A request occupies a slot of its channel
+//! from [`BlockDevice::submit`] until it has ended, and moves by [`Channel::advance`]'s rules:
+//! look-ups and operations in place need nothing else; where metadata has to change, the slot takes the claim on
+//! the unit, compares, asks the format for a plan, and runs it.
 
+mod advance;
+mod allocate;
+mod chain;
+mod channel;
+mod disk;
+mod mailbox;
+mod marker;
+mod open;
+mod ops;
+mod own;
+mod pages;
+mod parents;
 mod request;
+mod run;
+mod slot;
+mod sync;
+#[cfg(test)]
+mod tests;
 
+pub use chain::{Chain, Layer, Scratch};
+pub use channel::Channel;
+pub use disk::{CacheMode, Disk, DiskOptions};
+pub use open::{FileSource, ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
 pub use request::{BlockDevice, Done, Outcome, Request};

@@ -52,6 +52,12 @@ impl Layout {
         self.block_bytes + self.extra_bytes
     }
 
+    /// Largest power of two that divides the places of table and blocks.
+    pub(super) fn alignment(&self) -> u64 {
+        let bits = self.table_at.0 | self.data_at.0 | self.extra_bytes | self.block_bytes;
+        1 << bits.trailing_zeros()
+    }
+
     /// The guest block around `at`; `None` behind the last one.
     pub(super) fn block_at(&self, at: GuestOffset) -> Option<u32> {
         u32::try_from(at.0 >> self.block_shift).ok().filter(|b| *b < self.blocks)

@@ -141,7 +141,7 @@ impl VdiMap {
 impl ImageMap for VdiMap {
     fn limits(&self) -> Limits {
         let Layout { disk_bytes: size_bytes, block_bytes, .. } = self.layout;
-        Limits { size_bytes, block_bytes, is_diff: self.is_diff }
+        Limits { size_bytes, block_bytes, is_diff: self.is_diff, data_alignment: self.layout.alignment() }
     }
 
     fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {

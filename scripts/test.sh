@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# All tests: formatting, lints, unit and integration tests, and a real guest on every kind of image.
+#   scripts/test.sh [--no-guest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+GUEST=1
+[ "${1:-}" != --no-guest ] || GUEST=0
+
+step() { printf '\n== %s (%ss)\n' "$*" "$SECONDS"; }
+
+step "packages"
+scripts/guest/deps.sh
+step "formatting"
+cargo fmt --check
+step "lints"
+cargo clippy --release --all-targets --locked -- -D warnings
+step "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet --locked
+step "tests"
+cargo test --release --locked
+if [ "$GUEST" = 1 ]; then
+  step "guests"
+  scripts/guest/mkguest.sh
+  scripts/guest/test-images.sh
+fi
+step "all passed"

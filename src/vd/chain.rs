@@ -1,0 +1,127 @@
+//! Images stacked on each other, seen as one disk.
+
+use crate::error::Failure;
+use crate::map::{Extent, ExtentKind, ExtentList, GuestOffset, GuestRange, ImageMap, Intent, Miss};
+use std::sync::Arc;
+
+/// One image of a chain.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Its number in the disk's life: the key of its claims and pages. Never used twice.
+    pub number: u32,
+    /// The image.
+    pub map: Arc<dyn ImageMap>,
+}
+
+/// A chain: the image that is written first, the base last.
+#[derive(Debug)]
+pub struct Chain {
+    layers: Vec<Layer>,
+    size_bytes: u64,
+}
+
+/// Lists for the levels of a look-up, kept by the caller so that a look-up allocates nothing.
+#[derive(Debug)]
+pub struct Scratch(Vec<ExtentList>);
+
+impl Scratch {
+    /// Room for look-ups in `chain`.
+    pub fn for_chain(chain: &Chain) -> Self {
+        Scratch((0..chain.layers.len()).map(|_| ExtentList::new()).collect())
+    }
+}
+
+impl Chain {
+    /// A chain of these images, top first.
+    ///
+    /// # Panics
+    /// Without an image.
+    pub fn new(layers: Vec<Layer>) -> Self {
+        let size_bytes = layers.first().expect("a chain has an image").map.limits().size_bytes;
+        Chain { layers, size_bytes }
+    }
+
+    /// Size of the disk in bytes: that of the top image, whatever the others say.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The image that is written.
+    pub fn top(&self) -> &Layer {
+        &self.layers[0]
+    }
+
+    /// All images, top first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Where `r` is, through all images: `Data` and `Zero` only. May cover only a prefix (see [`ExtentList`]).
+    ///
+    /// # Errors
+    /// What a format says of its metadata.
+    pub fn map(&self, r: GuestRange, out: &mut ExtentList, scratch: &mut Scratch) -> Result<(), Failure> {
+        out.clear();
+        // Most look-ups end in the top image: no copy between lists.
+        read_map(&self.layers[0], r, out)?;
+        if out.as_slice().iter().any(|e| e.kind == ExtentKind::Parent) {
+            out.clear();
+            self.map_through(0, r, out, &mut scratch.0)?;
+        }
+        debug_assert!(r.is_empty() || out.covered() > 0, "a look-up that covers nothing");
+        Ok(())
+    }
+
+    fn map_through(
+        &self,
+        depth: usize,
+        r: GuestRange,
+        out: &mut ExtentList,
+        scratch: &mut [ExtentList],
+    ) -> Result<(), Failure> {
+        let Some(layer) = self.layers.get(depth) else {
+            out.push(Extent { len: r.len(), kind: ExtentKind::Zero });
+            return Ok(());
+        };
+        let (mine, deeper) = scratch.split_first_mut().expect("scratch for every image");
+        mine.clear();
+        read_map(layer, r, mine)?;
+        let mut at = r.start();
+        for e in mine.as_slice() {
+            let part = GuestRange::new(at, e.len).expect("inside a range");
+            if e.kind == ExtentKind::Parent {
+                let before = out.covered();
+                self.map_through(depth + 1, part, out, deeper)?;
+                if out.covered() - before < e.len {
+                    return Ok(()); // the list is full
+                }
+            } else if !out.push(*e) {
+                return Ok(());
+            }
+            at = part.end();
+        }
+        Ok(())
+    }
+}
+
+/// A look-up in one image; what lies behind its end reads as zeros (a diff may be larger than its parent).
+fn read_map(layer: &Layer, r: GuestRange, out: &mut ExtentList) -> Result<(), Failure> {
+    let disk = GuestRange::between(GuestOffset(0), GuestOffset(layer.map.limits().size_bytes));
+    let inside = r.intersect(disk);
+    if !inside.is_empty() {
+        layer.map.map(inside, Intent::Read, out).map_err(failure)?;
+    }
+    let beyond = r.len() - inside.len();
+    if beyond > 0 && out.covered() == inside.len() {
+        out.push(Extent { len: beyond, kind: ExtentKind::Zero });
+    }
+    Ok(())
+}
+
+/// A miss that may not happen to readers.
+pub(crate) fn failure(miss: Miss) -> Failure {
+    match miss {
+        Miss::Fail(f) => f,
+        Miss::NeedsPlan | Miss::NeedsRoom => unreachable!("a read asked for a plan"),
+    }
+}

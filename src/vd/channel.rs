@@ -1,0 +1,300 @@
+//! One thread's way to a disk: its slots, its engine, its event loop's hooks.
+
+use super::chain::Scratch;
+use super::disk::Disk;
+use super::mailbox::{Event, Mailbox};
+use super::slot::{Job, Ops, Slot};
+use super::{BlockDevice, Done, Outcome, Request};
+use crate::error::{Error, Failure, Result};
+use crate::io::{BufSlice, Completion, IoEngine, IoKind, IoOp};
+use crate::limits::INLINE_WRITE_BYTES;
+use crate::map::{ExtentKind, ExtentList, GuestRange, Intent, Waiter};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Slots for the disk's own work, behind those of the requests.
+const INTERNAL_SLOTS: u16 = 3;
+
+/// A channel to a disk, for one thread. Requests of several channels run at the same time.
+pub struct Channel {
+    pub(super) disk: Arc<Disk>,
+    pub(super) engine: Box<dyn IoEngine>,
+    pub(super) id: u16,
+    mailbox: Arc<Mailbox>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) ops: Ops,
+    /// Slots in use.
+    pub(super) busy: u32,
+    /// Operations the engine had no room for.
+    pub(super) backlog: VecDeque<usize>,
+    /// Events for our own slots, raised while [`Self::poll`] runs.
+    events: Vec<Event>,
+    pub(super) polling: bool,
+    pub(super) done: Vec<Done>,
+    pub(super) extents: ExtentList,
+    pub(super) scratch: Scratch,
+    completions: Vec<Completion>,
+    pub(super) write_through: bool,
+    /// How the plan at the clean close has ended.
+    pub(super) end_outcome: Option<Outcome>,
+    /// Operations were submitted that the engine has not handed over yet.
+    pub(super) queued: bool,
+}
+
+impl std::fmt::Debug for Channel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Channel")
+            .field("id", &self.id)
+            .field("ops", &self.ops.in_use())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Channel {
+    /// A channel with `slots` slots over `engine`.
+    ///
+    /// # Errors
+    /// If the engine does not take the disk's files, or no descriptor is left.
+    pub fn new(disk: Arc<Disk>, mut engine: Box<dyn IoEngine>, slots: u16) -> Result<Channel> {
+        for id in disk.file_ids() {
+            let file = &disk.file(id).file;
+            engine.attach(id, file).map_err(|e| Error::io("hand it to the I/O engine", e).at(file.path()))?;
+        }
+        let (id, mailbox) = disk.mailboxes.open().map_err(|e| Error::io("open a channel to the disk", e))?;
+        Ok(Channel {
+            engine,
+            id,
+            mailbox,
+            slots: (0..slots + INTERNAL_SLOTS).map(|_| Slot::new()).collect(),
+            ops: Ops::default(),
+            busy: 0,
+            backlog: VecDeque::new(),
+            events: Vec::new(),
+            polling: false,
+            done: Vec::new(),
+            extents: ExtentList::new(),
+            scratch: Scratch::for_chain(disk.chain()),
+            completions: Vec::new(),
+            write_through: disk.options().write_through,
+            end_outcome: None,
+            queued: false,
+            disk,
+        })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// The slot as others know it.
+    pub(super) fn me(&self, slot: u16) -> Waiter {
+        Waiter { channel: self.id, slot }
+    }
+
+    pub(super) fn slot(&mut self, slot: u16) -> &mut Slot {
+        &mut self.slots[usize::from(slot)]
+    }
+
+    /// A free slot for the disk's own work. There is one for each kind of it, and each kind runs once at a time.
+    pub(super) fn internal_slot(&self) -> u16 {
+        let first = self.slots.len() - usize::from(INTERNAL_SLOTS);
+        let free = (first..self.slots.len()).find(|i| self.slots[*i].job == Job::None);
+        u16::try_from(free.expect("an internal slot for each kind of work")).expect("slots fit 16 bits")
+    }
+
+    /// Tells a slot, ours or another channel's, that something it waits for has ended.
+    pub(super) fn wake(&mut self, who: Waiter, result: std::result::Result<(), Failure>) {
+        if who.channel == self.id && self.slot(who.slot).advancing {
+            self.slot(who.slot).settle_one(result);
+        } else if who.channel == self.id && self.polling {
+            self.events.push(Event { slot: who.slot, result });
+        } else {
+            self.disk.mailboxes.post(who, result);
+        }
+    }
+
+    /// The common reads and writes: one extent, one operation that ends at once.
+    fn try_at_once(&mut self, request: Request, bufs: &[BufSlice]) -> Option<Outcome> {
+        let (kind, range) = match request {
+            Request::Read(r) => (IoKind::Read, r),
+            Request::Write(r) if self.may_write_at_once(r) => (IoKind::Write, r),
+            _ => return None,
+        };
+        self.extents.clear();
+        if kind == IoKind::Read {
+            self.disk.chain.map(range, &mut self.extents, &mut self.scratch).ok()?;
+        } else {
+            self.disk.chain.top().map.map(range, Intent::Overwrite, &mut self.extents).ok()?;
+        }
+        let [extent] = self.extents.as_slice() else { return None };
+        if extent.len != range.len() {
+            return None;
+        }
+        let ExtentKind::Data { file, off } = extent.kind else { return None };
+        let moved = self.engine.try_now(&IoOp { kind, file, off, len: range.len() }, bufs)?;
+        if kind == IoKind::Write {
+            self.disk.file(file).syncs.wrote();
+        }
+        (moved == Ok(range.len())).then_some(Ok(()))
+    }
+
+    fn may_write_at_once(&self, r: GuestRange) -> bool {
+        r.len() <= INLINE_WRITE_BYTES
+            && !self.write_through
+            && self.disk.start.is_done()
+            && self.disk.may_write().is_ok()
+    }
+
+    fn handle(&mut self, e: Event) {
+        self.slot(e.slot).settle_one(e.result);
+        self.advance(e.slot);
+    }
+
+    fn reap(&mut self) -> bool {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.engine.reap(&mut completions);
+        let any = !completions.is_empty();
+        for c in completions.drain(..) {
+            self.completed(c);
+        }
+        self.completions = completions;
+        any
+    }
+
+    fn handle_events(&mut self) -> bool {
+        let mut events = std::mem::take(&mut self.events);
+        self.mailbox.empty_into(&mut events);
+        let any = !events.is_empty();
+        for e in events.drain(..) {
+            self.handle(e);
+        }
+        // Events raised meanwhile are in the new list; keep them, and the old one's memory if it can be had.
+        if self.events.is_empty() {
+            self.events = events;
+        }
+        any
+    }
+
+    /// Leaves the image as a clean close does: everything derived exact, no slack; `sync`: and durable. To be called
+    /// when no channel of the disk has anything in flight; the disk takes no change afterwards.
+    ///
+    /// # Errors
+    /// If that could not be written. The image is as safe as after a crash: nothing is lost.
+    pub fn close_disk(&mut self, sync: bool) -> Result<()> {
+        self.settle_down()?;
+        if self.disk.start.is_done() && self.disk.may_write().is_ok() {
+            let plan = self.disk.chain.top().map.end();
+            self.end_outcome = None;
+            self.run_internal(Job::End, plan);
+            self.settle_down()?;
+            self.end_outcome.take().unwrap_or(Ok(())).map_err(Error::from)?;
+        }
+        if sync {
+            for id in self.disk.file_ids() {
+                let f = &self.disk.file(id).file;
+                if self.disk.file(id).traits.writable {
+                    f.sync().map_err(|e| Error::io("sync it", e).at(f.path()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is in flight: no request may be, and what prepares blocks ahead of need ends by itself.
+    fn settle_down(&mut self) -> Result<()> {
+        let mut done = Vec::new();
+        while !self.is_idle() {
+            self.drive(Duration::from_secs(1), &mut done)
+                .map_err(|e| Error::io("finish what is in flight", e))?;
+            assert!(done.is_empty(), "a disk is closed under its requests");
+        }
+        Ok(())
+    }
+
+    /// Waits for something to happen and moves on: for callers without an event loop.
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub fn drive(&mut self, at_most: Duration, done: &mut Vec<Done>) -> io::Result<()> {
+        self.flush_queue()?;
+        self.poll(done);
+        if done.is_empty() && self.engine.in_flight() > 0 {
+            self.engine.wait(at_most)?;
+            self.poll(done);
+        }
+        Ok(())
+    }
+}
+
+impl BlockDevice for Channel {
+    fn submit(&mut self, slot: u16, request: Request, bufs: &[BufSlice]) -> Option<Outcome> {
+        if let Some(outcome) = self.try_at_once(request, bufs) {
+            return Some(outcome);
+        }
+        let range = match request {
+            Request::Read(r) | Request::Write(r) | Request::Discard(r) => r,
+            Request::WriteZeroes { range, .. } => range,
+            Request::Flush => GuestRange::EMPTY,
+        };
+        if range.end().0 > self.disk.size_bytes() {
+            return Some(Err(Failure::OutOfRange));
+        }
+        self.busy += 1;
+        self.slot(slot).begin(Job::Request(request), range, bufs);
+        self.advance(slot);
+        self.done.pop_if(|d| d.slot == slot).map(|d| d.outcome)
+    }
+
+    fn flush_queue(&mut self) -> io::Result<()> {
+        if self.queued {
+            self.engine.enter()?;
+            self.queued = false;
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, done: &mut Vec<Done>) {
+        self.polling = true;
+        loop {
+            let mut moved = self.reap();
+            moved |= self.handle_events();
+            self.submit_backlog();
+            if let Err(e) = self.flush_queue() {
+                tracing::error!("cannot hand I/O to the kernel: {e}");
+                break;
+            }
+            if !moved {
+                break;
+            }
+        }
+        self.polling = false;
+        done.append(&mut self.done);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.busy == 0 && self.ops.in_use() == 0 && self.events.is_empty()
+    }
+
+    fn event_fds(&self) -> Vec<RawFd> {
+        self.engine.event_fd().into_iter().chain([self.mailbox.fd()]).collect()
+    }
+
+    fn set_write_through(&mut self, on: bool) {
+        self.write_through = on || self.disk.options().write_through;
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // A channel that is dropped with work in flight would leave others waiting for ever.
+        debug_assert!(
+            std::thread::panicking() || self.is_idle(),
+            "a channel was dropped with work in flight"
+        );
+        self.disk.mailboxes.close(self.id);
+    }
+}

@@ -1,0 +1,247 @@
+//! What the channels of a disk share.
+
+use super::chain::Chain;
+use super::mailbox::Mailboxes;
+use super::own::Own;
+use super::pages::Pages;
+use super::sync::SyncGroup;
+use crate::error::Failure;
+use crate::io::{BouncePool, FileTraits, Host, HostFile};
+use crate::limits::BOUNCE_BYTES;
+use crate::map::{Claims, FileId, Waiter};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// How a disk uses the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Past the page cache (O_DIRECT); flushes make durable.
+    None,
+    /// Through the page cache; flushes make durable.
+    #[default]
+    Writeback,
+    /// Through the page cache; every change is synced before it is reported as done.
+    Writethrough,
+    /// Through the page cache; flushes are ignored. A power cut may cost everything.
+    Unsafe,
+}
+
+/// What the user decided about a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// No change is taken.
+    pub read_only: bool,
+    /// Syncs are left out: a job that syncs once at its end, or `--cache unsafe`.
+    pub skip_syncs: bool,
+    /// Every change is synced before it is reported as done, whatever the driver negotiated.
+    pub write_through: bool,
+    /// Discards give space back.
+    pub discard: bool,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        DiskOptions { read_only: false, skip_syncs: false, write_through: false, discard: true }
+    }
+}
+
+/// A file of a disk.
+#[derive(Debug)]
+pub(crate) struct DiskFile {
+    pub(crate) file: Arc<dyn HostFile>,
+    pub(crate) traits: FileTraits,
+    pub(crate) syncs: SyncGroup,
+    /// The file system cannot punch holes: found out by trying.
+    cannot_punch: AtomicBool,
+}
+
+impl DiskFile {
+    fn new(file: Arc<dyn HostFile>) -> Self {
+        let traits = file.traits();
+        DiskFile {
+            traits,
+            syncs: SyncGroup::new(traits.writable),
+            cannot_punch: AtomicBool::new(false),
+            file,
+        }
+    }
+
+    pub(crate) fn can_punch(&self) -> bool {
+        !self.cannot_punch.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_cannot_punch(&self) {
+        self.cannot_punch.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A disk: a chain of images over open files, and the state its channels share. Reads and writes to allocated blocks
+/// touch nothing here but the chain and atomics.
+pub struct Disk {
+    pub(crate) chain: Chain,
+    pub(crate) files: Vec<DiskFile>,
+    pub(crate) options: DiskOptions,
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) claims: Claims,
+    pub(crate) pages: Pages,
+    pub(crate) start: Start,
+    pub(crate) room: Mutex<Room>,
+    bounce: Arc<BouncePool>,
+    bounce_waiters: Mutex<VecDeque<Waiter>>,
+    pub(crate) mailboxes: Mailboxes,
+    sync_failed: AtomicBool,
+    on_sync_failure: Box<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk")
+            .field("chain", &self.chain)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The extension of the file that prepares host blocks: at most one runs.
+#[derive(Debug, Default)]
+pub(crate) struct Room {
+    pub(crate) running: bool,
+    pub(crate) waiters: Vec<Waiter>,
+}
+
+impl Disk {
+    /// A disk over `chain`, whose files have the numbers of their places in `files`. Only the top image is written.
+    pub fn new(
+        chain: Chain,
+        files: Vec<Arc<dyn HostFile>>,
+        options: DiskOptions,
+        host: Arc<dyn Host>,
+        on_sync_failure: Box<dyn Fn() + Send + Sync>,
+    ) -> Arc<Disk> {
+        Arc::new(Disk {
+            chain,
+            files: files.into_iter().map(DiskFile::new).collect(),
+            options,
+            host,
+            claims: Claims::default(),
+            pages: Pages::default(),
+            start: Start::default(),
+            room: Mutex::default(),
+            bounce: Arc::new(BouncePool::default()),
+            bounce_waiters: Mutex::default(),
+            mailboxes: Mailboxes::default(),
+            sync_failed: AtomicBool::new(false),
+            on_sync_failure,
+        })
+    }
+
+    /// Size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.chain.size_bytes()
+    }
+
+    /// The images, top first.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// The options it was opened with.
+    pub fn options(&self) -> DiskOptions {
+        self.options
+    }
+
+    pub(crate) fn file(&self, id: FileId) -> &DiskFile {
+        &self.files[usize::from(id.0)]
+    }
+
+    /// The files by number.
+    pub(crate) fn file_ids(&self) -> impl Iterator<Item = FileId> + '_ {
+        (0..self.files.len()).map(|i| FileId(u16::try_from(i).expect("limits::MAX_FILES")))
+    }
+
+    /// A bounce buffer; `None`: `who` waits for one.
+    pub(crate) fn take_bounce(&self, who: Waiter) -> Option<Own> {
+        let mut waiters = self.bounce_waiters.lock().expect("bounce lock");
+        let buf = self.bounce.take(BOUNCE_BYTES).map(Own::Pooled);
+        if buf.is_none() {
+            waiters.push_back(who);
+        }
+        buf
+    }
+
+    /// A bounce buffer back; the one who has waited longest is to be told.
+    pub(crate) fn give_bounce(&self, buf: Own) -> Option<Waiter> {
+        let mut waiters = self.bounce_waiters.lock().expect("bounce lock");
+        drop(buf);
+        waiters.pop_front()
+    }
+
+    /// A change may begin.
+    pub(crate) fn may_write(&self) -> Result<(), Failure> {
+        if self.options.read_only {
+            return Err(Failure::ReadOnly);
+        }
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(Failure::SyncFailed);
+        }
+        Ok(())
+    }
+
+    /// A sync has failed: nothing is known of what the disk holds, so no change is taken from now on (rule O4).
+    pub(crate) fn sync_has_failed(&self) {
+        if !self.sync_failed.swap(true, Ordering::AcqRel) {
+            (self.on_sync_failure)();
+        }
+    }
+}
+
+/// The beginning of a session of changes: done once, before the first.
+#[derive(Debug, Default)]
+pub(crate) struct Start {
+    /// 0: not begun, 1: under way, 2: done.
+    state: AtomicU8,
+    waiters: Mutex<Vec<Waiter>>,
+}
+
+/// Answer of [`Start::join`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Started {
+    Yes,
+    /// Carry out [`crate::map::ImageMap::begin`], then call [`Start::ended`].
+    Begin,
+    Wait,
+}
+
+impl Start {
+    /// True once changes may be made. What a write to allocated blocks pays for all of this.
+    pub(crate) fn is_done(&self) -> bool {
+        self.state.load(Ordering::Acquire) == 2
+    }
+
+    pub(crate) fn join(&self, who: Waiter) -> Started {
+        if self.is_done() {
+            return Started::Yes;
+        }
+        let mut waiters = self.waiters.lock().expect("start lock");
+        match self.state.load(Ordering::Acquire) {
+            2 => Started::Yes,
+            1 => {
+                waiters.push(who);
+                Started::Wait
+            }
+            _ => {
+                self.state.store(1, Ordering::Release);
+                waiters.push(who);
+                Started::Begin
+            }
+        }
+    }
+
+    /// The begin plan has ended; those who wait are to be told. After a failure the next change tries again.
+    pub(crate) fn ended(&self, ok: bool) -> Vec<Waiter> {
+        let mut waiters = self.waiters.lock().expect("start lock");
+        self.state.store(if ok { 2 } else { 0 }, Ordering::Release);
+        std::mem::take(&mut waiters)
+    }
+}

@@ -1,0 +1,319 @@
+//! Opening a disk: its image, its parents, their locks.
+
+use super::chain::{Chain, Layer};
+use super::marker::SyncFailureMarker;
+use super::parents::{ParentSearch, default_dirs};
+use super::{Disk, DiskOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, Format};
+use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
+use crate::limits::MAX_CHAIN_IMAGES;
+use crate::map::{ByteSource, FileId, HostOffset, ImageInfo, ImageMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A file and, if it was said, its format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSpec {
+    /// Where it is.
+    pub path: PathBuf,
+    /// `None`: extension and signature must agree.
+    pub format: Option<Format>,
+}
+
+impl ImageSpec {
+    /// Parses `FILE[,format=F]`.
+    ///
+    /// # Errors
+    /// If the format is not known.
+    pub fn parse(text: &str) -> Result<ImageSpec> {
+        match text.rsplit_once(",format=") {
+            Some((path, format)) => Ok(ImageSpec { path: path.into(), format: Some(format.parse()?) }),
+            None => Ok(ImageSpec { path: text.into(), format: None }),
+        }
+    }
+}
+
+/// How a disk is to be opened.
+#[derive(Clone, Debug)]
+pub struct OpenDisk {
+    /// The image that is written (or read).
+    pub image: ImageSpec,
+    /// Its parents, base first. Empty: they are searched by UUID.
+    pub parents: Vec<ImageSpec>,
+    /// Where parents are searched; empty: the image's own folder, and the one above if its name is `Snapshots`.
+    pub parent_dirs: Vec<PathBuf>,
+    /// Past the page cache.
+    pub direct: bool,
+    /// `None`: no locks (looking only). Else how long to wait for one.
+    pub lock_wait: Option<Duration>,
+    /// A parent that is not the one the child names is taken all the same.
+    pub allow_parent_mismatch: bool,
+    /// An image may be written although a diff in its folder has it as its parent.
+    pub allow_write_to_parent: bool,
+    /// What channels may do.
+    pub options: DiskOptions,
+}
+
+impl OpenDisk {
+    /// The image at `path`, read-only, unlocked, everything else as people expect.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        OpenDisk {
+            image: ImageSpec { path: path.into(), format: None },
+            parents: Vec::new(),
+            parent_dirs: Vec::new(),
+            direct: false,
+            lock_wait: None,
+            allow_parent_mismatch: false,
+            allow_write_to_parent: false,
+            options: DiskOptions { read_only: true, ..DiskOptions::default() },
+        }
+    }
+}
+
+/// An image of an open disk.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// What it says of itself.
+    pub info: ImageInfo,
+    map: Arc<dyn ImageMap>,
+    file: Arc<dyn HostFile>,
+    /// Held as long as the disk is open.
+    _lock: Option<ImageLock>,
+}
+
+/// An open disk with what is known of its images.
+#[derive(Debug)]
+pub struct OpenedDisk {
+    /// The disk.
+    pub disk: Arc<Disk>,
+    /// Its images, top first.
+    pub images: Vec<OpenImage>,
+}
+
+/// Opens a disk.
+///
+/// # Errors
+/// With the file and one line saying what to do. Nothing has been written.
+pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
+    let write = !how.options.read_only;
+    let mut images = vec![open_image(&how.image, FileId(0), how, write)?];
+    if how.parents.is_empty() {
+        search_parents(how, &mut images)?;
+    } else {
+        open_named_parents(how, &mut images)?;
+    }
+    if write && !how.allow_write_to_parent {
+        refuse_parent_of_another(how, &images[0])?;
+    }
+    let marker = SyncFailureMarker::of(images[0].file.traits().identity);
+    if write {
+        marker.refuse_if_set().map_err(|e| e.at(&how.image.path))?;
+        refuse_unaligned_metadata(&images[0])?;
+    }
+    let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
+    let files = images.iter().map(|i| i.file.clone()).collect();
+    let on_failure = Box::new(move || marker.set());
+    let disk = Disk::new(Chain::new(layers), files, how.options, Arc::new(OsHost), on_failure);
+    Ok(OpenedDisk { disk, images })
+}
+
+fn open_image(spec: &ImageSpec, id: FileId, how: &OpenDisk, write: bool) -> Result<OpenImage> {
+    let file = OsFile::open(&spec.path, OpenHow { write, direct: how.direct, ..OpenHow::default() })?;
+    let file: Arc<dyn HostFile> = Arc::new(file);
+    // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
+    let mode = if write { LockMode::Exclusive } else { LockMode::Shared };
+    let lock = how.lock_wait.map(|wait| ImageLock::take(&*file, mode, wait)).transpose()?;
+    let (format, map) = open_map(
+        &spec.path,
+        &file,
+        spec.format,
+        id,
+        format::OpenHow { read_only: !write, info_only: false },
+    )?;
+    let info = map.info();
+    Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, _lock: lock })
+}
+
+pub(super) fn open_map(
+    path: &Path,
+    file: &Arc<dyn HostFile>,
+    stated: Option<Format>,
+    id: FileId,
+    how: format::OpenHow,
+) -> Result<(Format, Box<dyn ImageMap>)> {
+    let source = FileSource::new(&**file)?;
+    let format = format::detect(path, &source, stated).map_err(|e| e.at(path))?;
+    let map = format::open(format, &source, id, how).map_err(|e| e.at(path))?;
+    Ok((format, map))
+}
+
+/// The bytes of a file, for formats.
+#[derive(Debug)]
+pub struct FileSource<'a> {
+    file: &'a dyn HostFile,
+    len: u64,
+}
+
+impl<'a> FileSource<'a> {
+    /// The bytes the file has now.
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub fn new(file: &'a dyn HostFile) -> Result<Self> {
+        let len = file.len().map_err(|e| Error::io("find out its length", e).at(file.path()))?;
+        Ok(FileSource { file, len })
+    }
+}
+
+impl ByteSource for FileSource<'_> {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, off: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let mut at = 0;
+        while at < buf.len() {
+            let n = self
+                .file
+                .read_at(off.0 + at as u64, &mut buf[at..])
+                .map_err(|e| Error::io(format!("read it at {off}"), e).at(self.file.path()))?;
+            if n == 0 {
+                let what = format!("the file ends before {}", off.plus(buf.len() as u64));
+                return Err(Error::new(ErrorKind::Corrupt, what).at(self.file.path()));
+            }
+            at += n;
+        }
+        Ok(())
+    }
+}
+
+fn open_named_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()> {
+    for spec in how.parents.iter().rev() {
+        let parent = open_parent(how, spec, images)?;
+        images.push(parent);
+    }
+    let base = images.last().expect("the image itself");
+    if needs_parent(&base.info) && !how.allow_parent_mismatch {
+        return Err(missing_parent(base));
+    }
+    Ok(())
+}
+
+fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()> {
+    let mut search = None;
+    while let Some(wanted) = images.last().and_then(|i| i.info.parent_uuid) {
+        let child = images.last().expect("the image itself");
+        let search = search.get_or_insert_with(|| {
+            let dirs = if how.parent_dirs.is_empty() {
+                default_dirs(&how.image.path)
+            } else {
+                how.parent_dirs.clone()
+            };
+            ParentSearch::new(dirs)
+        });
+        let Some(path) = search.find(wanted, &child.path)? else {
+            return Err(missing_parent(child));
+        };
+        let spec = ImageSpec { path, format: None };
+        let parent = open_parent(how, &spec, images)?;
+        images.push(parent);
+    }
+    let base = images.last().expect("the image itself");
+    if needs_parent(&base.info) { Err(missing_parent(base)) } else { Ok(()) }
+}
+
+fn needs_parent(info: &ImageInfo) -> bool {
+    info.variant == "diff" || info.parent_uuid.is_some()
+}
+
+fn missing_parent(child: &OpenImage) -> Error {
+    let what = match child.info.parent_uuid {
+        Some(u) => format!("its parent {u} was not found"),
+        None => "is a differencing image, and its parent was not named".to_string(),
+    };
+    Error::new(ErrorKind::NotFound, what)
+        .at(&child.path)
+        .hint("name it with --parent FILE, or the folder with --parent-dir DIR")
+}
+
+fn open_parent(how: &OpenDisk, spec: &ImageSpec, images: &[OpenImage]) -> Result<OpenImage> {
+    if images.len() >= MAX_CHAIN_IMAGES {
+        let what = format!("more than {MAX_CHAIN_IMAGES} images in a chain");
+        return Err(Error::new(ErrorKind::Limit, what).at(&how.image.path));
+    }
+    let id = FileId(u16::try_from(images.len()).expect("limits::MAX_CHAIN_IMAGES"));
+    let child = images.last().expect("the image itself");
+    if !needs_parent(&child.info) && !how.allow_parent_mismatch {
+        let what = format!("is a base image, but {} was named as its parent", spec.path.display());
+        return Err(Error::new(ErrorKind::ParentMismatch, what).at(&child.path).hint("leave --parent out"));
+    }
+    let parent = open_image(spec, id, how, false)?;
+    let identity = parent.file.traits().identity;
+    if images.iter().any(|i| i.file.traits().identity == identity) {
+        let what = "appears twice in its own chain";
+        return Err(Error::new(ErrorKind::ParentMismatch, what).at(&spec.path));
+    }
+    check_link(child, &parent, how.allow_parent_mismatch)?;
+    Ok(parent)
+}
+
+/// The child names the parent by UUID. The parent's modification UUID is only warned about: VirtualBox itself leaves
+/// it stale after a merge, and does not check it.
+fn check_link(child: &OpenImage, parent: &OpenImage, allow_mismatch: bool) -> Result<()> {
+    let (wanted, got) = (child.info.parent_uuid, parent.info.uuid);
+    if let (Some(wanted), Some(got)) = (wanted, got)
+        && wanted != got
+    {
+        let what = format!("its parent has UUID {wanted}, but {} has {got}", parent.path.display());
+        if !allow_mismatch {
+            return Err(Error::new(ErrorKind::ParentMismatch, what)
+                .at(&child.path)
+                .hint("name the right parents, base first, or pass --allow-parent-mismatch"));
+        }
+        tracing::warn!("{}: {what}", child.path.display());
+    }
+    let (then, now) = (child.info.parent_modification_uuid, parent.info.modification_uuid);
+    if let (Some(then), Some(now)) = (then, now)
+        && then != now
+    {
+        tracing::warn!(
+            "{}: {} was changed since this image was made on top of it",
+            child.path.display(),
+            parent.path.display()
+        );
+    }
+    Ok(())
+}
+
+/// A parent that is written to changes what its children show.
+fn refuse_parent_of_another(how: &OpenDisk, image: &OpenImage) -> Result<()> {
+    let Some(uuid) = image.info.uuid else { return Ok(()) };
+    let Some(dir) = image.path.parent() else { return Ok(()) };
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    let Some(child) = ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid) else { return Ok(()) };
+    if how.parents.iter().any(|p| p.path == child) {
+        return Ok(());
+    }
+    let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
+    Err(Error::new(ErrorKind::ReadOnly, what)
+        .at(&image.path)
+        .hint("serve the child, use --overlay or --read-only, or pass --allow-write-to-parent"))
+}
+
+/// Unbuffered I/O writes whole device sectors; metadata and data that share one would overwrite each other.
+fn refuse_unaligned_metadata(image: &OpenImage) -> Result<()> {
+    let unit = u64::from(image.file.traits().alignment.offset);
+    let granularity = image.map.limits().data_alignment;
+    if granularity.is_multiple_of(unit) {
+        return Ok(());
+    }
+    let what =
+        format!("its data is aligned to {granularity} bytes, and this disk needs {unit} without the cache");
+    Err(Error::new(ErrorKind::Unsupported, what).at(&image.path).hint("use --cache writeback"))
+}

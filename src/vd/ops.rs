@@ -1,0 +1,347 @@
+//! Starting operations and hearing of their ends.
+
+use super::Request;
+use super::channel::Channel;
+use super::own::Own;
+use super::pages::PageId;
+use super::slot::{Job, Op, Owner};
+use crate::error::Failure;
+use crate::io::{
+    AlignedBuf, BufSlice, Completion, HostFile, IoKind, IoOp, Tag, fill_zero, scatter, sub_slices, total_len,
+};
+use crate::limits::SECTOR_BYTES;
+use crate::map::{FileId, HostOffset, Waiter};
+
+impl Channel {
+    /// Moves bytes between the slot's request memory (from `at` on) and a file. Counted as pending unless it has
+    /// ended at once.
+    pub(super) fn issue_request_bytes(&mut self, slot: u16, io: IoOp, at: u64) {
+        let i = self.ops.take(Owner::Slot(slot), io);
+        sub_slices(&self.slots[usize::from(slot)].bufs, at, io.len, &mut self.ops.get(i).bufs);
+        self.start_op(i);
+    }
+
+    /// Moves bytes between the slot's bounce buffer (from `at` on) and a file.
+    pub(super) fn issue_buffer_bytes(&mut self, slot: u16, io: IoOp, at: u64) {
+        let buf =
+            self.slots[usize::from(slot)].buf.as_ref().expect("a slot that copies has a buffer").slice();
+        let i = self.ops.take(Owner::Slot(slot), io);
+        sub_slices(&[buf], at, io.len, &mut self.ops.get(i).bufs);
+        self.start_op(i);
+    }
+
+    /// An operation without memory.
+    pub(super) fn issue_plain(&mut self, owner: Owner, io: IoOp) {
+        let i = self.ops.take(owner, io);
+        self.start_op(i);
+    }
+
+    /// Gives an operation to the engine, or does it at once.
+    fn start_op(&mut self, i: usize) {
+        if let Owner::Slot(s) = self.ops.get(i).owner {
+            self.slot(s).pending += 1;
+        }
+        if let Err(f) = self.align(i) {
+            self.op_ended(i, Err(f));
+            return;
+        }
+        let op = self.ops.get(i);
+        if matches!(op.io.kind, IoKind::Read | IoKind::Write)
+            && let Some(result) = self.engine.try_now(&op.io, &op.bufs)
+        {
+            self.moved(i, result);
+            return;
+        }
+        self.queue_op(i);
+    }
+
+    fn queue_op(&mut self, i: usize) {
+        let op = self.ops.get(i);
+        if self.backlog.is_empty() && self.engine.submit(&op.io, &op.bufs, Tag(i as u64)).is_ok() {
+            self.queued = true;
+        } else {
+            self.backlog.push_back(i);
+        }
+    }
+
+    /// Offers the engine what it had no room for.
+    pub(super) fn submit_backlog(&mut self) {
+        while let Some(&i) = self.backlog.front() {
+            let op = self.ops.get(i);
+            if self.engine.submit(&op.io, &op.bufs, Tag(i as u64)).is_err() {
+                break;
+            }
+            self.queued = true;
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Unbuffered files take only aligned I/O: others goes through memory of our own.
+    fn align(&mut self, i: usize) -> Result<(), Failure> {
+        let op = self.ops.get(i);
+        if !matches!(op.io.kind, IoKind::Read | IoKind::Write) {
+            return Ok(());
+        }
+        let alignment = self.disk.file(op.io.file).traits.alignment;
+        if alignment.fits(op.io.off.0, &op.bufs) {
+            return Ok(());
+        }
+        let unit = u64::from(alignment.offset);
+        let skip = op.io.off.0 % unit;
+        let len = (skip + op.io.len).next_multiple_of(unit);
+        if op.io.kind == IoKind::Write && (skip != 0 || len != op.io.len) {
+            // Writers of parts of a device sector are turned away when the disk is opened.
+            return Err(Failure::Os(libc::EINVAL));
+        }
+        let bytes = usize::try_from(len).map_err(|_| Failure::Os(libc::ENOMEM))?;
+        let own = Own::Made(AlignedBuf::new(bytes));
+        let slice = own.slice();
+        let mut theirs = std::mem::take(&mut op.bufs);
+        if op.io.kind == IoKind::Write {
+            let mut at = 0;
+            for b in theirs.drain(..) {
+                copy_between(b, slice.part(at, b.len()));
+                at += b.len();
+            }
+            op.bufs = theirs;
+        } else {
+            op.copy_out = Some((theirs, usize::try_from(skip).expect("less than an alignment unit")));
+        }
+        op.bufs.push(slice);
+        op.own = Some(own);
+        op.io = IoOp { off: HostOffset(op.io.off.0 - skip), len, ..op.io };
+        Ok(())
+    }
+
+    /// The engine has finished something.
+    pub(super) fn completed(&mut self, c: Completion) {
+        let i = usize::try_from(c.tag.0).expect("our own tag");
+        self.moved(i, c.result);
+    }
+
+    /// An operation has moved some or all of its bytes, or failed.
+    fn moved(&mut self, i: usize, result: Result<u64, i32>) {
+        let op = self.ops.get(i);
+        if op.io.kind.changes_file() {
+            self.disk.file(op.io.file).syncs.wrote();
+        }
+        match result {
+            Err(e) if e == libc::EINTR || e == libc::EAGAIN => self.queue_op(i),
+            Err(e) => self.op_failed(i, e),
+            Ok(n) if matches!(op.io.kind, IoKind::Read | IoKind::Write) && n < op.io.len => {
+                self.op_short(i, n)
+            }
+            Ok(_) => self.op_ended(i, Ok(())),
+        }
+    }
+
+    /// Fewer bytes than asked for: go on behind them. Nothing at all means the end of the file, and so does an
+    /// unaligned piece of unbuffered I/O.
+    fn op_short(&mut self, i: usize, n: u64) {
+        let op = self.ops.get(i);
+        let rest = op.io.len - n;
+        let mut left = Vec::with_capacity(op.bufs.len());
+        sub_slices(&op.bufs, n, rest, &mut left);
+        op.bufs = left;
+        op.io.off = op.io.off.plus(n);
+        op.io.len = rest;
+        let alignment = self.disk.file(op.io.file).traits.alignment;
+        if n > 0 && alignment.fits(op.io.off.0, &op.bufs) {
+            return self.queue_op(i);
+        }
+        let ended =
+            if op.io.kind == IoKind::Read { fill_behind_end(op) } else { Err(Failure::Os(libc::EIO)) };
+        self.op_ended(i, ended);
+    }
+
+    /// Some failures only mean that the file system cannot do it this way.
+    fn op_failed(&mut self, i: usize, errno: i32) {
+        let op = self.ops.get(i);
+        let (owner, io) = (op.owner, op.io);
+        if errno != libc::EOPNOTSUPP {
+            return self.op_ended(i, Err(Failure::Os(errno)));
+        }
+        match io.kind {
+            IoKind::Punch => {
+                self.disk.file(io.file).note_cannot_punch();
+                if self.is_discard(owner) {
+                    return self.op_ended(i, Ok(()));
+                }
+                self.ops.get(i).io.kind = IoKind::ZeroRange;
+                self.queue_op(i);
+            }
+            IoKind::Allocate => {
+                if let Owner::Slot(s) = owner {
+                    self.note_unclean_extension(s);
+                }
+                let to = io.off.plus(io.len);
+                if self.disk.file(io.file).file.len().is_ok_and(|len| len >= to.0) {
+                    return self.op_ended(i, Ok(()));
+                }
+                self.ops.get(i).io = IoOp { kind: IoKind::Truncate, off: to, len: 0, ..io };
+                self.queue_op(i);
+            }
+            _ => self.op_ended(i, Err(Failure::Os(errno))),
+        }
+    }
+
+    fn is_discard(&mut self, owner: Owner) -> bool {
+        matches!(owner, Owner::Slot(s) if matches!(self.slot(s).job, Job::Request(Request::Discard(_))))
+    }
+
+    fn op_ended(&mut self, i: usize, result: Result<(), Failure>) {
+        let op = self.ops.get(i);
+        let (owner, io) = (op.owner, op.io);
+        if result.is_ok()
+            && let (Some((theirs, skip)), Some(own)) = (op.copy_out.take(), op.own.as_ref())
+        {
+            let wanted: usize = theirs.iter().map(|b| b.len()).sum();
+            scatter(&own.as_slice()[skip..skip + wanted], &theirs);
+        }
+        drop(self.ops.free(i));
+        match owner {
+            Owner::Slot(s) => {
+                self.slot(s).settle_one(result);
+                self.advance(s);
+            }
+            Owner::Sync(file) => self.sync_ended(file, result),
+            Owner::Page(id) => self.page_ended(id, io.file, result),
+        }
+    }
+
+    /// Makes `slot` wait for a sync of `file` that is submitted from now on. `even_if_clean`: see
+    /// [`super::sync::SyncGroup::join`].
+    pub(super) fn join_sync(&mut self, slot: u16, file: FileId, even_if_clean: bool) {
+        use super::sync::Joined;
+        let me = self.me(slot);
+        self.slot(slot).pending += 1;
+        match self.disk.file(file).syncs.join(me, even_if_clean) {
+            Joined::Clean => self.slot(slot).pending -= 1,
+            Joined::Wait => {}
+            Joined::Start => self.submit_sync(file),
+        }
+    }
+
+    fn submit_sync(&mut self, file: FileId) {
+        let io = IoOp { kind: IoKind::Sync, file, off: HostOffset(0), len: 0 };
+        self.issue_plain(Owner::Sync(file), io);
+    }
+
+    fn sync_ended(&mut self, file: FileId, result: Result<(), Failure>) {
+        let path = self.disk.file(file).file.path().to_path_buf();
+        let mut told: Vec<Waiter> = Vec::new();
+        let mut again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
+        if let Err(f) = result {
+            tracing::error!("{}: sync failed ({f}): the disk takes no more writes", path.display());
+            self.disk.sync_has_failed();
+            // No retry (O4): those who joined later fail with the others.
+            while again {
+                again = self.disk.file(file).syncs.ended(false, &mut told);
+            }
+        }
+        for w in told {
+            self.wake(w, result.map_err(|_| Failure::SyncFailed));
+        }
+        if again {
+            self.submit_sync(file);
+        }
+    }
+
+    /// Submits the write of a page with everything that was released for it.
+    pub(super) fn submit_page(&mut self, id: PageId) {
+        let ops = self.disk.pages.in_flight(id);
+        let layer =
+            self.disk.chain.layers().iter().find(|l| l.number == id.0).expect("a page of an open image");
+        let mut bytes = Vec::new();
+        let place = layer.map.compose(id.1, &ops, &mut bytes);
+        let (file, off) = match place {
+            Ok(p) => p,
+            Err(e) => {
+                tracing::error!("{e}");
+                return self.page_ended(id, FileId(0), Err(Failure::Corrupt));
+            }
+        };
+        let unit = u64::from(self.disk.file(file).traits.alignment.offset);
+        let (off, bytes) = match widen(&*self.disk.file(file).file, off, bytes, unit) {
+            Ok(x) => x,
+            Err(f) => return self.page_ended(id, file, Err(f)),
+        };
+        let mut own = Own::Made(AlignedBuf::new(bytes.len()));
+        own.as_mut_slice().copy_from_slice(&bytes);
+        let io = IoOp { kind: IoKind::Write, file, off, len: bytes.len() as u64 };
+        let i = self.ops.take(Owner::Page(id), io);
+        let op = self.ops.get(i);
+        op.bufs.push(own.slice());
+        op.own = Some(own);
+        self.start_op(i);
+    }
+
+    fn page_ended(&mut self, id: PageId, file: FileId, result: Result<(), Failure>) {
+        let disk = self.disk.clone();
+        if let Err(f) = result {
+            tracing::error!("{}: cannot write metadata: {f}", disk.file(file).file.path().display());
+        }
+        let layer = disk.chain.layers().iter().find(|l| l.number == id.0).expect("a page of an open image");
+        let (told, again) = disk.pages.ended(id, |ops| {
+            if result.is_ok() {
+                layer.map.publish(id.1, ops);
+            }
+        });
+        for w in told {
+            self.wake(w, result);
+        }
+        if again {
+            self.submit_page(id);
+        }
+    }
+}
+
+/// Metadata that does not fill whole device sectors is written with what the file has around it. Nobody else writes
+/// those sectors: an image whose data shares one with metadata is not opened unbuffered for writing.
+fn widen(
+    file: &dyn HostFile,
+    off: HostOffset,
+    bytes: Vec<u8>,
+    unit: u64,
+) -> Result<(HostOffset, Vec<u8>), Failure> {
+    let skip = off.0 % unit;
+    let len = (skip + bytes.len() as u64).next_multiple_of(unit);
+    if skip == 0 && len == bytes.len() as u64 {
+        return Ok((off, bytes));
+    }
+    let skip_bytes = usize::try_from(skip).expect("less than an alignment unit");
+    let mut wide = vec![0; usize::try_from(len).expect("a page and its edges")];
+    let start = HostOffset(off.0 - skip);
+    file.read_at(start.0, &mut wide).map_err(|e| Failure::from_io(&e))?;
+    wide[skip_bytes..skip_bytes + bytes.len()].copy_from_slice(&bytes);
+    Ok((start, wide))
+}
+
+/// A read has met the end of the file. The last sector of a raw file may be cut short and reads as zeros from there on;
+/// an aligned read may reach past what was asked for. Anything else means that the file has shrunk.
+fn fill_behind_end(op: &Op) -> Result<(), Failure> {
+    let missing = match (&op.copy_out, &op.own) {
+        (Some((theirs, skip)), Some(own)) => {
+            let got = own.as_slice().len() as u64 - op.io.len;
+            (total_len(theirs) + *skip as u64).saturating_sub(got)
+        }
+        _ => op.io.len,
+    };
+    if missing >= SECTOR_BYTES {
+        return Err(Failure::Os(libc::EIO));
+    }
+    fill_zero(&op.bufs);
+    Ok(())
+}
+
+/// Copies between two pieces of foreign memory.
+fn copy_between(from: BufSlice, to: BufSlice) {
+    let mut chunk = [0u8; 4096];
+    let mut at = 0;
+    while at < from.len() {
+        let n = chunk.len().min(from.len() - at);
+        from.part(at, n).read(&mut chunk[..n]);
+        to.part(at, n).write(&chunk[..n]);
+        at += n;
+    }
+}

@@ -1,0 +1,130 @@
+//! Finding the images a disk belongs with: parents by their UUID, children by the parent they name.
+
+use super::open::open_map;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, extension_format};
+use crate::io::{HostFile, OpenHow, OsFile};
+use crate::limits::{MAX_PARENT_SEARCH_DEPTH, MAX_PARENT_SEARCH_FILES};
+use crate::map::FileId;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Where an image's parents are looked for if nothing was said: its own folder, and the one above if its name is
+/// `Snapshots`, as VirtualBox lays machines out.
+pub(super) fn default_dirs(image: &Path) -> Vec<PathBuf> {
+    let absolute = std::path::absolute(image).unwrap_or_else(|_| image.to_path_buf());
+    let Some(own) = absolute.parent() else { return Vec::new() };
+    let mut dirs = Vec::new();
+    if own.file_name().is_some_and(|n| n == "Snapshots")
+        && let Some(above) = own.parent()
+    {
+        dirs.push(above.to_path_buf());
+    }
+    if dirs.is_empty() {
+        dirs.push(own.to_path_buf());
+    }
+    dirs
+}
+
+/// The images found in some folders and the folders below, by what their headers say.
+#[derive(Debug)]
+pub(super) struct ParentSearch {
+    dirs: Vec<PathBuf>,
+    found: Option<Found>,
+}
+
+#[derive(Debug, Default)]
+struct Found {
+    by_uuid: HashMap<Uuid, Vec<PathBuf>>,
+    by_parent: HashMap<Uuid, PathBuf>,
+    files: usize,
+}
+
+impl ParentSearch {
+    pub(super) fn new(dirs: Vec<PathBuf>) -> Self {
+        ParentSearch { dirs, found: None }
+    }
+
+    /// The file with this UUID, other than `child` itself. Two different files with it are an error: only the
+    /// user can tell which is meant.
+    pub(super) fn find(&mut self, uuid: Uuid, child: &Path) -> Result<Option<PathBuf>> {
+        let own = identity(child);
+        let Some(paths) = self.found().by_uuid.get(&uuid) else { return Ok(None) };
+        let mut others: Vec<_> = paths.iter().filter(|p| identity(p) != own).collect();
+        others.dedup_by_key(|p| identity(p));
+        match others[..] {
+            [] => Ok(None),
+            [one] => Ok(Some(one.clone())),
+            [a, b, ..] => {
+                let what =
+                    format!("two files have its parent's UUID {uuid}: {} and {}", a.display(), b.display());
+                Err(Error::new(ErrorKind::ParentMismatch, what)
+                    .at(child)
+                    .hint("name the right one with --parent"))
+            }
+        }
+    }
+
+    /// A file that names `uuid` as its parent.
+    pub(super) fn child_of(&mut self, uuid: Uuid) -> Option<PathBuf> {
+        self.found().by_parent.get(&uuid).cloned()
+    }
+
+    fn found(&mut self) -> &Found {
+        self.found.get_or_insert_with(|| {
+            let mut found = Found::default();
+            for d in &self.dirs {
+                scan(d, 0, &mut found);
+            }
+            found
+        })
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
+/// Looks at a folder and those below. Links are not followed: a folder shared with others must not lead elsewhere.
+fn scan(dir: &Path, depth: usize, found: &mut Found) {
+    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    let mut entries: Vec<_> = entries.flatten().collect();
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        if found.files >= MAX_PARENT_SEARCH_FILES {
+            tracing::warn!(
+                "{}: more than {MAX_PARENT_SEARCH_FILES} files, the rest is not searched",
+                dir.display()
+            );
+            return;
+        }
+        let Ok(kind) = entry.file_type() else { continue };
+        if kind.is_dir() && depth < MAX_PARENT_SEARCH_DEPTH {
+            scan(&entry.path(), depth + 1, found);
+        } else if kind.is_file() {
+            found.files += 1;
+            look(&entry.path(), found);
+        }
+    }
+}
+
+/// Notes an image's UUIDs. Files that are no images, or damaged ones, are passed over: they are not what is sought.
+fn look(path: &Path, found: &mut Found) {
+    if extension_format(path).is_none_or(|f| f == format::Format::Raw) {
+        return;
+    }
+    let Ok(file) = OsFile::open(path, OpenHow::default()) else { return };
+    let file: Arc<dyn HostFile> = Arc::new(file);
+    let how = format::OpenHow { read_only: true, info_only: true };
+    let Ok((_, map)) = open_map(path, &file, None, FileId(0), how) else { return };
+    let info = map.info();
+    if let Some(u) = info.uuid {
+        found.by_uuid.entry(u).or_default().push(path.to_path_buf());
+    }
+    if let Some(p) = info.parent_uuid {
+        found.by_parent.entry(p).or_insert_with(|| path.to_path_buf());
+    }
+}

@@ -1,0 +1,115 @@
+//! Syncs, shared by all who wait for one. One runs per file, one waits, all join the one that waits: a flush is
+//! satisfied only by a sync that was submitted after it came (rule O6).
+
+use crate::map::Waiter;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The syncs of one file.
+#[derive(Debug)]
+pub(crate) struct SyncGroup {
+    /// Writes have completed that no finished sync covers. True from the start for a file opened for writing: what
+    /// earlier processes wrote may still be in the page cache.
+    unsynced: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    running: bool,
+    /// Those whose sync runs.
+    current: Vec<Waiter>,
+    /// Those who came since.
+    waiting: Vec<Waiter>,
+}
+
+/// What to do after [`SyncGroup::join`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Joined {
+    /// Submit a sync; its end goes to [`SyncGroup::ended`].
+    Start,
+    /// Someone else's sync will tell.
+    Wait,
+    /// Nothing is unsynced.
+    Clean,
+}
+
+impl SyncGroup {
+    pub(crate) fn new(unsynced: bool) -> Self {
+        SyncGroup { unsynced: AtomicBool::new(unsynced), state: Mutex::default() }
+    }
+
+    /// A write has completed. To be called before anyone is told of it.
+    pub(crate) fn wrote(&self) {
+        if !self.unsynced.load(Ordering::Relaxed) {
+            self.unsynced.store(true, Ordering::Release);
+        }
+    }
+
+    /// Joins the next sync to be submitted. `even_if_clean`: a plan's own sync, whose writes went past
+    /// [`Self::wrote`] in this very channel, never takes the short cut.
+    pub(crate) fn join(&self, who: Waiter, even_if_clean: bool) -> Joined {
+        let mut s = self.state.lock().expect("sync lock");
+        if s.running {
+            s.waiting.push(who);
+            return Joined::Wait;
+        }
+        if !even_if_clean && !self.unsynced.load(Ordering::Acquire) {
+            return Joined::Clean;
+        }
+        s.running = true;
+        s.current.push(who);
+        self.unsynced.store(false, Ordering::Release);
+        Joined::Start
+    }
+
+    /// The sync has ended: moves those it satisfies into `out`. True: submit another, for those who came since.
+    pub(crate) fn ended(&self, ok: bool, out: &mut Vec<Waiter>) -> bool {
+        let mut s = self.state.lock().expect("sync lock");
+        assert!(s.running, "a sync ended that nobody started");
+        out.append(&mut s.current);
+        if !ok {
+            self.unsynced.store(true, Ordering::Release);
+        }
+        if s.waiting.is_empty() {
+            s.running = false;
+            return false;
+        }
+        let State { current, waiting, .. } = &mut *s;
+        std::mem::swap(current, waiting);
+        self.unsynced.store(false, Ordering::Release);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_comers_wait_for_the_next_sync() {
+        let g = SyncGroup::new(true);
+        let w = |slot| Waiter { channel: 0, slot };
+        let mut done = Vec::new();
+        assert_eq!(g.join(w(1), false), Joined::Start);
+        assert_eq!(g.join(w(2), false), Joined::Wait);
+        assert_eq!(g.join(w(3), true), Joined::Wait);
+        assert!(g.ended(true, &mut done));
+        assert_eq!(done, [w(1)]);
+        done.clear();
+        assert!(!g.ended(true, &mut done));
+        assert_eq!(done, [w(2), w(3)]);
+        assert_eq!(g.join(w(4), false), Joined::Clean);
+        g.wrote();
+        assert_eq!(g.join(w(4), false), Joined::Start);
+    }
+
+    #[test]
+    fn a_failed_sync_leaves_the_file_unsynced() {
+        let g = SyncGroup::new(true);
+        let w = Waiter { channel: 0, slot: 0 };
+        assert_eq!(g.join(w, false), Joined::Start);
+        assert!(!g.ended(false, &mut Vec::new()));
+        assert_eq!(g.join(w, false), Joined::Start);
+    }
+}
