@@ -12,9 +12,10 @@ pub const MAX_QUEUE_SIZE: u16 = 1024;
 pub const MIN_QUEUE_SIZE: u16 = 16;
 /// Descriptors of one chain, indirect tables included.
 pub const MAX_CHAIN_DESCRIPTORS: usize = 1024;
-/// Data segments a driver may put into one request (`seg_max`): the ring's size less header and
-/// status, and at most this.
-pub const MAX_SEGMENTS: u32 = 254;
+/// Data segments a driver may put into one request (`seg_max`): the largest queue's size less header and status, and
+/// at most this. The front-end chooses the ring's size after the driver has read `seg_max`; with QEMU's usual ring of 128
+/// and indirect descriptors switched off a longer request would never fit and the guest would wait for ever.
+pub const MAX_SEGMENTS: u32 = 126;
 /// Data bytes of one request. Larger ones are answered with IOERR.
 pub const MAX_REQUEST_BYTES: u64 = 1 << 30;
 /// Segments of one DISCARD or WRITE_ZEROES request.
@@ -66,3 +67,9 @@ pub const MAX_CHECK_LINES: usize = 200;
 pub const MAX_ENGINE_DEPTH: u32 = 4096;
 /// Threads of the process-wide pool behind the thread engine.
 pub const POOL_THREADS: usize = 8;
+/// Answers of one batch that a driver waits for at most before it sees the first.
+pub const PUBLISH_COMPLETIONS: u16 = 16;
+/// Microseconds of one batch that a driver waits for at most before it sees the first answer.
+pub const PUBLISH_MICROS: u64 = 50;
+/// Longest time, in microseconds, a worker looks at its ring before it goes to sleep (`--poll-us`).
+pub const MAX_POLL_MICROS: u32 = 1000;
