@@ -13,6 +13,7 @@
 //! [`job`] does the long work (copy, check, repair) on the same containers.
 //! `docs/architecture.md` tells why it is so.
 
+pub mod daemon;
 pub mod error;
 pub mod format;
 pub mod io;

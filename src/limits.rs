@@ -12,9 +12,9 @@ pub const MAX_QUEUE_SIZE: u16 = 1024;
 pub const MIN_QUEUE_SIZE: u16 = 16;
 /// Descriptors of one chain, indirect tables included.
 pub const MAX_CHAIN_DESCRIPTORS: usize = 1024;
-/// Data segments a driver may put into one request (`seg_max`): the largest queue's size less header and status, and
-/// at most this. The front-end chooses the ring's size after the driver has read `seg_max`; with QEMU's usual ring of 128
-/// and indirect descriptors switched off a longer request would never fit and the guest would wait for ever.
+/// Data segments a driver may put into one request (`seg_max`). 126 and a header and a status fill a ring of 128, the
+/// default of QEMU: chains longer than the ring are against the specification, and the ring's size is not known when
+/// the driver asks.
 pub const MAX_SEGMENTS: u32 = 126;
 /// Data bytes of one request. Larger ones are answered with IOERR.
 pub const MAX_REQUEST_BYTES: u64 = 1 << 30;

@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "format", "io", "vd"]),
+    ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
 
 /// The only files with `unsafe` in them.
@@ -27,6 +28,7 @@ const UNSAFE: &[&str] = &[
     "vd/own.rs",
     "vhost/memory.rs",
     "vhost/ring.rs",
+    "vhost/sys.rs",
 ];
 
 /// The crates the device is built on, each of them really at work.
@@ -125,15 +127,19 @@ fn formats_do_no_io() {
 
 #[test]
 fn unsafe_stays_where_it_belongs_and_says_why() {
-    for (path, text) in sources(&["src"]) {
+    let all = sources(&["src"]);
+    for (path, text) in all.iter().filter(|(path, _)| !path.ends_with("/tests.rs")) {
         let lines: Vec<_> = text.lines().collect();
         for (n, line) in lines.iter().enumerate() {
+            if line.starts_with("#[cfg(test)]") {
+                break;
+            }
             let l = code(line);
             let is_unsafe = ["unsafe {", "unsafe impl", "unsafe fn"].iter().any(|w| l.contains(w));
             if !is_unsafe {
                 continue;
             }
-            let short = path.strip_prefix("src/").unwrap_or(&path);
+            let short = path.strip_prefix("src/").unwrap_or(path);
             assert!(UNSAFE.contains(&short), "{path}:{}: unsafe in a file that is not on the list", n + 1);
             let above = lines[n.saturating_sub(12)..=n].join("\n");
             assert!(above.contains("SAFETY:") || above.contains("# Safety"), "{path}:{}: no SAFETY", n + 1);
@@ -183,7 +189,12 @@ fn files_and_functions_keep_their_size() {
             }
             let indent = &line[..line.len() - trimmed.len()];
             let end = format!("{indent}}}");
-            if let Some(len) = lines[n..].iter().position(|l| *l == end)
+            let has_body = lines[n..]
+                .iter()
+                .find(|l| l.ends_with('{') || l.ends_with(';'))
+                .is_some_and(|l| l.ends_with('{'));
+            if has_body
+                && let Some(len) = lines[n..].iter().position(|l| *l == end)
                 && len > MAX_FN_LINES
             {
                 long.push(format!("{path}:{}: a function of {len} lines", n + 1));

@@ -1,2 +1,222 @@
-//! vdblk
-fn main() {}
+//! The daemon: arguments into library calls, nothing else.
+
+use clap::{ArgAction, Parser, ValueEnum};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use vdblk::daemon::{self, Config, Socket};
+use vdblk::format::Format;
+use vdblk::io::EngineKind;
+use vdblk::limits;
+use vdblk::vd::{CacheMode, ImageSpec};
+
+/// Serves a virtual disk image, with its snapshots, as a vhost-user-blk device.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 110)]
+struct Args {
+    /// Listen on this unix socket
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    socket_path: Option<PathBuf>,
+    /// Use this inherited socket, listening or connected
+    #[arg(long, value_name = "N")]
+    fd: Option<i32>,
+    /// Permissions of the socket file, octal
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = octal)]
+    socket_mode: u32,
+    /// Group of the socket file
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+    /// Print what this back-end can do, as QEMU's conventions ask, and exit
+    #[arg(long, action = ArgAction::SetTrue)]
+    print_capabilities: bool,
+
+    /// The image to serve
+    #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
+    blk_file: Option<PathBuf>,
+    /// Its format; needed where extension and signature do not tell
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// A parent of the image, base first [repeatable]; else parents are searched by UUID
+    #[arg(long, value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
+    parent: Vec<ImageSpec>,
+    /// Search parents here, sub-folders too [repeatable; default: the image's folder]
+    #[arg(long, value_name = "DIR")]
+    parent_dir: Vec<PathBuf>,
+    /// Take a parent although it is not the one the image names
+    #[arg(long)]
+    allow_parent_mismatch: bool,
+    /// Write to the image although another image in its folder is based on it
+    #[arg(long)]
+    allow_write_to_parent: bool,
+    /// Write into this new differencing VDI; the image itself stays as it is
+    #[arg(long, value_name = "FILE", conflicts_with = "read_only")]
+    overlay: Option<PathBuf>,
+    /// Take no changes
+    #[arg(long)]
+    read_only: bool,
+    /// Seconds to wait for a lock that another process holds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    lock_wait: u64,
+
+    /// Request queues the device offers [default: one per host CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(limits::MAX_QUEUES)))]
+    num_queues: Option<u16>,
+    /// Largest ring a front-end may set up, a power of two
+    #[arg(long, value_name = "N", default_value_t = limits::MAX_QUEUE_SIZE, value_parser = queue_size)]
+    queue_size: u16,
+    /// none: past the page cache; writethrough: every write is synced; unsafe: flushes are ignored
+    #[arg(long, value_enum, default_value_t = Cache::Writeback)]
+    cache: Cache,
+    /// unmap: discards give space back to the file system; ignore: they are not offered
+    #[arg(long, value_enum, default_value_t = Discard::Unmap)]
+    discard: Discard,
+    /// The serial number the guest sees, at most 20 bytes
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
+    serial: String,
+    /// How files are read and written; auto: io_uring where it is allowed, else threads
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    io_engine: Engine,
+    /// Microseconds to poll for further requests before sleeping
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=i64::from(limits::MAX_POLL_MICROS)))]
+    poll_us: u32,
+
+    /// End when the front-end disconnects, instead of listening again
+    #[arg(long)]
+    once: bool,
+    /// On SIGTERM, also wait until everything is on disk
+    #[arg(long)]
+    flush_on_exit: bool,
+    /// What to log
+    #[arg(long, value_enum, default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
+    /// How to log
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    None,
+    Writeback,
+    Writethrough,
+    Unsafe,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Discard {
+    Unmap,
+    Ignore,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    Auto,
+    #[value(name = "io_uring")]
+    IoUring,
+    Threads,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn octal(s: &str) -> Result<u32, String> {
+    u32::from_str_radix(s, 8)
+        .ok()
+        .filter(|m| *m <= 0o777)
+        .ok_or_else(|| "an octal mode up to 777".to_string())
+}
+
+fn queue_size(s: &str) -> Result<u16, String> {
+    let (min, max) = (limits::MIN_QUEUE_SIZE, limits::MAX_QUEUE_SIZE);
+    let n: Option<u16> = s.parse().ok();
+    n.filter(|n| n.is_power_of_two() && (min..=max).contains(n))
+        .ok_or_else(|| format!("a power of two from {min} to {max}"))
+}
+
+fn serial(s: &str) -> Result<String, String> {
+    if s.len() <= 20 { Ok(s.to_string()) } else { Err("at most 20 bytes".to_string()) }
+}
+
+impl Args {
+    fn config(self) -> Config {
+        Config {
+            socket: match (self.socket_path, self.fd) {
+                (Some(path), _) => Socket::Path { path, mode: self.socket_mode, group: self.socket_group },
+                (None, Some(fd)) => Socket::Inherited(fd),
+                (None, None) => Socket::Activated,
+            },
+            image: ImageSpec { path: self.blk_file.unwrap_or_default(), format: self.format },
+            parents: self.parent,
+            parent_dirs: self.parent_dir,
+            allow_parent_mismatch: self.allow_parent_mismatch,
+            allow_write_to_parent: self.allow_write_to_parent,
+            overlay: self.overlay,
+            read_only: self.read_only,
+            lock_wait: Duration::from_secs(self.lock_wait),
+            num_queues: self.num_queues,
+            queue_size: self.queue_size,
+            cache: match self.cache {
+                Cache::None => CacheMode::None,
+                Cache::Writeback => CacheMode::Writeback,
+                Cache::Writethrough => CacheMode::Writethrough,
+                Cache::Unsafe => CacheMode::Unsafe,
+            },
+            discard: self.discard == Discard::Unmap,
+            serial: self.serial,
+            engine: match self.io_engine {
+                Engine::Auto => EngineKind::Auto,
+                Engine::IoUring => EngineKind::IoUring,
+                Engine::Threads => EngineKind::Threads,
+            },
+            poll: Duration::from_micros(u64::from(self.poll_us)),
+            once: self.once,
+            flush_on_exit: self.flush_on_exit,
+        }
+    }
+
+    fn start_logging(&self) {
+        let level = match self.log_level {
+            LogLevel::Error => tracing::Level::ERROR,
+            LogLevel::Warn => tracing::Level::WARN,
+            LogLevel::Info => tracing::Level::INFO,
+            LogLevel::Debug => tracing::Level::DEBUG,
+            LogLevel::Trace => tracing::Level::TRACE,
+        };
+        let log =
+            tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
+        match self.log_format {
+            LogFormat::Text => log.without_time().init(),
+            LogFormat::Json => log.json().init(),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    // QEMU's conventions: this option alone decides, whatever stands beside it.
+    if std::env::args_os().skip(1).any(|a| a == "--print-capabilities") {
+        println!("{}", daemon::CAPABILITIES);
+        return ExitCode::SUCCESS;
+    }
+    let args = Args::parse();
+    args.start_logging();
+    match daemon::run(&args.config()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("vdblk: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -78,23 +78,25 @@ impl SocketFile {
     /// # Errors
     /// `Exists` if somebody listens there or it is something else than a socket; or from the operating system.
     pub fn bind(path: &Path, options: &SocketOptions) -> Result<(Self, Endpoint)> {
-        refuse_if_taken(path).map_err(|e| e.at(path))?;
-        let hidden = path.with_file_name(format!(".{}", std::process::id()));
-        let made = Self::make(&hidden, path, options);
-        if made.is_err() {
-            // what is left of the attempt, if anything
-            let _ = fs::remove_file(&hidden);
+        if is_stale(path).map_err(|e| e.at(path))? {
+            fs::remove_file(path).map_err(|e| Error::io("remove the stale socket", e).at(path))?;
         }
-        let listener = made.map_err(|e| Error::io("make the socket", e).at(path))?;
+        let listener = Self::make(path, options).map_err(|e| Error::io("make the socket", e).at(path))?;
         Ok((SocketFile { path: path.to_path_buf() }, Endpoint::Listener(listener)))
     }
 
-    fn make(hidden: &Path, path: &Path, options: &SocketOptions) -> io::Result<UnixListener> {
-        let listener = UnixListener::bind(hidden)?;
-        chown(hidden, None, options.group)?;
-        fs::set_permissions(hidden, fs::Permissions::from_mode(options.mode))?;
-        fs::rename(hidden, path)?;
-        Ok(listener)
+    /// Between `bind` and `listen` nobody can connect: by then owner and permissions are set.
+    fn make(path: &Path, options: &SocketOptions) -> io::Result<UnixListener> {
+        let socket = sys::bind_unix(path)?;
+        let set_up = chown(path, None, options.group)
+            .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(options.mode)))
+            .and_then(|()| sys::listen(&socket));
+        if let Err(e) = set_up {
+            // what is left of the attempt
+            let _ = fs::remove_file(path);
+            return Err(e);
+        }
+        Ok(socket.into())
     }
 }
 
@@ -105,14 +107,15 @@ impl Drop for SocketFile {
     }
 }
 
-fn refuse_if_taken(path: &Path) -> Result<()> {
+/// True for a socket file that nobody listens on, false if nothing is there.
+fn is_stale(path: &Path) -> Result<bool> {
     let exists = |what: &str| Err(Error::new(ErrorKind::Exists, what));
     match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("look at the socket's place", e)),
         Ok(meta) if !meta.file_type().is_socket() => exists("something that is not a socket is there"),
         Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
             _ => exists("another process listens on this socket"),
         },
     }

@@ -3,6 +3,8 @@
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -92,4 +94,32 @@ pub(super) fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     check(unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
     // SAFETY: it is open, and was handed to this process by number for this very use: nothing in it owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A unix stream socket with a name in the file system, not listening yet: nobody can connect to it.
+pub(super) fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+    // SAFETY: all-zero bytes are a valid sockaddr_un.
+    let mut name: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.len() >= name.sun_path.len() || bytes.contains(&0) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is too long for a socket"));
+    }
+    name.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, from) in name.sun_path.iter_mut().zip(bytes) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    // SAFETY: takes numbers and returns a new descriptor.
+    let fd = check(unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: `name` is a sockaddr_un of that length, its path closed by a NUL.
+    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const name).cast(), len) })?;
+    Ok(fd)
+}
+
+/// Lets front-ends connect.
+pub(super) fn listen(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes a descriptor and a number.
+    check(unsafe { libc::listen(fd.as_fd().as_raw_fd(), 8) }).map(drop)
 }

@@ -1,0 +1,255 @@
+//! The daemon: opens a disk, listens, serves, and leaves everything in order.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{EngineKind, make_engine};
+use crate::job::create_overlay;
+use crate::limits;
+use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
+use crate::vhost::{Device, Endpoint, ServeOptions, SocketFile, SocketOptions, serve};
+use crate::virtio::{DeviceShape, Geometry};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// What QEMU's conventions want to hear from `--print-capabilities`.
+pub const CAPABILITIES: &str = r#"{
+  "type": "block",
+  "features": [
+    "read-only",
+    "blk-file"
+  ]
+}"#;
+
+/// Where front-ends reach us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// A socket file we make.
+    Path {
+        /// Its name.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+        /// Its group: a name or a number.
+        group: Option<String>,
+    },
+    /// A descriptor we were started with, listening or connected.
+    Inherited(i32),
+    /// What systemd hands over (`LISTEN_FDS`).
+    Activated,
+}
+
+/// Everything a daemon is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where front-ends reach us.
+    pub socket: Socket,
+    /// The image.
+    pub image: ImageSpec,
+    /// Its parents, base first; empty: searched.
+    pub parents: Vec<ImageSpec>,
+    /// Where parents are searched.
+    pub parent_dirs: Vec<PathBuf>,
+    /// A wrong parent is taken all the same.
+    pub allow_parent_mismatch: bool,
+    /// An image may be written although another is based on it.
+    pub allow_write_to_parent: bool,
+    /// A new diff that takes the writes.
+    pub overlay: Option<PathBuf>,
+    /// No changes.
+    pub read_only: bool,
+    /// How long to wait for locks.
+    pub lock_wait: Duration,
+    /// Queues; `None`: one per CPU.
+    pub num_queues: Option<u16>,
+    /// Largest ring.
+    pub queue_size: u16,
+    /// Use of the page cache.
+    pub cache: CacheMode,
+    /// Discards are offered.
+    pub discard: bool,
+    /// For GET_ID.
+    pub serial: String,
+    /// Which engine.
+    pub engine: EngineKind,
+    /// How long to poll.
+    pub poll: Duration,
+    /// End with the first front-end.
+    pub once: bool,
+    /// Sync at the end.
+    pub flush_on_exit: bool,
+}
+
+/// Serves a disk until a signal, or as long as the configuration says.
+///
+/// # Errors
+/// With one line that says what to do. Nothing is lost: what was acknowledged is with the kernel.
+pub fn run(config: &Config) -> Result<()> {
+    let shutdown = stop_on_signals()?;
+    let opened = open(config)?;
+    let (endpoint, _name) = endpoint(&config.socket)?;
+    let device = device(config, &opened)?;
+    let options = ServeOptions { once: config.once };
+    let what = opened.images[0].path.display().to_string();
+    let images = opened.images.len();
+    serve(device, endpoint, options, &shutdown, || {
+        tracing::info!("serving {what} ({} images, {} bytes)", images, opened.disk.size_bytes());
+        // Without systemd nobody listens, and nothing depends on it.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    })?;
+    close(&opened.disk, config)
+}
+
+/// An event for SIGTERM and SIGINT. A thread waits for the signals; nothing runs inside a handler.
+fn stop_on_signals() -> Result<EventFd> {
+    let tried = |e| Error::io("wait for signals", e);
+    let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(tried)?;
+    let tell = stop.try_clone().map_err(tried)?;
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(tried)?;
+    let wait = move || {
+        for signal in signals.forever() {
+            tracing::info!("{}: stopping", signal_hook::low_level::signal_name(signal).unwrap_or("signal"));
+            // A counter that is full has been told often enough.
+            let _ = tell.write(1);
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(tried)?;
+    Ok(stop)
+}
+
+fn open(config: &Config) -> Result<OpenedDisk> {
+    let options = DiskOptions {
+        read_only: config.read_only || config.overlay.is_some(),
+        skip_syncs: config.cache == CacheMode::Unsafe,
+        write_through: config.cache == CacheMode::Writethrough,
+        discard: config.discard,
+    };
+    let how = OpenDisk {
+        image: config.image.clone(),
+        parents: config.parents.clone(),
+        parent_dirs: config.parent_dirs.clone(),
+        direct: config.cache == CacheMode::None,
+        lock_wait: Some(config.lock_wait),
+        allow_parent_mismatch: config.allow_parent_mismatch,
+        allow_write_to_parent: config.allow_write_to_parent,
+        options,
+    };
+    match &config.overlay {
+        None => open_disk(&how),
+        Some(overlay) => open_overlay(how, overlay),
+    }
+}
+
+/// Opens a new diff on top of the image, whose chain is looked up once more as its parents.
+fn open_overlay(how: OpenDisk, overlay: &Path) -> Result<OpenedDisk> {
+    let parents = {
+        let below = open_disk(&how)?;
+        create_overlay(overlay, &below.images[0].info)?;
+        below
+            .images
+            .iter()
+            .rev()
+            .map(|i| ImageSpec { path: i.path.clone(), format: Some(i.format) })
+            .collect()
+    };
+    let options = DiskOptions { read_only: false, ..how.options };
+    open_disk(&OpenDisk {
+        image: ImageSpec { path: overlay.to_path_buf(), format: Some(crate::format::Format::Vdi) },
+        parents,
+        options,
+        ..how
+    })
+}
+
+fn endpoint(socket: &Socket) -> Result<(Endpoint, Option<SocketFile>)> {
+    match socket {
+        Socket::Path { path, mode, group } => {
+            let group = group.as_deref().map(group_number).transpose()?;
+            let (file, endpoint) = SocketFile::bind(path, &SocketOptions { mode: *mode, group })?;
+            Ok((endpoint, Some(file)))
+        }
+        Socket::Inherited(number) => Ok((Endpoint::from_number(*number)?, None)),
+        Socket::Activated => {
+            let none = || {
+                Error::new(ErrorKind::InvalidArgument, "no socket was given")
+                    .hint("--socket-path PATH, --fd N, or a systemd socket unit")
+            };
+            let mut inherited = listenfd::ListenFd::from_env();
+            if inherited.len() > 1 {
+                let what = format!("systemd hands over {} sockets, one is needed", inherited.len());
+                return Err(Error::new(ErrorKind::InvalidArgument, what));
+            }
+            let listener =
+                inherited.take_unix_listener(0).map_err(|e| Error::io("take systemd's socket", e))?;
+            Ok((Endpoint::Listener(listener.ok_or_else(none)?), None))
+        }
+    }
+}
+
+/// A group by number or by its name in `/etc/group`.
+fn group_number(group: &str) -> Result<u32> {
+    if let Ok(n) = group.parse() {
+        return Ok(n);
+    }
+    let list = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    let found = list.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    found.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, format!("there is no group '{group}'")))
+}
+
+fn device(config: &Config, opened: &OpenedDisk) -> Result<Device<Channel>> {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let per_cpu = u16::try_from(cpus).unwrap_or(u16::MAX).min(limits::MAX_QUEUES);
+    let shape = DeviceShape {
+        read_only: config.read_only,
+        geometry: geometry(&opened.images[0].info),
+        discard: config.discard,
+        num_queues: config.num_queues.unwrap_or(per_cpu),
+        queue_size: config.queue_size,
+        ..DeviceShape::new(opened.disk.size_bytes())
+    };
+    let kind = engine_kind(config.engine)?;
+    let disk = opened.disk.clone();
+    Ok(Device {
+        shape,
+        serial: config.serial.clone(),
+        poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
+        make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
+    })
+}
+
+/// Which engine it is going to be; said once, not by every queue.
+fn engine_kind(wanted: EngineKind) -> Result<EngineKind> {
+    let chosen = make_engine(wanted, 1)?;
+    if let Some(why) = chosen.fallback {
+        tracing::warn!("{why}");
+    }
+    Ok(chosen.kind)
+}
+
+fn channel(disk: &Arc<Disk>, kind: EngineKind, slots: u16) -> Result<Channel> {
+    let chosen = make_engine(kind, u32::from(slots))?;
+    Channel::new(disk.clone(), chosen.engine, slots)
+}
+
+/// The geometry a guest is told: the image's own where virtio can say it.
+fn geometry(info: &crate::map::ImageInfo) -> Option<Geometry> {
+    let (c, h, s) = info.geometry?;
+    Some(Geometry {
+        cylinders: u16::try_from(c).ok()?,
+        heads: u8::try_from(h).ok()?,
+        sectors: u8::try_from(s).ok()?,
+    })
+}
+
+/// All channels are gone: leave the image as a clean close does.
+fn close(disk: &Arc<Disk>, config: &Config) -> Result<()> {
+    if config.read_only {
+        return Ok(());
+    }
+    let mut last = channel(disk, EngineKind::Threads, 1)?;
+    last.close_disk(config.flush_on_exit)
+}
