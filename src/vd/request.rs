@@ -58,6 +58,10 @@ pub trait BlockDevice {
     /// Moves everything that can move, and appends what has ended to `done`.
     fn poll(&mut self, done: &mut Vec<Done>);
 
+    /// Whether writes are durable before they complete: the driver cannot flush, or chose write-through. Holds for
+    /// requests submitted from now on.
+    fn set_write_through(&mut self, on: bool);
+
     /// No request is in flight and no background work runs on this channel.
     fn is_idle(&self) -> bool;
 

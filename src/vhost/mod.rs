@@ -1,1 +1,21 @@
-//! vhost
+//! The vhost-user side: the front-end's connection, guest memory, virtqueues and their workers.
+//!
+//! One control thread ([`serve`]) talks to the front-end; one worker thread per queue pops chains, gives requests to
+//! its own [`crate::vd::BlockDevice`] and publishes what has ended. They share nothing but immutable snapshots of guest
+//! memory; the control thread sends orders and waits for their acknowledgement.
+
+mod handler;
+mod memory;
+mod poller;
+mod ring;
+mod server;
+mod socket;
+mod sys;
+mod thread;
+mod worker;
+
+pub use memory::{Memory, MemoryView, RegionInfo};
+pub use ring::{Ring, RingError, RingSetup};
+pub use server::{Device, ServeOptions, serve};
+pub use socket::{Endpoint, SocketFile, SocketOptions};
+pub use worker::{QueueCounters, QueueWorker, WorkerOptions};

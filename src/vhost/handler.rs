@@ -1,0 +1,480 @@
+//! The device's answers to a front-end's messages: state of the connection and its rings, orders to the workers.
+//!
+//! Front-ends differ in their order, so there is none here: a message changes what is known of a ring, and a ring runs as
+//! soon, and as long, as everything it needs is known: addresses, a kick message, and that it is enabled. Rings are
+//! quiet (nothing taken that has not ended) before a message that says so is answered: GET_VRING_BASE, disabling, resets
+//! and every change of memory but an addition.
+//!
+//! An error returned from here closes the connection, but for `ReqHandlerError`: the message was in order, only its wish
+//! is refused.
+
+use super::memory::{Memory, RegionInfo};
+use super::ring::RingSetup;
+use super::sys;
+use super::thread::{Order, Pending, Reply, StartRing, WorkerHandle};
+use crate::limits;
+use crate::virtio::{ConfigSpace, DeviceShape, feature};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost_user_backend::{VringMutex, VringT};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// The framework's ring state; its memory stays empty, since workers have their own.
+type VringState = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
+
+/// Descriptor table, available ring and used ring in the front-end's addresses.
+type Addresses = [u64; 3];
+
+/// What is known of a ring.
+struct Vring {
+    /// Size, next index, descriptors, whether enabled.
+    state: VringState,
+    addresses: Option<Addresses>,
+    err: Option<File>,
+    /// SET_VRING_KICK came (with or without a descriptor) since the ring was stopped.
+    kicked: bool,
+    /// The worker serves it.
+    running: bool,
+}
+
+impl Vring {
+    fn new(queue_size: u16) -> io::Result<Self> {
+        let nowhere = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let state = VringState::new(nowhere, queue_size).map_err(io::Error::other)?;
+        Ok(Vring { state, addresses: None, err: None, kicked: false, running: false })
+    }
+
+    /// What the worker needs to start, if the ring is to run and does not yet.
+    fn start_order(&self, event_idx: bool) -> Option<Order> {
+        use virtio_queue::QueueT;
+        let [descriptors, available, used] = self.addresses?;
+        let state = self.state.get_ref();
+        if self.running || !self.kicked || !state.is_enabled() {
+            return None;
+        }
+        let queue = state.get_queue();
+        let setup = RingSetup {
+            size: queue.size(),
+            descriptors,
+            available,
+            used,
+            next_avail: queue.next_avail(),
+            event_idx,
+        };
+        let kick = state.get_kick().as_ref().and_then(|k| k.try_clone().ok());
+        let call = state.get_call().as_ref().and_then(|c| c.try_clone().ok());
+        let err = self.err.as_ref().and_then(|e| e.try_clone().ok());
+        Some(Order::Start(Box::new(StartRing { setup, kick, call, err })))
+    }
+}
+
+/// The device as one front-end has negotiated it. Each connection has its own.
+pub(super) struct Handler {
+    shape: Arc<DeviceShape>,
+    workers: Arc<[WorkerHandle]>,
+    vrings: Vec<Vring>,
+    memory: Arc<Memory>,
+    config: ConfigSpace,
+    features: u64,
+    protocol: Protocol,
+    write_through: Option<bool>,
+    /// For messages to the front-end.
+    back_channel: Option<Backend>,
+}
+
+impl Handler {
+    /// The protocol features to offer. INFLIGHT_SHMFD and LOG_SHMFD have their places below but are not served yet.
+    const PROTOCOL: Protocol = Protocol::CONFIG
+        .union(Protocol::MQ)
+        .union(Protocol::REPLY_ACK)
+        .union(Protocol::CONFIGURE_MEM_SLOTS)
+        .union(Protocol::BACKEND_REQ)
+        .union(Protocol::RESET_DEVICE);
+
+    /// A device that nothing has been negotiated with.
+    pub(super) fn new(shape: Arc<DeviceShape>, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
+        let vrings = (0..shape.num_queues).map(|_| Vring::new(shape.queue_size));
+        Ok(Handler {
+            vrings: vrings.collect::<io::Result<_>>()?,
+            config: ConfigSpace::new(&shape),
+            shape,
+            workers,
+            memory: Arc::new(Memory::empty()),
+            features: 0,
+            protocol: Protocol::empty(),
+            write_through: None,
+            back_channel: None,
+        })
+    }
+
+    /// The front-end has gone: ends what it has in flight and lets its memory go.
+    pub(super) fn close(&mut self) {
+        self.stop_all();
+        self.replace_memory(Memory::empty());
+        self.back_channel = None;
+    }
+
+    fn ring(&mut self, index: u32) -> Result<(usize, &mut Vring)> {
+        let i = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
+        self.vrings.get_mut(i).map(|v| (i, v)).ok_or(Error::InvalidParam)
+    }
+
+    fn has(&self, bit: u64) -> bool {
+        self.features & bit != 0
+    }
+
+    /// Starts a ring if it is to run.
+    fn update(&mut self, i: usize) {
+        let Some(order) = self.vrings[i].start_order(self.has(feature::EVENT_IDX)) else { return };
+        match self.workers[i].ask(order) {
+            Reply::Refused(why) => tracing::warn!("queue {i}: {why}; this queue is not served"),
+            _ => self.vrings[i].running = true,
+        }
+    }
+
+    fn update_all(&mut self) {
+        (0..self.vrings.len()).for_each(|i| self.update(i));
+    }
+
+    /// Stops rings: nothing is in flight on them afterwards, and their next index is known. All of them drain at the
+    /// same time.
+    fn stop(&mut self, rings: impl IntoIterator<Item = usize>) -> Vec<usize> {
+        let running: Vec<usize> = rings.into_iter().filter(|i| self.vrings[*i].running).collect();
+        let pending: Vec<Pending> = running.iter().map(|i| self.workers[*i].send(Order::Stop)).collect();
+        for (i, p) in running.iter().zip(pending) {
+            let v = &mut self.vrings[*i];
+            v.running = false;
+            match p.wait() {
+                Reply::Stopped(next) => v.state.set_queue_next_avail(next),
+                Reply::Refused(why) => tracing::error!("queue {i}: cannot be stopped: {why}"),
+                Reply::Done => {}
+            }
+        }
+        running
+    }
+
+    fn stop_all(&mut self) {
+        self.stop(0..self.vrings.len());
+    }
+
+    /// Gives all workers other memory. Rings run only if it contains all of the former.
+    fn replace_memory(&mut self, memory: Memory) {
+        self.memory = Arc::new(memory);
+        let orders = self.workers.iter().map(|w| w.send(Order::Memory(Arc::clone(&self.memory))));
+        orders.collect::<Vec<_>>().into_iter().for_each(|p| drop(p.wait()));
+    }
+
+    /// Lets memory go: rings are quiet meanwhile and resolved again, each on its own.
+    fn swap_memory(&mut self, memory: Memory) {
+        self.stop_all();
+        self.replace_memory(memory);
+        self.update_all();
+    }
+
+    /// A driver that takes neither FLUSH nor CONFIG_WCE cannot flush, one that chose write-through will not.
+    fn update_write_through(&mut self) {
+        let cannot_flush = self.features & (feature::FLUSH | feature::CONFIG_WCE) == 0;
+        let on = cannot_flush || !self.config.write_back();
+        if self.write_through != Some(on) {
+            self.write_through = Some(on);
+            let orders: Vec<_> = self.workers.iter().map(|w| w.send(Order::WriteThrough(on))).collect();
+            orders.into_iter().for_each(|p| drop(p.wait()));
+        }
+    }
+
+    fn disable_all(&mut self) {
+        self.stop_all();
+        self.vrings.iter().for_each(|v| v.state.set_enabled(false));
+    }
+
+    /// Changes something of a ring that a worker has to know too while it runs.
+    fn tell(&self, i: usize, order: Option<Order>) -> Result<()> {
+        match order.map(|o| self.workers[i].ask(o)) {
+            Some(Reply::Refused(why)) => Err(refused(format!("queue {i}: {why}"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The message was in order, but its wish cannot be granted; the connection stays.
+fn refused(why: String) -> Error {
+    Error::ReqHandlerError(io::Error::other(why))
+}
+
+fn bad_memory(e: io::Error) -> Error {
+    tracing::warn!("{e}");
+    Error::InvalidParam
+}
+
+fn region_info(r: &VhostUserMemoryRegion) -> RegionInfo {
+    RegionInfo {
+        guest_addr: r.guest_phys_addr,
+        len: r.memory_size,
+        user_addr: r.user_addr,
+        mmap_offset: r.mmap_offset,
+    }
+}
+
+fn not_offered<T>() -> Result<T> {
+    Err(Error::InvalidOperation("not offered"))
+}
+
+impl VhostUserBackendReqHandlerMut for Handler {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Deprecated; the specification suggests to ignore it or to disable all rings.
+    fn reset_owner(&mut self) -> Result<()> {
+        self.disable_all();
+        Ok(())
+    }
+
+    /// Back to what it was when the connection began, but for memory and ownership, which the front-end keeps account
+    /// of itself.
+    fn reset_device(&mut self) -> Result<()> {
+        self.disable_all();
+        for v in &mut self.vrings {
+            *v = Vring::new(self.shape.queue_size).map_err(Error::ReqHandlerError)?;
+        }
+        self.features = 0;
+        self.config = ConfigSpace::new(&self.shape);
+        self.write_through = None;
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.shape.features())
+    }
+
+    /// Comes twice in QEMU, and again while rings run. Whether EVENT_IDX is used is decided when a ring starts.
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.shape.features() != 0 {
+            return Err(Error::InvalidParam);
+        }
+        self.features = features;
+        self.update_write_through();
+        if !self.has(feature::PROTOCOL_FEATURES) {
+            // there is no message to enable them then
+            self.vrings.iter().for_each(|v| v.state.set_enabled(true));
+            self.update_all();
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let memory = Memory::new(regions.iter().map(region_info).zip(files)).map_err(bad_memory)?;
+        self.swap_memory(memory);
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let most = self.shape.queue_size;
+        let (i, _) = self.ring(index)?;
+        let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= most);
+        let Some(size) = size else {
+            tracing::warn!("queue {i}: a size of {num} is not a power of two up to {most}");
+            return Err(Error::InvalidParam);
+        };
+        self.stop([i]);
+        self.vrings[i].state.set_queue_size(size);
+        self.update(i);
+        Ok(())
+    }
+
+    /// Only noted: whether the addresses mean anything is found out when the ring starts, with the memory of then.
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let new = Some([descriptor, available, used]);
+        let (i, v) = self.ring(index)?;
+        // QEMU repeats the addresses of running rings when it turns dirty logging on and off
+        if v.addresses != new {
+            self.stop([i]);
+            self.vrings[i].addresses = new;
+            self.update(i);
+        }
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        let (i, _) = self.ring(index)?;
+        self.stop([i]);
+        self.vrings[i].state.set_queue_next_avail(base);
+        self.update(i);
+        Ok(())
+    }
+
+    /// Stops the ring; a kick message starts it again.
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let (i, _) = self.ring(index)?;
+        self.stop([i]);
+        let v = &mut self.vrings[i];
+        v.kicked = false;
+        v.state.set_kick(None);
+        Ok(VhostUserVringState::new(index, u32::from(v.state.queue_next_avail())))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (i, v) = self.ring(u32::from(index))?;
+        v.kicked = true;
+        v.state.set_kick(fd);
+        if v.running {
+            let kick = v.state.get_ref().get_kick().as_ref().and_then(|k| k.try_clone().ok());
+            return self.tell(i, Some(Order::Kick(kick)));
+        }
+        self.update(i);
+        Ok(())
+    }
+
+    /// Without a descriptor the queue completes silently: cloud-hypervisor sends none if the guest polls.
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (i, v) = self.ring(u32::from(index))?;
+        if let Some(Err(e)) = fd.as_ref().map(sys::set_nonblocking) {
+            tracing::debug!("queue {i}: its call descriptor stays blocking: {e}");
+        }
+        v.state.set_call(fd);
+        let call = v.state.get_ref().get_call().as_ref().and_then(|c| c.try_clone().ok());
+        let order = v.running.then_some(Order::Call(call));
+        self.tell(i, order)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (i, v) = self.ring(u32::from(index))?;
+        if let Some(Err(e)) = fd.as_ref().map(sys::set_nonblocking) {
+            tracing::debug!("queue {i}: its error descriptor stays blocking: {e}");
+        }
+        v.err = fd;
+        let err = v.err.as_ref().and_then(|e| e.try_clone().ok());
+        let order = v.running.then_some(Order::Err(err));
+        self.tell(i, order)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<Protocol> {
+        Ok(Self::PROTOCOL)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let bits = Protocol::from_bits(features).filter(|b| Self::PROTOCOL.contains(*b));
+        self.protocol = bits.ok_or(Error::InvalidParam)?;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::from(self.shape.num_queues))
+    }
+
+    /// Also for rings that were never set up: QEMU enables all of them.
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (i, v) = self.ring(index)?;
+        v.state.set_enabled(enable);
+        if enable {
+            self.update(i);
+        } else {
+            self.stop([i]);
+        }
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let size = usize::try_from(size).map_err(|_| Error::InvalidParam)?;
+        Ok(self.config.read(offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        if self.config.write(offset, data).is_err() {
+            return Err(refused(format!(
+                "a driver cannot write {} bytes of config space at {offset}",
+                data.len()
+            )));
+        }
+        self.update_write_through();
+        Ok(())
+    }
+
+    /// Kept for CONFIG_CHANGE.
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        backend.set_reply_ack_flag(self.protocol.contains(Protocol::REPLY_ACK));
+        self.back_channel = Some(backend);
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered()
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        not_offered()
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(limits::MAX_MEM_SLOTS as u64)
+    }
+
+    /// Rings go on meanwhile. Those whose addresses had not been there get another chance.
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let memory = self.memory.with(region_info(region), file).map_err(bad_memory)?;
+        self.replace_memory(memory);
+        self.update_all();
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.without(region_info(region)).map_err(bad_memory)?;
+        self.swap_memory(memory);
+        Ok(())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered()
+    }
+}

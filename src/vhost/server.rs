@@ -1,0 +1,254 @@
+//! The control thread: takes a front-end in, hands its messages to the handler, and starts over when it has gone.
+//!
+//! One front-end at a time; others wait in the socket's backlog until it has gone, as with qemu-storage-daemon, so a
+//! front-end that reconnects before we have noticed its end is served. A message is taken up only when all of it has
+//! arrived and its reply fits the socket, so a front-end that stops in the middle of one holds up nobody but itself.
+
+use super::handler::Handler;
+use super::poller::Poller;
+use super::socket::Endpoint;
+use super::sys;
+use super::thread::{MakeChannel, WorkerHandle};
+use super::worker::WorkerOptions;
+use crate::error::{Error, Result};
+use crate::vd::BlockDevice;
+use crate::virtio::{DeviceShape, Rules};
+use epoll::Events;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use vhost::vhost_user::BackendReqHandler;
+use vhost::vhost_user::Error as VhostError;
+use vhost::vhost_user::message::MAX_MSG_SIZE;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A message's header: request, flags and the length of the rest, 4 bytes each.
+const HEADER_BYTES: usize = 12;
+/// Messages handled before a look at the other descriptors.
+const MESSAGES_A_TURN: usize = 64;
+
+const SHUTDOWN: u64 = 0;
+const LISTENER: u64 = 1;
+const CONNECTION: u64 = 2;
+
+/// A disk to serve.
+pub struct Device<D> {
+    /// What drivers are told of it.
+    pub shape: DeviceShape,
+    /// The answer to GET_ID: ASCII, of which the first 20 bytes count.
+    pub serial: String,
+    /// Microseconds a worker looks at its ring before it sleeps; 0: not at all. At most
+    /// [`crate::limits::MAX_POLL_MICROS`].
+    pub poll_us: u32,
+    /// Makes a queue's channel to the disk, `make(queue, slots)`, on the thread that will use it.
+    pub make: Box<MakeChannel<D>>,
+}
+
+/// How to serve.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// Return when the first front-end has gone (one that said nothing does not count).
+    pub once: bool,
+}
+
+/// Serves a disk until `shutdown` becomes readable, or as long as `options` say, or until the one front-end of a
+/// connected endpoint has gone. On return no request is in flight and all channels to the disk are dropped.
+///
+/// `ready` is called when front-ends can be served.
+///
+/// # Errors
+/// What [`Device::make`] says, a shape that cannot be, or the operating system at set-up. Front-ends cause none.
+pub fn serve<D: BlockDevice + 'static>(
+    device: Device<D>,
+    endpoint: Endpoint,
+    options: ServeOptions,
+    shutdown: &EventFd,
+    ready: impl FnOnce(),
+) -> Result<()> {
+    device.shape.check()?;
+    let poller = Poller::new().map_err(|e| Error::io("make an epoll set", e))?;
+    let wait_for =
+        |fd, token| poller.add(fd, Events::EPOLLIN, token).map_err(|e| Error::io("wait for a descriptor", e));
+    wait_for(shutdown.as_raw_fd(), SHUTDOWN)?;
+    let shape = Arc::new(device.shape.clone());
+    let workers = start_workers(device)?;
+    let server = Server { shape, workers, poller };
+    ready();
+    match endpoint {
+        Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
+        Endpoint::Listener(listener) => server.serve_all(&listener, options),
+    }
+}
+
+fn start_workers<D: BlockDevice + 'static>(device: Device<D>) -> Result<Arc<[WorkerHandle]>> {
+    let make: Arc<MakeChannel<D>> = Arc::from(device.make);
+    let shape = &device.shape;
+    let rules = Rules {
+        size_bytes: shape.size_bytes,
+        read_only: shape.read_only,
+        discard: shape.discard && !shape.read_only,
+    };
+    let worker = |queue| {
+        let serial = device.serial.clone();
+        let options = WorkerOptions { queue, slots: shape.queue_size, rules, serial };
+        WorkerHandle::spawn(options, device.poll_us, Arc::clone(&make))
+    };
+    (0..shape.num_queues).map(worker).collect()
+}
+
+struct Server {
+    shape: Arc<DeviceShape>,
+    workers: Arc<[WorkerHandle]>,
+    poller: Poller,
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The front-end went without having said anything.
+    Silent,
+    /// The front-end went, or its message made no sense.
+    Gone,
+    /// We were told to end.
+    Shutdown,
+}
+
+/// Whether a message can be taken up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Readiness {
+    Message,
+    NotYet,
+    Gone,
+}
+
+type Requests = BackendReqHandler<Mutex<Handler>>;
+
+impl Server {
+    fn serve_all(&self, listener: &UnixListener, options: ServeOptions) -> Result<()> {
+        // a front-end that gave up while it waited must not make `accept` wait for the next
+        listener.set_nonblocking(true).map_err(|e| Error::io("set up the socket", e))?;
+        while let Some(stream) = self.next_front_end(listener)? {
+            match self.serve_one(stream)? {
+                End::Shutdown => break,
+                End::Gone if options.once => break,
+                End::Gone | End::Silent => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a front-end; `None` at shutdown.
+    fn next_front_end(&self, listener: &UnixListener) -> Result<Option<UnixStream>> {
+        let failed = |e| Error::io("wait for a front-end", e);
+        let fd = listener.as_raw_fd();
+        self.poller.add(fd, Events::EPOLLIN, LISTENER).map_err(failed)?;
+        let mut shutdown = false;
+        let stream = loop {
+            self.poller.wait(-1, |token| shutdown |= token == SHUTDOWN).map_err(failed)?;
+            if shutdown {
+                break None;
+            }
+            match listener.accept() {
+                Ok((stream, _)) => break Some(stream),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => {
+                    // out of descriptors or memory: the front-end tries again, and so do we
+                    tracing::warn!("cannot take a front-end in: {e}");
+                    std::thread::sleep(std::time::Duration::from_millis(100));
+                }
+            }
+        };
+        self.poller.remove(listener);
+        Ok(stream)
+    }
+
+    /// Serves a front-end until one of both sides ends it.
+    fn serve_one(&self, stream: UnixStream) -> Result<End> {
+        let failed = |e| Error::io("serve a front-end", e);
+        stream.set_nonblocking(false).map_err(failed)?;
+        let handler = Handler::new(Arc::clone(&self.shape), Arc::clone(&self.workers)).map_err(failed)?;
+        let handler = Arc::new(Mutex::new(handler));
+        let socket = stream.try_clone().map_err(failed)?;
+        let mut requests = Requests::from_stream(stream, Arc::clone(&handler));
+        // by edge: what cannot be taken up yet does not wake us again before more has come
+        let events = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET;
+        self.poller.add(socket.as_raw_fd(), events, CONNECTION).map_err(failed)?;
+        tracing::info!("front-end connected");
+        let end = self.converse(&mut requests, &socket);
+        self.poller.remove(&socket);
+        // close the socket last: who sees it closed may rely on its rings and memory being left alone
+        handler.lock().unwrap_or_else(PoisonError::into_inner).close();
+        tracing::info!("front-end disconnected");
+        end.map_err(failed)
+    }
+
+    fn converse(&self, requests: &mut Requests, socket: &UnixStream) -> io::Result<End> {
+        let mut silent = true;
+        let mut busy = false;
+        loop {
+            let mut shutdown = false;
+            self.poller.wait(if busy { 0 } else { -1 }, |token| shutdown |= token == SHUTDOWN)?;
+            if shutdown {
+                return Ok(End::Shutdown);
+            }
+            busy = true;
+            for _ in 0..MESSAGES_A_TURN {
+                match readiness(socket)? {
+                    Readiness::Message => {}
+                    Readiness::NotYet => {
+                        busy = false;
+                        break;
+                    }
+                    Readiness::Gone => return Ok(if silent { End::Silent } else { End::Gone }),
+                }
+                silent = false;
+                if !goes_on(requests.handle_request()) {
+                    return Ok(End::Gone);
+                }
+            }
+        }
+    }
+}
+
+/// Whether a connection goes on after a message; says why not.
+fn goes_on(handled: std::result::Result<(), VhostError>) -> bool {
+    match handled {
+        Ok(()) | Err(VhostError::SocketRetry(_)) => true,
+        Err(VhostError::ReqHandlerError(e)) => {
+            tracing::warn!("front-end's wish refused: {e}");
+            true
+        }
+        Err(VhostError::Disconnected | VhostError::PartialMessage | VhostError::SocketBroken(_)) => false,
+        Err(e) => {
+            tracing::warn!("front-end's message is not acceptable: {e}; connection closed");
+            false
+        }
+    }
+}
+
+/// Looks whether a whole message has arrived and its reply can be sent without waiting.
+fn readiness(socket: &UnixStream) -> io::Result<Readiness> {
+    let mut header = [0; HEADER_BYTES];
+    match sys::peek(socket, &mut header) {
+        Ok(0) => return Ok(Readiness::Gone),
+        Ok(HEADER_BYTES) => {}
+        Ok(_) => return Ok(partial(socket)),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Readiness::NotYet),
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Readiness::NotYet),
+        Err(_) => return Ok(Readiness::Gone),
+    }
+    let [.., l0, l1, l2, l3] = header;
+    let body = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
+    // a length out of bounds is refused as soon as the header is read
+    let whole = body > MAX_MSG_SIZE || sys::bytes_waiting(socket)? >= HEADER_BYTES + body;
+    if !whole {
+        return Ok(partial(socket));
+    }
+    Ok(if sys::is_writable(socket)? { Readiness::Message } else { Readiness::NotYet })
+}
+
+/// A part of a message is there: the rest comes, or the front-end has gone.
+fn partial(socket: &UnixStream) -> Readiness {
+    if sys::has_hung_up(socket) { Readiness::Gone } else { Readiness::NotYet }
+}

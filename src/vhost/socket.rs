@@ -1,0 +1,156 @@
+//! Where front-ends come from: a socket of our own making, or a descriptor we were started with.
+
+use super::sys;
+use crate::error::{Error, ErrorKind, Result};
+use std::fs;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// A way for front-ends to reach us.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// Front-ends connect, one after the other.
+    Listener(UnixListener),
+    /// One front-end is connected already.
+    Connected(UnixStream),
+}
+
+impl Endpoint {
+    /// Asks a descriptor which of both it is: virtiofsd's `--fd` is a listening socket, crosvm's a connected one.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it is not a unix stream socket.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        if !sys::is_unix_stream(&fd).unwrap_or(false) {
+            let what = "the descriptor is not a unix stream socket";
+            return Err(Error::new(ErrorKind::InvalidArgument, what));
+        }
+        match sys::is_listening(&fd) {
+            Ok(true) => Ok(Endpoint::Listener(fd.into())),
+            Ok(false) => Ok(Endpoint::Connected(fd.into())),
+            Err(e) => Err(Error::io("ask the socket whether it is listening", e)),
+        }
+    }
+
+    /// As [`Self::from_fd`], for the number of a descriptor this process was started with. It is ours from then on:
+    /// to be called once a number, for one above 2 that nothing else in this process uses.
+    ///
+    /// # Errors
+    /// `InvalidArgument` also if the descriptor is not open or is a standard stream.
+    pub fn from_number(number: RawFd) -> Result<Self> {
+        let bad = |what: String| Error::new(ErrorKind::InvalidArgument, what);
+        if number <= libc::STDERR_FILENO {
+            return Err(bad(format!("descriptor {number} is a standard stream")));
+        }
+        let fd = sys::adopt(number).map_err(|_| bad(format!("descriptor {number} is not open")))?;
+        Self::from_fd(fd)
+    }
+}
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketOptions {
+    /// Permission bits.
+    pub mode: u32,
+    /// Group number, if not the process's own.
+    pub group: Option<u32>,
+}
+
+impl Default for SocketOptions {
+    fn default() -> Self {
+        SocketOptions { mode: 0o600, group: None }
+    }
+}
+
+/// The name of a listening socket; taken away when this is dropped.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+}
+
+impl SocketFile {
+    /// Listens at `path`. A socket file that nobody listens on is replaced. The name appears with its permissions set:
+    /// there is no moment in which others could connect.
+    ///
+    /// # Errors
+    /// `Exists` if somebody listens there or it is something else than a socket; or from the operating system.
+    pub fn bind(path: &Path, options: &SocketOptions) -> Result<(Self, Endpoint)> {
+        refuse_if_taken(path).map_err(|e| e.at(path))?;
+        let hidden = path.with_file_name(format!(".{}", std::process::id()));
+        let made = Self::make(&hidden, path, options);
+        if made.is_err() {
+            // what is left of the attempt, if anything
+            let _ = fs::remove_file(&hidden);
+        }
+        let listener = made.map_err(|e| Error::io("make the socket", e).at(path))?;
+        Ok((SocketFile { path: path.to_path_buf() }, Endpoint::Listener(listener)))
+    }
+
+    fn make(hidden: &Path, path: &Path, options: &SocketOptions) -> io::Result<UnixListener> {
+        let listener = UnixListener::bind(hidden)?;
+        chown(hidden, None, options.group)?;
+        fs::set_permissions(hidden, fs::Permissions::from_mode(options.mode))?;
+        fs::rename(hidden, path)?;
+        Ok(listener)
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // it may have been taken away already; nothing depends on it
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn refuse_if_taken(path: &Path) -> Result<()> {
+    let exists = |what: &str| Err(Error::new(ErrorKind::Exists, what));
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io("look at the socket's place", e)),
+        Ok(meta) if !meta.file_type().is_socket() => exists("something that is not a socket is there"),
+        Ok(_) => match UnixStream::connect(path) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+            _ => exists("another process listens on this socket"),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stale_sockets_are_replaced_and_live_ones_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.sock");
+        let (file, endpoint) = SocketFile::bind(&path, &SocketOptions::default()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let again = SocketFile::bind(&path, &SocketOptions::default()).unwrap_err();
+        assert_eq!(again.kind(), ErrorKind::Exists);
+        drop(endpoint);
+        let (_second, _endpoint) =
+            SocketFile::bind(&path, &SocketOptions { mode: 0o660, group: None }).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        drop(file);
+        assert!(!path.exists());
+        fs::write(&path, "text").unwrap();
+        let no = SocketFile::bind(&path, &SocketOptions::default()).unwrap_err();
+        assert!(no.to_string().contains("not a socket"), "{no}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn descriptors_say_what_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        assert!(matches!(Endpoint::from_fd(listener.into()), Ok(Endpoint::Listener(_))));
+        let (a, _b) = UnixStream::pair().unwrap();
+        assert!(matches!(Endpoint::from_fd(a.into()), Ok(Endpoint::Connected(_))));
+        let plain = tempfile::tempfile().unwrap();
+        assert_eq!(Endpoint::from_fd(plain.into()).unwrap_err().kind(), ErrorKind::InvalidArgument);
+        assert!(Endpoint::from_number(2).is_err() && Endpoint::from_number(999_999).is_err());
+    }
+}

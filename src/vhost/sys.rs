@@ -1,0 +1,95 @@
+//! The few calls of the operating system that neither std nor the rust-vmm crates wrap.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A socket's option that is one number.
+fn socket_option(fd: impl AsFd, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `value` and `len` are valid for writing, `len` says how long `value` is; the descriptor is borrowed.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(value)
+}
+
+/// True if the socket waits for connections, false if it is connected.
+///
+/// # Errors
+/// From the operating system; so for all of the following.
+pub(super) fn is_listening(fd: impl AsFd) -> io::Result<bool> {
+    socket_option(fd, libc::SO_ACCEPTCONN).map(|v| v != 0)
+}
+
+/// True for a stream socket of the unix family, as vhost-user needs it.
+pub(super) fn is_unix_stream(fd: impl AsFd) -> io::Result<bool> {
+    let fd = fd.as_fd();
+    Ok(socket_option(fd, libc::SO_DOMAIN)? == libc::AF_UNIX
+        && socket_option(fd, libc::SO_TYPE)? == libc::SOCK_STREAM)
+}
+
+/// Copies the first bytes that wait in a socket and leaves them there, descriptors included. 0: the peer has gone.
+pub(super) fn peek(fd: impl AsFd, out: &mut [u8]) -> io::Result<usize> {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: `out` is valid for writing over the length given.
+    let n = unsafe { libc::recv(fd.as_fd().as_raw_fd(), out.as_mut_ptr().cast(), out.len(), flags) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Bytes that wait in a socket.
+pub(super) fn bytes_waiting(fd: impl AsFd) -> io::Result<usize> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, to `n`.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut n) })?;
+    usize::try_from(n).map_err(io::Error::other)
+}
+
+fn poll_now(fd: impl AsFd, events: libc::c_short) -> io::Result<libc::c_short> {
+    let mut p = libc::pollfd { fd: fd.as_fd().as_raw_fd(), events, revents: 0 };
+    // SAFETY: one pollfd, valid for reading and writing.
+    check(unsafe { libc::poll(&raw mut p, 1, 0) })?;
+    Ok(p.revents)
+}
+
+/// True if a small write to a socket would not wait.
+pub(super) fn is_writable(fd: impl AsFd) -> io::Result<bool> {
+    poll_now(fd, libc::POLLOUT).map(|r| r & (libc::POLLOUT | libc::POLLERR | libc::POLLHUP) != 0)
+}
+
+/// True if the peer sends nothing more.
+pub(super) fn has_hung_up(fd: impl AsFd) -> bool {
+    let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+    poll_now(fd, libc::POLLRDHUP).is_ok_and(|r| r & gone != 0)
+}
+
+/// Makes reads and writes of a descriptor return instead of waiting.
+pub(super) fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: these two take and return flags only.
+    let flags = check(unsafe { libc::fcntl(fd, libc::F_GETFL) })?;
+    // SAFETY: as above.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) }).map(drop)
+}
+
+/// Takes over a descriptor that this process was started with, by its number. Whoever calls this is its only user from
+/// then on; it is not inherited further.
+pub(super) fn adopt(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD tells whether the descriptor is open and changes nothing.
+    let flags = check(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: sets a flag of an open descriptor.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, and was handed to this process by number for this very use: nothing in it owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

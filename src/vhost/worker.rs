@@ -1,0 +1,446 @@
+//! One virtqueue's work, step by step: pop chains, judge them, give requests to the device, answer what has ended. No
+//! thread and no waiting in here; `thread.rs` drives it.
+//!
+//! A chain's head is its slot. A head that is announced again while its request is in flight is answered with length
+//! 0: the slot belongs to the first one, and the driver has broken its own rule only towards itself.
+//!
+//! Answers are shown to the driver, and a signal is considered, at the end of a batch and within it after every
+//! [`limits::PUBLISH_COMPLETIONS`] answers or [`limits::PUBLISH_MICROS`].
+
+use super::memory::{Memory, MemoryView};
+use super::ring::{Ring, RingError};
+use crate::error::Failure;
+use crate::io::{BufSlice, scatter};
+use crate::limits;
+use crate::vd::{BlockDevice, Done, Outcome, Request};
+use crate::virtio::{Action, ChainParser, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, Segment, Verdict};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmm_sys_util::event::EventNotifier;
+
+/// Bytes of a serial number on the wire.
+const SERIAL_BYTES: usize = virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES as usize;
+/// A request of this length is slow enough to look at the clock after it.
+const LONG_REQUEST_BYTES: u32 = 64 << 10;
+
+/// What a worker needs to know about its device.
+#[derive(Clone, Debug)]
+pub struct WorkerOptions {
+    /// Number of its queue.
+    pub queue: u16,
+    /// Entries of the largest ring it serves.
+    pub slots: u16,
+    /// What requests are allowed.
+    pub rules: Rules,
+    /// The answer to GET_ID; the first 20 bytes count.
+    pub serial: String,
+}
+
+/// A request in flight.
+#[derive(Debug, Default)]
+struct Slot {
+    /// Where its status goes; `None`: the slot is free.
+    status: Option<BufSlice>,
+    /// Bytes written if it succeeds, the status included.
+    written: u32,
+    /// What is to be done after the request at the device, last first.
+    rest: Vec<Request>,
+}
+
+/// The ring being served.
+#[derive(Debug)]
+struct Active {
+    ring: Ring,
+    call: Option<EventNotifier>,
+    err: Option<File>,
+    /// False while the ring is being stopped, and after it broke.
+    popping: bool,
+    /// Answers the driver cannot see yet, and since when.
+    unpublished: u16,
+    since: Option<Instant>,
+}
+
+/// What happened on a queue that is worth knowing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueCounters {
+    /// Chains answered.
+    pub answered: u64,
+    /// Of them, malformed or not allowed.
+    pub refused: u64,
+    /// Of them, failed at the device.
+    pub failed: u64,
+    /// Signals sent.
+    pub signals: u64,
+}
+
+/// Serves one virtqueue from one [`BlockDevice`].
+pub struct QueueWorker<D> {
+    queue: u16,
+    device: D,
+    rules: Rules,
+    serial: [u8; SERIAL_BYTES],
+    memory: MemoryView,
+    active: Option<Active>,
+    slots: Vec<Slot>,
+    in_flight: u16,
+    parser: ChainParser,
+    done: Vec<Done>,
+    /// The device could not take its queue; it is asked again.
+    retry: bool,
+    counters: QueueCounters,
+}
+
+impl<D: BlockDevice> QueueWorker<D> {
+    /// A worker without memory and ring.
+    pub fn new(device: D, options: &WorkerOptions) -> Self {
+        let mut serial = [0; SERIAL_BYTES];
+        serial.iter_mut().zip(options.serial.as_bytes()).for_each(|(to, from)| *to = *from);
+        QueueWorker {
+            queue: options.queue,
+            device,
+            rules: options.rules,
+            serial,
+            memory: MemoryView::new(Arc::new(Memory::empty())),
+            active: None,
+            slots: (0..options.slots).map(|_| Slot::default()).collect(),
+            in_flight: 0,
+            parser: ChainParser::new(),
+            done: Vec::with_capacity(usize::from(options.slots)),
+            retry: false,
+            counters: QueueCounters::default(),
+        }
+    }
+
+    /// The device.
+    pub fn device(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// What has happened so far.
+    pub fn counters(&self) -> QueueCounters {
+        self.counters
+    }
+
+    /// Requests at the device.
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    /// Descriptors that become readable when [`Self::step`] has something to do for the device.
+    pub fn event_fds(&self) -> Vec<RawFd> {
+        self.device.event_fds()
+    }
+
+    /// The memory the driver's addresses mean from now on. It must contain all of the former while a ring runs.
+    pub fn set_memory(&mut self, memory: Arc<Memory>) {
+        self.memory = MemoryView::new(memory);
+    }
+
+    /// The memory in use.
+    pub fn memory(&self) -> &Arc<Memory> {
+        self.memory.memory()
+    }
+
+    /// Begins to serve a ring. What is announced there already is served by the next step.
+    ///
+    /// # Errors
+    /// If the ring has more entries than the worker has slots.
+    pub fn start(
+        &mut self,
+        ring: Ring,
+        call: Option<EventNotifier>,
+        err: Option<File>,
+    ) -> Result<(), RingError> {
+        use crate::virtio::DescriptorTable;
+        if usize::from(ring.size()) > self.slots.len() {
+            return Err(RingError::Size(ring.size()));
+        }
+        self.active = Some(Active { ring, call, err, popping: true, unpublished: 0, since: None });
+        Ok(())
+    }
+
+    /// Takes no more chains. What was taken goes on; [`Self::stopped`] tells when it has ended.
+    pub fn stop(&mut self) {
+        if let Some(a) = &mut self.active {
+            a.popping = false;
+        }
+    }
+
+    /// Once nothing is in flight any more after [`Self::stop`]: lets the ring go and returns the index of the next
+    /// chain to take. `None` as long as that is not so, or if no ring was started.
+    pub fn stopped(&mut self) -> Option<u16> {
+        if self.in_flight > 0 || self.active.as_ref()?.popping {
+            return None;
+        }
+        self.release();
+        self.active.take().map(|a| a.ring.next_avail())
+    }
+
+    /// Replaces the descriptor for signals. It gets one at once: what was answered while there was none is seen.
+    pub fn set_call(&mut self, call: Option<EventNotifier>) {
+        if let Some(a) = &mut self.active {
+            a.call = call;
+            self.signal();
+        }
+    }
+
+    /// Replaces the descriptor that tells of a broken ring.
+    pub fn set_err(&mut self, err: Option<File>) {
+        if let Some(a) = &mut self.active {
+            a.err = err;
+        }
+    }
+
+    /// Does all that can be done now; true if that was something. `device_ready`: one of [`Self::event_fds`] was
+    /// readable.
+    pub fn step(&mut self, device_ready: bool) -> bool {
+        let mut moved = false;
+        if device_ready || self.in_flight > 0 || !self.device.is_idle() {
+            moved |= self.reap();
+        }
+        let popped = self.pop_batch();
+        if popped || moved || self.retry {
+            self.hand_over();
+        }
+        self.release();
+        moved || popped
+    }
+
+    /// True if chains wait in the ring.
+    pub fn has_work(&self) -> bool {
+        self.active.as_ref().is_some_and(|a| a.popping && a.ring.available() != Ok(0))
+    }
+
+    /// To be called before waiting for a kick: asks the driver for it. False if there is something to do at once.
+    pub fn arm(&mut self) -> bool {
+        match &mut self.active {
+            Some(a) if a.popping => !a.ring.enable_kicks(),
+            _ => true,
+        }
+    }
+
+    /// The step has to be repeated soon though no descriptor will become readable.
+    pub fn wants_retry(&self) -> bool {
+        self.retry
+    }
+
+    fn hand_over(&mut self) {
+        let failed = self.device.flush_queue();
+        if let (Err(e), false) = (&failed, self.retry) {
+            tracing::warn!("queue {}: cannot hand requests over: {e}; trying again", self.queue);
+        }
+        self.retry = failed.is_err();
+    }
+
+    /// Takes what the device has ended.
+    fn reap(&mut self) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.device.poll(&mut done);
+        let moved = !done.is_empty();
+        for d in done.drain(..) {
+            self.end(d.slot, d.outcome);
+        }
+        self.done = done;
+        moved
+    }
+
+    /// Takes the chains that are announced by now: those that come meanwhile are the next batch.
+    fn pop_batch(&mut self) -> bool {
+        let Some(a) = self.active.as_mut().filter(|a| a.popping) else { return false };
+        let announced = match a.ring.available() {
+            Ok(0) => return false,
+            Ok(n) => n,
+            Err(e) => {
+                self.broken(e);
+                return true;
+            }
+        };
+        a.ring.disable_kicks();
+        for _ in 0..announced {
+            let Some(a) = self.active.as_mut() else { break };
+            match a.ring.pop() {
+                Ok(head) => self.admit(head),
+                Err(e) => {
+                    self.broken(e);
+                    break;
+                }
+            }
+        }
+        true
+    }
+
+    /// The ring's indices contradict themselves: nothing more is taken from it until it is set up again.
+    fn broken(&mut self, why: RingError) {
+        tracing::warn!("queue {}: {why}; the queue is stopped until it is set up again", self.queue);
+        let Some(a) = &mut self.active else { return };
+        a.popping = false;
+        if let Some(err) = &mut a.err {
+            // best effort: the front-end may not listen
+            let _ = err.write(&1u64.to_ne_bytes());
+        }
+    }
+
+    fn admit(&mut self, head: u16) {
+        let Some(a) = &self.active else { return };
+        if self.slots[usize::from(head)].status.is_some() {
+            self.counters.refused += 1;
+            tracing::debug!("queue {}: head {head} announced again while in flight", self.queue);
+            return self.answer(head, 0);
+        }
+        let Verdict { status, action } = self.parser.parse(head, &a.ring, &self.memory, &self.rules);
+        match (status, action) {
+            (Some(status), Ok(action)) => self.begin(head, status, action),
+            (status, Err(why)) => {
+                self.counters.refused += 1;
+                tracing::debug!("queue {}: chain {head} refused: {why:?}", self.queue);
+                let written = status.map_or(0, |s| put_status(s, why.status()));
+                self.answer(head, written);
+            }
+            (None, Ok(_)) => self.answer(head, 0),
+        }
+    }
+
+    fn begin(&mut self, head: u16, status: BufSlice, action: Action) {
+        let request = match action {
+            Action::Read(range) => Request::Read(range),
+            Action::Write(range) => Request::Write(range),
+            Action::Flush => Request::Flush,
+            Action::Identify => return self.identify(head, status),
+            Action::Discard | Action::WriteZeroes => match self.queue_segments(head, action) {
+                Some(first) => first,
+                None => {
+                    let written = put_status(status, STATUS_OK);
+                    return self.answer(head, written);
+                }
+            },
+        };
+        let (bufs, data) = match request {
+            Request::Read(range) => (self.parser.writable(), range.len()),
+            Request::Write(_) => (self.parser.readable(), 0),
+            _ => (&[][..], 0),
+        };
+        let slot = &mut self.slots[usize::from(head)];
+        slot.status = Some(status);
+        // at most MAX_REQUEST_BYTES + 1
+        slot.written = u32::try_from(data + 1).unwrap_or(u32::MAX);
+        self.in_flight += 1;
+        if let Some(outcome) = self.device.submit(head, request, bufs) {
+            self.end(head, outcome);
+        }
+    }
+
+    /// Puts the segments' requests into the slot, and returns the one to begin with.
+    fn queue_segments(&mut self, head: u16, action: Action) -> Option<Request> {
+        let rest = &mut self.slots[usize::from(head)].rest;
+        let segments = self.parser.segments().iter().rev().filter(|s| !s.range.is_empty());
+        rest.extend(segments.map(|&Segment { range, unmap }| match action {
+            Action::Discard => Request::Discard(range),
+            _ => Request::WriteZeroes { range, unmap },
+        }));
+        rest.pop()
+    }
+
+    fn identify(&mut self, head: u16, status: BufSlice) {
+        let place = self.parser.writable();
+        let mut left = &self.serial[..];
+        for b in place {
+            let (now, later) = left.split_at(left.len().min(b.len()));
+            scatter(now, &[*b]);
+            left = later;
+        }
+        let written = SERIAL_BYTES - left.len();
+        let written = u32::try_from(written).unwrap_or(0) + put_status(status, STATUS_OK);
+        self.answer(head, written);
+    }
+
+    /// A request at the device has ended: goes on with the slot's next one, or answers the chain.
+    fn end(&mut self, head: u16, mut outcome: Outcome) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)).filter(|s| s.status.is_some()) else {
+            tracing::error!("queue {}: the device ended request {head}, which it does not have", self.queue);
+            return;
+        };
+        while outcome.is_ok()
+            && let Some(next) = slot.rest.pop()
+        {
+            match self.device.submit(head, next, &[]) {
+                Some(o) => outcome = o,
+                None => return,
+            }
+        }
+        slot.rest.clear();
+        let Some(status) = slot.status.take() else { return };
+        self.in_flight -= 1;
+        let written = match outcome {
+            Ok(()) => {
+                put_status(status, STATUS_OK);
+                slot.written
+            }
+            // what the buffers hold is not defined, so nothing but the status counts as written
+            Err(Failure::Unsupported) => put_status(status, STATUS_UNSUPP),
+            Err(_) => put_status(status, STATUS_IOERR),
+        };
+        if let Err(why) = outcome {
+            self.note_failure(why);
+        }
+        self.answer(head, written);
+    }
+
+    /// Tells of failures ever more rarely: a guest can produce them by the million.
+    fn note_failure(&mut self, why: Failure) {
+        self.counters.failed += 1;
+        let n = self.counters.failed;
+        if n.is_power_of_two() {
+            tracing::warn!("queue {}: a request failed: {why} (failure {n} of this queue)", self.queue);
+        }
+    }
+
+    /// Puts a chain into the used ring.
+    fn answer(&mut self, head: u16, written: u32) {
+        let Some(a) = &mut self.active else { return };
+        self.counters.answered += 1;
+        a.ring.push_used(head, written);
+        a.unpublished += 1;
+        // the clock is not looked at for every short request: four of them are far below the limit
+        let late = match a.since {
+            None => {
+                a.since = Some(Instant::now());
+                false
+            }
+            Some(t) if a.unpublished.is_multiple_of(4) || written > LONG_REQUEST_BYTES => {
+                t.elapsed() >= Duration::from_micros(limits::PUBLISH_MICROS)
+            }
+            Some(_) => false,
+        };
+        if late || a.unpublished >= limits::PUBLISH_COMPLETIONS {
+            self.release();
+        }
+    }
+
+    /// Shows the driver what was answered, and signals if it wants that.
+    fn release(&mut self) {
+        let Some(a) = self.active.as_mut().filter(|a| a.unpublished > 0) else { return };
+        a.ring.publish();
+        a.unpublished = 0;
+        a.since = None;
+        if a.ring.should_signal() {
+            self.signal();
+        }
+    }
+
+    fn signal(&mut self) {
+        let Some(call) = self.active.as_ref().and_then(|a| a.call.as_ref()) else { return };
+        self.counters.signals += 1;
+        // A full counter is a signal nobody has taken yet. Other failures are the front-end's business: the answer
+        // is in the ring all the same.
+        let _ = call.notify();
+    }
+}
+
+/// Writes the status; returns the bytes written.
+fn put_status(place: BufSlice, status: u8) -> u32 {
+    place.write(&[status]);
+    1
+}
