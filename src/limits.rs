@@ -59,6 +59,8 @@ pub const POOL_STEP_BYTES: u64 = 64 << 20;
 pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
 /// Iovecs of one operation (the kernel's UIO_MAXIOV).
 pub const MAX_IOVECS: usize = 1024;
+/// Chains taken before the device is asked again what has ended.
+pub const BATCH_CHAINS: u16 = 64;
 /// Answers of one batch that a driver waits for at most before it sees the first.
 pub const PUBLISH_COMPLETIONS: u16 = 16;
 /// Microseconds of one batch that a driver waits for at most before it sees the first answer.

@@ -5,8 +5,8 @@
 //! quiet (nothing taken that has not ended) before a message that says so is answered: GET_VRING_BASE, disabling, resets
 //! and every change of memory but an addition.
 //!
-//! An error returned from here closes the connection, but for `ReqHandlerError`: the message was in order, only its wish
-//! is refused.
+//! An error returned from here closes the connection, with its reason in the log. But for `InvalidOperation`: the message
+//! was in order, only its wish is refused.
 
 use super::memory::{Memory, RegionInfo};
 use super::ring::RingSetup;
@@ -124,7 +124,7 @@ impl Handler {
 
     fn ring(&mut self, index: u32) -> Result<(usize, &mut Vring)> {
         let i = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
-        self.vrings.get_mut(i).map(|v| (i, v)).ok_or(Error::InvalidParam)
+        self.vrings.get_mut(i).map(|v| (i, v)).ok_or_else(|| bad(format!("there is no queue {index}")))
     }
 
     fn has(&self, bit: u64) -> bool {
@@ -198,20 +198,18 @@ impl Handler {
     /// Changes something of a ring that a worker has to know too while it runs.
     fn tell(&self, i: usize, order: Option<Order>) -> Result<()> {
         match order.map(|o| self.workers[i].ask(o)) {
-            Some(Reply::Refused(why)) => Err(refused(format!("queue {i}: {why}"))),
+            Some(Reply::Refused(why)) => {
+                tracing::warn!("queue {i}: {why}");
+                Err(Error::InvalidOperation("the descriptor is of no use"))
+            }
             _ => Ok(()),
         }
     }
 }
 
-/// The message was in order, but its wish cannot be granted; the connection stays.
-fn refused(why: String) -> Error {
-    Error::ReqHandlerError(io::Error::other(why))
-}
-
-fn bad_memory(e: io::Error) -> Error {
-    tracing::warn!("{e}");
-    Error::InvalidParam
+/// The message makes no sense; the connection is closed.
+fn bad(why: String) -> Error {
+    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, why))
 }
 
 fn region_info(r: &VhostUserMemoryRegion) -> RegionInfo {
@@ -238,12 +236,16 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(())
     }
 
-    /// Back to what it was when the connection began, but for memory and ownership, which the front-end keeps account
-    /// of itself.
+    /// Back to what it was when the connection began, but for what the front-end keeps account of itself and need not
+    /// send again: memory, and the descriptors for signals.
     fn reset_device(&mut self) -> Result<()> {
         self.disable_all();
         for v in &mut self.vrings {
-            *v = Vring::new(self.shape.queue_size).map_err(Error::ReqHandlerError)?;
+            v.addresses = None;
+            v.kicked = false;
+            v.state.set_kick(None);
+            v.state.set_queue_size(self.shape.queue_size);
+            v.state.set_queue_next_avail(0);
         }
         self.features = 0;
         self.config = ConfigSpace::new(&self.shape);
@@ -257,8 +259,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     /// Comes twice in QEMU, and again while rings run. Whether EVENT_IDX is used is decided when a ring starts.
     fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !self.shape.features() != 0 {
-            return Err(Error::InvalidParam);
+        let unknown = features & !self.shape.features();
+        if unknown != 0 {
+            return Err(bad(format!("the features {unknown:#x} were not offered")));
         }
         self.features = features;
         self.update_write_through();
@@ -276,7 +279,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let memory = Memory::new(regions.iter().map(region_info).zip(files)).map_err(bad_memory)?;
+        let memory =
+            Memory::new(regions.iter().map(region_info).zip(files)).map_err(Error::ReqHandlerError)?;
         self.swap_memory(memory);
         Ok(None)
     }
@@ -286,8 +290,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let (i, _) = self.ring(index)?;
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= most);
         let Some(size) = size else {
-            tracing::warn!("queue {i}: a size of {num} is not a power of two up to {most}");
-            return Err(Error::InvalidParam);
+            return Err(bad(format!("queue {i}: a size of {num} is not a power of two up to {most}")));
         };
         self.stop([i]);
         self.vrings[i].state.set_queue_size(size);
@@ -317,7 +320,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        let base = u16::try_from(base).map_err(|_| bad(format!("{base} is no ring index")))?;
         let (i, _) = self.ring(index)?;
         self.stop([i]);
         self.vrings[i].state.set_queue_next_avail(base);
@@ -376,7 +379,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let bits = Protocol::from_bits(features).filter(|b| Self::PROTOCOL.contains(*b));
-        self.protocol = bits.ok_or(Error::InvalidParam)?;
+        self.protocol =
+            bits.ok_or_else(|| bad(format!("not all protocol features of {features:#x} were offered")))?;
         Ok(())
     }
 
@@ -403,10 +407,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         if self.config.write(offset, data).is_err() {
-            return Err(refused(format!(
-                "a driver cannot write {} bytes of config space at {offset}",
-                data.len()
-            )));
+            return Err(Error::InvalidOperation("a driver can write the cache mode only"));
         }
         self.update_write_through();
         Ok(())
@@ -445,14 +446,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let memory = self.memory.with(region_info(region), file).map_err(bad_memory)?;
+        let memory = self.memory.with(region_info(region), file).map_err(Error::ReqHandlerError)?;
         self.replace_memory(memory);
         self.update_all();
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let memory = self.memory.without(region_info(region)).map_err(bad_memory)?;
+        let memory = self.memory.without(region_info(region)).map_err(Error::ReqHandlerError)?;
         self.swap_memory(memory);
         Ok(())
     }
