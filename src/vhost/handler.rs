@@ -26,6 +26,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::{VringMutex, VringT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 /// The framework's ring state; its memory stays empty, since workers have their own.
 type VringState = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
@@ -69,9 +70,9 @@ impl Vring {
             next_avail: queue.next_avail(),
             event_idx,
         };
-        let kick = state.get_kick().as_ref().and_then(|k| k.try_clone().ok());
-        let call = state.get_call().as_ref().and_then(|c| c.try_clone().ok());
-        let err = self.err.as_ref().and_then(|e| e.try_clone().ok());
+        let kick = copy(state.get_kick(), EventConsumer::try_clone);
+        let call = copy(state.get_call(), EventNotifier::try_clone);
+        let err = copy(&self.err, File::try_clone);
         Some(Order::Start(Box::new(StartRing { setup, kick, call, err })))
     }
 }
@@ -205,6 +206,12 @@ impl Handler {
             _ => Ok(()),
         }
     }
+}
+
+/// A duplicate for the worker. Without one the queue goes on as if there were none, which a guest may notice.
+fn copy<T>(fd: &Option<T>, duplicate: impl Fn(&T) -> io::Result<T>) -> Option<T> {
+    let made = duplicate(fd.as_ref()?);
+    made.inspect_err(|e| tracing::error!("cannot duplicate a descriptor of the front-end: {e}")).ok()
 }
 
 /// The message makes no sense; the connection is closed.
@@ -343,7 +350,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         v.kicked = true;
         v.state.set_kick(fd);
         if v.running {
-            let kick = v.state.get_ref().get_kick().as_ref().and_then(|k| k.try_clone().ok());
+            let kick = copy(v.state.get_ref().get_kick(), EventConsumer::try_clone);
             return self.tell(i, Some(Order::Kick(kick)));
         }
         self.update(i);
@@ -357,7 +364,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             tracing::debug!("queue {i}: its call descriptor stays blocking: {e}");
         }
         v.state.set_call(fd);
-        let call = v.state.get_ref().get_call().as_ref().and_then(|c| c.try_clone().ok());
+        let call = copy(v.state.get_ref().get_call(), EventNotifier::try_clone);
         let order = v.running.then_some(Order::Call(call));
         self.tell(i, order)
     }
@@ -368,7 +375,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             tracing::debug!("queue {i}: its error descriptor stays blocking: {e}");
         }
         v.err = fd;
-        let err = v.err.as_ref().and_then(|e| e.try_clone().ok());
+        let err = copy(&v.err, File::try_clone);
         let order = v.running.then_some(Order::Err(err));
         self.tell(i, order)
     }
