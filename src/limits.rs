@@ -67,6 +67,8 @@ pub const MAX_CHECK_LINES: usize = 200;
 pub const MAX_ENGINE_DEPTH: u32 = 4096;
 /// Threads of the process-wide pool behind the thread engine.
 pub const POOL_THREADS: usize = 8;
+/// Chains taken before the device is asked again what has ended.
+pub const BATCH_CHAINS: u16 = 64;
 /// Answers of one batch that a driver waits for at most before it sees the first.
 pub const PUBLISH_COMPLETIONS: u16 = 16;
 /// Microseconds of one batch that a driver waits for at most before it sees the first answer.

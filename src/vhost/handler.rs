@@ -5,8 +5,8 @@
 //! quiet (nothing taken that has not ended) before a message that says so is answered: GET_VRING_BASE, disabling, resets
 //! and every change of memory but an addition.
 //!
-//! An error returned from here closes the connection, but for `ReqHandlerError`: the message was in order, only its wish
-//! is refused.
+//! An error returned from here closes the connection, with its reason in the log. But for `InvalidOperation`: the message
+//! was in order, only its wish is refused.
 
 use super::memory::{Memory, RegionInfo};
 use super::ring::RingSetup;
@@ -26,6 +26,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::{VringMutex, VringT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 /// The framework's ring state; its memory stays empty, since workers have their own.
 type VringState = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
@@ -69,9 +70,9 @@ impl Vring {
             next_avail: queue.next_avail(),
             event_idx,
         };
-        let kick = state.get_kick().as_ref().and_then(|k| k.try_clone().ok());
-        let call = state.get_call().as_ref().and_then(|c| c.try_clone().ok());
-        let err = self.err.as_ref().and_then(|e| e.try_clone().ok());
+        let kick = copy(state.get_kick(), EventConsumer::try_clone);
+        let call = copy(state.get_call(), EventNotifier::try_clone);
+        let err = copy(&self.err, File::try_clone);
         Some(Order::Start(Box::new(StartRing { setup, kick, call, err })))
     }
 }
@@ -124,7 +125,7 @@ impl Handler {
 
     fn ring(&mut self, index: u32) -> Result<(usize, &mut Vring)> {
         let i = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
-        self.vrings.get_mut(i).map(|v| (i, v)).ok_or(Error::InvalidParam)
+        self.vrings.get_mut(i).map(|v| (i, v)).ok_or_else(|| bad(format!("there is no queue {index}")))
     }
 
     fn has(&self, bit: u64) -> bool {
@@ -198,20 +199,24 @@ impl Handler {
     /// Changes something of a ring that a worker has to know too while it runs.
     fn tell(&self, i: usize, order: Option<Order>) -> Result<()> {
         match order.map(|o| self.workers[i].ask(o)) {
-            Some(Reply::Refused(why)) => Err(refused(format!("queue {i}: {why}"))),
+            Some(Reply::Refused(why)) => {
+                tracing::warn!("queue {i}: {why}");
+                Err(Error::InvalidOperation("the descriptor is of no use"))
+            }
             _ => Ok(()),
         }
     }
 }
 
-/// The message was in order, but its wish cannot be granted; the connection stays.
-fn refused(why: String) -> Error {
-    Error::ReqHandlerError(io::Error::other(why))
+/// A duplicate for the worker. Without one the queue goes on as if there were none, which a guest may notice.
+fn copy<T>(fd: &Option<T>, duplicate: impl Fn(&T) -> io::Result<T>) -> Option<T> {
+    let made = duplicate(fd.as_ref()?);
+    made.inspect_err(|e| tracing::error!("cannot duplicate a descriptor of the front-end: {e}")).ok()
 }
 
-fn bad_memory(e: io::Error) -> Error {
-    tracing::warn!("{e}");
-    Error::InvalidParam
+/// The message makes no sense; the connection is closed.
+fn bad(why: String) -> Error {
+    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, why))
 }
 
 fn region_info(r: &VhostUserMemoryRegion) -> RegionInfo {
@@ -238,12 +243,16 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(())
     }
 
-    /// Back to what it was when the connection began, but for memory and ownership, which the front-end keeps account
-    /// of itself.
+    /// Back to what it was when the connection began, but for what the front-end keeps account of itself and need not
+    /// send again: memory, and the descriptors for signals.
     fn reset_device(&mut self) -> Result<()> {
         self.disable_all();
         for v in &mut self.vrings {
-            *v = Vring::new(self.shape.queue_size).map_err(Error::ReqHandlerError)?;
+            v.addresses = None;
+            v.kicked = false;
+            v.state.set_kick(None);
+            v.state.set_queue_size(self.shape.queue_size);
+            v.state.set_queue_next_avail(0);
         }
         self.features = 0;
         self.config = ConfigSpace::new(&self.shape);
@@ -257,8 +266,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     /// Comes twice in QEMU, and again while rings run. Whether EVENT_IDX is used is decided when a ring starts.
     fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !self.shape.features() != 0 {
-            return Err(Error::InvalidParam);
+        let unknown = features & !self.shape.features();
+        if unknown != 0 {
+            return Err(bad(format!("the features {unknown:#x} were not offered")));
         }
         self.features = features;
         self.update_write_through();
@@ -276,7 +286,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let memory = Memory::new(regions.iter().map(region_info).zip(files)).map_err(bad_memory)?;
+        let memory =
+            Memory::new(regions.iter().map(region_info).zip(files)).map_err(Error::ReqHandlerError)?;
         self.swap_memory(memory);
         Ok(None)
     }
@@ -286,8 +297,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let (i, _) = self.ring(index)?;
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= most);
         let Some(size) = size else {
-            tracing::warn!("queue {i}: a size of {num} is not a power of two up to {most}");
-            return Err(Error::InvalidParam);
+            return Err(bad(format!("queue {i}: a size of {num} is not a power of two up to {most}")));
         };
         self.stop([i]);
         self.vrings[i].state.set_queue_size(size);
@@ -317,7 +327,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        let base = u16::try_from(base).map_err(|_| bad(format!("{base} is no ring index")))?;
         let (i, _) = self.ring(index)?;
         self.stop([i]);
         self.vrings[i].state.set_queue_next_avail(base);
@@ -340,7 +350,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         v.kicked = true;
         v.state.set_kick(fd);
         if v.running {
-            let kick = v.state.get_ref().get_kick().as_ref().and_then(|k| k.try_clone().ok());
+            let kick = copy(v.state.get_ref().get_kick(), EventConsumer::try_clone);
             return self.tell(i, Some(Order::Kick(kick)));
         }
         self.update(i);
@@ -354,7 +364,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             tracing::debug!("queue {i}: its call descriptor stays blocking: {e}");
         }
         v.state.set_call(fd);
-        let call = v.state.get_ref().get_call().as_ref().and_then(|c| c.try_clone().ok());
+        let call = copy(v.state.get_ref().get_call(), EventNotifier::try_clone);
         let order = v.running.then_some(Order::Call(call));
         self.tell(i, order)
     }
@@ -365,7 +375,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             tracing::debug!("queue {i}: its error descriptor stays blocking: {e}");
         }
         v.err = fd;
-        let err = v.err.as_ref().and_then(|e| e.try_clone().ok());
+        let err = copy(&v.err, File::try_clone);
         let order = v.running.then_some(Order::Err(err));
         self.tell(i, order)
     }
@@ -376,7 +386,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let bits = Protocol::from_bits(features).filter(|b| Self::PROTOCOL.contains(*b));
-        self.protocol = bits.ok_or(Error::InvalidParam)?;
+        self.protocol =
+            bits.ok_or_else(|| bad(format!("not all protocol features of {features:#x} were offered")))?;
         Ok(())
     }
 
@@ -403,10 +414,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         if self.config.write(offset, data).is_err() {
-            return Err(refused(format!(
-                "a driver cannot write {} bytes of config space at {offset}",
-                data.len()
-            )));
+            return Err(Error::InvalidOperation("a driver can write the cache mode only"));
         }
         self.update_write_through();
         Ok(())
@@ -445,14 +453,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let memory = self.memory.with(region_info(region), file).map_err(bad_memory)?;
+        let memory = self.memory.with(region_info(region), file).map_err(Error::ReqHandlerError)?;
         self.replace_memory(memory);
         self.update_all();
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let memory = self.memory.without(region_info(region)).map_err(bad_memory)?;
+        let memory = self.memory.without(region_info(region)).map_err(Error::ReqHandlerError)?;
         self.swap_memory(memory);
         Ok(())
     }

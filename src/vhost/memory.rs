@@ -74,7 +74,7 @@ impl Memory {
             true => GuestMemoryMmap::new(),
             false => {
                 GuestMemoryMmap::from_arc_regions(regions.iter().map(|r| Arc::clone(&r.guest)).collect())
-                    .map_err(|e| invalid(e.to_string()))?
+                    .map_err(|_| invalid("memory regions overlap".to_string()))?
             }
         };
         Ok(Memory { regions, guest })

@@ -215,11 +215,15 @@ impl Server {
 fn goes_on(handled: std::result::Result<(), VhostError>) -> bool {
     match handled {
         Ok(()) | Err(VhostError::SocketRetry(_)) => true,
-        Err(VhostError::ReqHandlerError(e)) => {
-            tracing::warn!("front-end's wish refused: {e}");
+        Err(VhostError::InvalidOperation(why)) => {
+            tracing::warn!("front-end's wish refused: {why}");
             true
         }
         Err(VhostError::Disconnected | VhostError::PartialMessage | VhostError::SocketBroken(_)) => false,
+        Err(VhostError::ReqHandlerError(why)) => {
+            tracing::warn!("front-end's message is not acceptable: {why}; connection closed");
+            false
+        }
         Err(e) => {
             tracing::warn!("front-end's message is not acceptable: {e}; connection closed");
             false

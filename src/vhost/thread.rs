@@ -295,10 +295,12 @@ impl<D: BlockDevice> WorkerLoop<D> {
         if let Some(old) = self.kick.take() {
             self.poller.remove(&old);
         }
-        self.kickless = kick.is_none();
+        // also if the new one turns out to be of no use
+        self.kickless = true;
         if let Some(new) = kick {
             self.poller.add(new.as_raw_fd(), Events::EPOLLIN | Events::EPOLLET, KICK)?;
             self.kick = Some(new);
+            self.kickless = false;
         }
         Ok(())
     }

@@ -247,12 +247,13 @@ impl<D: BlockDevice> QueueWorker<D> {
         moved
     }
 
-    /// Takes the chains that are announced by now: those that come meanwhile are the next batch.
+    /// Takes chains that are announced by now: those that come meanwhile are the next batch.
     fn pop_batch(&mut self) -> bool {
         let Some(a) = self.active.as_mut().filter(|a| a.popping) else { return false };
         let announced = match a.ring.available() {
             Ok(0) => return false,
-            Ok(n) => n,
+            // the rest in the next step: what the device has ended must not wait for all of a large ring
+            Ok(n) => n.min(limits::BATCH_CHAINS),
             Err(e) => {
                 self.broken(e);
                 return true;

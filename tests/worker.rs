@@ -1,0 +1,186 @@
+//! A queue worker stepped by hand: what the driver can see, and when.
+
+mod common;
+
+use common::guest::{GuestQueue, GuestRegion, QUEUE_BYTES, T_DISCARD, T_IN};
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+use vdblk::error::Failure;
+use vdblk::io::BufSlice;
+use vdblk::vd::{BlockDevice, Done, Outcome, Request};
+use vdblk::vhost::{Memory, QueueWorker, RegionInfo, Ring, RingError, RingSetup, WorkerOptions};
+use vdblk::virtio::Rules;
+use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
+
+/// Does what a test says at each submit.
+struct Scripted {
+    submit: Box<dyn FnMut(u16, Request) -> Option<Outcome>>,
+    ready: Vec<Done>,
+    flushes: usize,
+    stuck: usize,
+}
+
+impl Scripted {
+    fn new(submit: impl FnMut(u16, Request) -> Option<Outcome> + 'static) -> Self {
+        Scripted { submit: Box::new(submit), ready: Vec::new(), flushes: 0, stuck: 0 }
+    }
+}
+
+impl BlockDevice for Scripted {
+    fn submit(&mut self, slot: u16, request: Request, _bufs: &[BufSlice]) -> Option<Outcome> {
+        (self.submit)(slot, request)
+    }
+    fn flush_queue(&mut self) -> io::Result<()> {
+        self.flushes += 1;
+        if self.stuck > 0 {
+            self.stuck -= 1;
+            return Err(io::Error::from_raw_os_error(11));
+        }
+        Ok(())
+    }
+    fn poll(&mut self, done: &mut Vec<Done>) {
+        done.append(&mut self.ready);
+    }
+    fn set_write_through(&mut self, _on: bool) {}
+    fn is_idle(&self) -> bool {
+        true
+    }
+    fn event_fds(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+}
+
+fn worker(device: Scripted) -> QueueWorker<Scripted> {
+    let rules = Rules { size_bytes: 1 << 20, read_only: false, discard: true };
+    QueueWorker::new(device, &WorkerOptions { queue: 0, slots: 128, rules, serial: String::new() })
+}
+
+/// Starts a queue on the worker.
+fn start(w: &mut QueueWorker<Scripted>, q: &GuestQueue) -> Result<(), RingError> {
+    let i = q.region.info();
+    let info = RegionInfo {
+        guest_addr: i.guest_phys_addr,
+        len: i.memory_size,
+        user_addr: i.userspace_addr,
+        mmap_offset: i.mmap_offset,
+    };
+    let file =
+        File::options().read(true).write(true).open(format!("/proc/self/fd/{}", i.mmap_handle)).unwrap();
+    let memory = Arc::new(Memory::new([(info, file)]).unwrap());
+    let c = q.config();
+    let setup = RingSetup {
+        size: q.size,
+        descriptors: c.desc_table_addr,
+        available: c.avail_ring_addr,
+        used: c.used_ring_addr,
+        next_avail: 0,
+        event_idx: true,
+    };
+    w.set_memory(Arc::clone(&memory));
+    let (_, call) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+    w.start(Ring::new(&setup, &memory).unwrap(), Some(call), None)
+}
+
+fn queue() -> GuestQueue {
+    GuestQueue::new(&GuestRegion::new(0, QUEUE_BYTES, 0), 0, 128, true)
+}
+
+#[test]
+fn a_driver_waits_for_sixteen_answers_at_most() {
+    let q = queue();
+    let region = Arc::clone(&q.region);
+    let mut begun = 0u16;
+    let mut w = worker(Scripted::new(move |_, _| {
+        let seen = u16::from_le_bytes(region.get(0x8002, 2).try_into().unwrap());
+        assert!(begun - seen <= 16, "{begun} begun, {seen} seen");
+        begun += 1;
+        Some(Ok(()))
+    }));
+    let mut q = q;
+    start(&mut w, &q).unwrap();
+    for _ in 0..40 {
+        q.post(0, T_IN, 0, &[], 512);
+    }
+    assert!(w.step(false));
+    assert!((0..40).all(|_| q.wait(Duration::ZERO).is_some()));
+    assert_eq!((w.counters().answered, w.device().flushes), (40, 1));
+    // the driver asked for one signal only
+    assert_eq!(w.counters().signals, 1);
+    assert!(!w.step(false) && w.arm());
+}
+
+#[test]
+fn a_slow_device_does_not_hold_answers_back() {
+    let q = queue();
+    let region = Arc::clone(&q.region);
+    let mut begun = 0u16;
+    let mut w = worker(Scripted::new(move |_, _| {
+        let seen = u16::from_le_bytes(region.get(0x8002, 2).try_into().unwrap());
+        assert!(begun - seen <= 4, "{begun} begun, {seen} seen");
+        begun += 1;
+        std::thread::sleep(Duration::from_millis(1));
+        Some(Ok(()))
+    }));
+    let mut q = q;
+    start(&mut w, &q).unwrap();
+    for _ in 0..12 {
+        q.post(0, T_IN, 0, &[], 512);
+    }
+    w.step(false);
+    assert!((0..12).all(|_| q.wait(Duration::ZERO).is_some()));
+}
+
+#[test]
+fn segments_follow_one_another_and_a_failure_ends_them() {
+    let mut n = 0;
+    let mut w = worker(Scripted::new(move |_, _| {
+        n += 1;
+        match n {
+            1 => Some(Ok(())),
+            2 => None,
+            _ => Some(Err(Failure::Os(libc::ENOSPC))),
+        }
+    }));
+    let mut q = queue();
+    start(&mut w, &q).unwrap();
+    let segment = |s: u64| [&s.to_le_bytes()[..], &1u32.to_le_bytes(), &[0; 4]].concat();
+    let head = q.post(0, T_DISCARD, 0, &[segment(1), segment(2), segment(3), segment(4)].concat(), 0);
+    assert!(w.step(false));
+    assert_eq!((w.in_flight(), q.wait(Duration::ZERO)), (1, None));
+    w.stop();
+    assert_eq!(w.stopped(), None);
+    w.device().ready.push(Done { slot: head, outcome: Ok(()) });
+    // an end that was never begun is not believed
+    w.device().ready.push(Done { slot: head, outcome: Ok(()) });
+    w.device().ready.push(Done { slot: 9999, outcome: Ok(()) });
+    assert!(w.step(true));
+    assert_eq!((q.wait(Duration::ZERO), q.status(0)), (Some((head, 1)), 1));
+    assert_eq!((w.counters().failed, w.stopped()), (1, Some(1)));
+}
+
+#[test]
+fn a_device_that_cannot_take_its_queue_is_asked_again() {
+    let mut device = Scripted::new(|_, _| None);
+    device.stuck = 2;
+    let mut w = worker(device);
+    let mut q = queue();
+    start(&mut w, &q).unwrap();
+    q.post(0, T_IN, 0, &[], 512);
+    w.step(false);
+    assert!(w.wants_retry());
+    w.step(false);
+    assert!(w.wants_retry());
+    w.step(false);
+    assert!(!w.wants_retry());
+    assert_eq!(w.device().flushes, 3);
+}
+
+#[test]
+fn rings_larger_than_the_slots_are_refused() {
+    let q = GuestQueue::new(&GuestRegion::new(0, QUEUE_BYTES, 0), 0, 256, true);
+    let mut w = worker(Scripted::new(|_, _| None));
+    assert_eq!(start(&mut w, &q), Err(RingError::Size(256)));
+}
