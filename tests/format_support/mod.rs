@@ -1,8 +1,10 @@
 //! What the tests of formats share: images as files or bytes, and reading through a chain of maps.
 #![allow(dead_code)] // each test program uses its part
 
-
 use sha2::{Digest, Sha256};
+pub(crate) mod build;
+pub(crate) mod mini;
+
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
