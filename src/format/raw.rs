@@ -76,6 +76,9 @@ impl ImageMap for RawMap {
                 return Ok(());
             }
         }
+        if why == Intent::Overwrite && data.is_empty() && !r.is_empty() {
+            return Err(Miss::NeedsPlan); // before begin: there is no such plan
+        }
         let rest = r.len() - data.len();
         if rest > 0 && why == Intent::Read {
             out.push(Extent { len: rest, kind: ExtentKind::Zero });

@@ -129,6 +129,8 @@ pub trait ImageMap: Send + Sync + Debug {
     /// # Errors
     /// [`Miss::NeedsRoom`]: carry out [`Self::room`] (urgent) and ask again, also where that has failed: the
     /// answer is then another try with less, a place that is dearer to use, or [`Miss::Fail`] with the reason.
+    /// [`Failure::Unsupported`] for [`Change::Zero`]: the unit keeps its place (fixed images), so write zeros
+    /// there.
     fn plan(&self, change: Change) -> std::result::Result<Plan, Miss>;
 
     /// A plan that prepares host blocks ahead of need. `None` while none is wanted or one runs already
@@ -138,6 +140,14 @@ pub trait ImageMap: Send + Sync + Debug {
     /// The plan with this token has ended. Called once for every plan that has a token, after the last
     /// completion of its steps; [`Self::publish`] was called before for the metadata it wrote.
     fn settle(&self, token: PlanToken, how: Settled);
+
+    /// After a failed change of the unit around `at`, the disk may say something else about it than this map:
+    /// a change that seems to change nothing (the bytes are there already, all is zero already) must be carried
+    /// out all the same, or what failed would be seen after a crash. [`Self::map`] answers
+    /// [`Miss::NeedsPlan`] for overwriting such a unit.
+    fn must_write(&self, _at: GuestOffset) -> bool {
+        false
+    }
 
     /// The bytes of a metadata page as it is published, with `ops` over it: where they go, and the bytes.
     ///

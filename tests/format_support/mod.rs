@@ -2,6 +2,9 @@
 #![allow(dead_code)] // each test program uses its part
 
 use sha2::{Digest, Sha256};
+pub(crate) mod build;
+pub(crate) mod mini;
+
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;

@@ -154,7 +154,8 @@ impl ImageMap for VdiMap {
         let mut rest = r;
         while !rest.is_empty() {
             let extent = self.extent_at(rest)?;
-            if why == Intent::Overwrite && !matches!(extent.kind, ExtentKind::Data { .. }) {
+            let allocated = matches!(extent.kind, ExtentKind::Data { .. });
+            if why == Intent::Overwrite && (!allocated || self.must_write(rest.start())) {
                 return if rest.len() == r.len() { Err(Miss::NeedsPlan) } else { Ok(()) };
             }
             if !out.push(extent) {
@@ -196,6 +197,10 @@ impl ImageMap for VdiMap {
         if let Some(writer) = &self.writer {
             writer.settle(token, how);
         }
+    }
+
+    fn must_write(&self, at: GuestOffset) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.doubts(self.layout.claim(at).0))
     }
 
     fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {

@@ -182,7 +182,7 @@ impl Work {
     fn raise(&mut self) {
         let layout = self.image.layout;
         let end = layout.end_of(self.high_water);
-        if end.0 > self.file_bytes && (!self.copies.is_empty() || !self.image.is_fixed()) {
+        if end.0 > self.file_bytes {
             self.say(format!("file: filled up with {} bytes of zeros", end.0 - self.file_bytes));
             self.set_len(end);
         }

@@ -11,7 +11,7 @@ use crate::map::{
 };
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 /// The part of an open image that is there only if it may be written.
@@ -21,6 +21,8 @@ pub(super) struct Writer {
     places: HostBlocks,
     /// Bytes the file had when it was opened.
     opened_bytes: u64,
+    /// [`State::doubtful`] is not empty: saves the hot path the lock.
+    any_doubt: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -29,9 +31,14 @@ struct State {
     phase: Phase,
     next_token: u64,
     pending: HashMap<PlanToken, Pending>,
-    /// Guest blocks whose entry on disk may not be the one in memory: a write of it failed half-way.
+    /// Guest blocks whose entry on disk may not be the one in memory: a write of it failed half-way. The next
+    /// change of such a block writes the entry again, even where only bytes in place change.
     doubtful: BTreeSet<u32>,
-    /// Why the last request for room could not be met; the next plan that finds no place answers with it.
+    /// Places of blocks that have none in memory while the disk, or a request under way, may still name them:
+    /// dropped by zeros, or named by an entry whose write failed. Each is kept for its own block, for which any
+    /// of its old bytes is a possible outcome; for another it would be a reuse before its time (rule O2).
+    kept: HashMap<u32, HostBlock>,
+    /// Why the last urgent extension failed for good: the next plan makes do without, or answers with it.
     refused: Option<Failure>,
     /// The last extension made places with old bytes in them: asking for more brings no clean ones.
     grows_unclean: bool,
@@ -54,9 +61,20 @@ enum Phase {
 #[derive(Clone, Copy, Debug)]
 enum Pending {
     Begin,
-    Room { urgent: bool },
-    Write { block: u32, place: HostBlock },
-    Zero { block: u32 },
+    Room {
+        urgent: bool,
+    },
+    /// `kept`: the place was the block's own before.
+    Write {
+        block: u32,
+        place: HostBlock,
+        kept: bool,
+    },
+    /// The block's entry, which names `drops` before and nothing afterwards.
+    Entry {
+        block: u32,
+        drops: Option<HostBlock>,
+    },
 }
 
 impl Writer {
@@ -65,7 +83,7 @@ impl Writer {
         let step = (POOL_STEP_BYTES / layout.stride()).max(1);
         let step = u32::try_from(step).expect("64 MiB have fewer blocks than 2^32");
         let places = HostBlocks::new(end, layout.blocks, step, |p| used.places.contains(p));
-        Writer { fixed, places, opened_bytes, state: Mutex::default() }
+        Writer { fixed, places, opened_bytes, any_doubt: AtomicBool::new(false), state: Mutex::default() }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -97,9 +115,18 @@ impl Writer {
         let into = part.start().since(unit.start());
         if let Some(Entry::At(place)) = map.entry(block) {
             let to = layout.data_of(place).plus(into);
-            return Ok(Plan::of([Step::Guest { part, file, to }]));
+            let guest = Step::Guest { part, file, to };
+            if !self.doubts(block) {
+                return Ok(Plan::of([guest]));
+            }
+            let token = Some(self.pend(Pending::Entry { block, drops: None }));
+            return Ok(Plan { token, ..Plan::of([set_entry(layout, block, place.0), guest]) });
         }
-        let Taken { block: place, clean } = self.take(beneath_zero)?;
+        let own = self.state().kept.remove(&block);
+        let Taken { block: place, clean } = match own {
+            Some(block) => Taken { block, clean: false },
+            None => self.take(beneath_zero)?,
+        };
         let to = layout.data_of(place);
         let pointer = set_entry(layout, block, place.0);
         let mut plan = if beneath_zero && clean {
@@ -109,18 +136,22 @@ impl Writer {
             let whole = Step::Block { block: unit, file, to, len: layout.block_bytes, clean };
             Plan::of([whole, Step::Sync { file }, pointer])
         };
-        plan.token = Some(self.pend(Pending::Write { block, place }));
+        plan.token = Some(self.pend(Pending::Write { block, place, kept: own.is_some() }));
         Ok(plan)
     }
 
-    /// The whole block as zeros, without a place. A place it had is leaked until [`Self::end`]: only there is it
-    /// certain that no request still maps to it and that the drop is durable (rule O2).
+    /// The whole block as zeros, without a place. A place it had is kept for it until [`Self::end`]: only there
+    /// is it certain that no request still maps to it and that the drop is durable (rule O2). In a fixed image
+    /// every block keeps its place: zeros are written there.
     pub(super) fn plan_zero(&self, map: &VdiMap, block: u32) -> Result<Plan, Miss> {
         self.must_be_changing()?;
-        if map.entry(block) == Some(Entry::Zero) {
-            return Ok(Plan::default());
-        }
-        let token = Some(self.pend(Pending::Zero { block }));
+        let drops = match map.entry(block) {
+            Some(Entry::Zero) if !self.doubts(block) => return Ok(Plan::default()),
+            Some(Entry::At(_)) if self.fixed => return Err(Miss::Fail(Failure::Unsupported)),
+            Some(Entry::At(place)) => Some(place),
+            _ => None,
+        };
+        let token = Some(self.pend(Pending::Entry { block, drops }));
         Ok(Plan { token, ..Plan::of([set_entry(&map.layout, block, ZERO)]) })
     }
 
@@ -130,10 +161,11 @@ impl Writer {
         if beneath_zero && let Some(block) = self.places.take_clean() {
             return Ok(Taken { block, clean: true });
         }
-        let (may_grow, grows_clean) = {
-            let s = self.state();
-            (s.refused.is_none() && self.places.can_grow(), !s.grows_unclean)
+        let (refused, grows_clean) = {
+            let mut s = self.state();
+            (s.refused.take(), !s.grows_unclean)
         };
+        let may_grow = refused.is_none() && self.places.can_grow();
         if beneath_zero && may_grow && grows_clean {
             return Err(Miss::NeedsRoom);
         }
@@ -143,8 +175,7 @@ impl Writer {
         if may_grow {
             return Err(Miss::NeedsRoom);
         }
-        let why = self.state().refused.take();
-        Err(Miss::Fail(why.unwrap_or(Failure::Os(libc::ENOSPC))))
+        Err(Miss::Fail(refused.unwrap_or(Failure::Os(libc::ENOSPC))))
     }
 
     fn pend(&self, what: Pending) -> PlanToken {
@@ -182,16 +213,48 @@ impl Writer {
                 s.grows_unclean = !clean;
             }
             (Pending::Room { urgent }, Settled::Failed { why, .. }) => self.room_failed(urgent, why),
-            (Pending::Write { .. } | Pending::Zero { .. }, Settled::Done { .. }) => {}
-            (Pending::Write { block, place }, Settled::Failed { entry_submitted: true, .. }) => {
-                self.places.leak(place);
-                self.state().doubtful.insert(block);
+            (Pending::Write { block, .. }, Settled::Done { .. }) => self.doubt(block, false),
+            (Pending::Entry { block, drops }, Settled::Done { .. }) => {
+                self.doubt(block, false);
+                self.keep(block, drops);
             }
-            (Pending::Write { place, .. }, Settled::Failed { .. }) => self.places.give_back(place),
-            (Pending::Zero { block }, Settled::Failed { .. }) => {
-                self.state().doubtful.insert(block);
+            (Pending::Write { block, place, kept }, Settled::Failed { entry_submitted, .. }) => {
+                if entry_submitted {
+                    self.doubt(block, true);
+                }
+                if entry_submitted || kept {
+                    self.keep(block, Some(place));
+                } else {
+                    self.places.give_back(place);
+                }
             }
+            (Pending::Entry { block, .. }, Settled::Failed { .. }) => self.doubt(block, true),
         }
+    }
+
+    fn keep(&self, block: u32, place: Option<HostBlock>) {
+        if let Some(place) = place {
+            let before = self.state().kept.insert(block, place);
+            debug_assert!(before.is_none(), "block {block} has two places");
+        }
+    }
+
+    /// The entry of the block on disk may not be the one in memory.
+    pub(super) fn doubts(&self, block: u32) -> bool {
+        self.any_doubt.load(Ordering::Acquire) && self.state().doubtful.contains(&block)
+    }
+
+    fn doubt(&self, block: u32, doubtful: bool) {
+        if !doubtful && !self.any_doubt.load(Ordering::Acquire) {
+            return;
+        }
+        let mut s = self.state();
+        if doubtful {
+            s.doubtful.insert(block);
+        } else {
+            s.doubtful.remove(&block);
+        }
+        self.any_doubt.store(!s.doubtful.is_empty(), Ordering::Release);
     }
 
     /// Less is tried as long as less may help; then the request that waits gets the reason.
@@ -243,9 +306,9 @@ impl Writer {
             (std::mem::take(&mut s.doubtful), s.stretched)
         };
         let mut plan = Plan::default();
-        for block in &doubtful {
-            let value = map.table[idx(*block)].load(Ordering::Acquire);
-            plan.steps.push(set_entry(&map.layout, *block, value));
+        for block in doubtful {
+            let value = map.table[idx(block)].load(Ordering::Acquire);
+            plan.steps.push(set_entry(&map.layout, block, value));
         }
         if self.fixed {
             return plan;
