@@ -81,12 +81,16 @@ impl Channel {
             _ => true,
         };
         let beneath_zero = self.reads_as_zero(unit)?;
+        // After a failed metadata write the file may say something else than we do: then nothing may be left out
+        // because it seems to be there already.
+        let in_doubt = self.disk.chain.top().map.must_write(part.start());
+        let discard = matches!(request, Request::Discard(_));
         let change = match (beneath_zero, zeros) {
-            (true, true) => return Ok(None),
-            (true, false) => Change::Write { part, beneath_zero: true },
-            (false, true) if part == unit => Change::Zero { unit },
-            (false, _) if matches!(request, Request::Discard(_)) => return Ok(None),
-            (false, _) => return Ok(Some(Work::Comparing { part, done: 0, reading: None })),
+            (true, true) if !in_doubt || discard => return Ok(None),
+            (_, true) if part == unit => Change::Zero { unit },
+            (false, _) if discard => return Ok(None),
+            (false, _) if !in_doubt => return Ok(Some(Work::Comparing { part, done: 0, reading: None })),
+            _ => Change::Write { part, beneath_zero },
         };
         Ok(Some(Work::Planning { part, change }))
     }
@@ -197,6 +201,12 @@ impl Channel {
                 Next::Again
             }
             Err(Miss::NeedsRoom) => self.wait_for_room(slot, part, change),
+            // A format that cannot mark a block as zeros gets the zeros written.
+            Err(Miss::Fail(Failure::Unsupported)) if matches!(change, Change::Zero { .. }) => {
+                let change = Change::Write { part, beneath_zero: false };
+                self.slot(slot).work = Work::Planning { part, change };
+                Next::Again
+            }
             Err(Miss::Fail(f)) => self.part_failed(slot, f),
             Err(Miss::NeedsPlan) => unreachable!("a plan asked for a plan"),
         }
@@ -219,7 +229,7 @@ impl Channel {
                 return Next::Again;
             }
             Err(Miss::NeedsRoom) => {}
-            Err(_) => return self.part_failed(slot, Failure::Os(libc::ENOSPC)),
+            Err(miss) => return self.part_failed(slot, super::chain::failure(miss)),
         }
         let Some(plan) = map.room(true) else {
             return self.part_failed(slot, Failure::Os(libc::ENOSPC));

@@ -101,6 +101,10 @@ impl Channel {
     /// Starts a step that is none of the barriers.
     fn start_step(&mut self, slot: u16, run: &mut Run, step: Step) {
         match step {
+            Step::Guest { part, file, to } if !self.has_request_bytes(slot) => {
+                let io = IoOp { kind: IoKind::ZeroRange, file, off: to, len: part.len() };
+                self.issue_plain(Owner::Slot(slot), io);
+            }
             Step::Guest { part, file, to } => {
                 let at = part.start().since(self.slot(slot).range.start());
                 self.issue_request_bytes(
@@ -130,6 +134,11 @@ impl Channel {
             Step::Truncate { file, to } => self.issue_resize(slot, IoKind::Truncate, file, to, to),
             Step::Barrier | Step::Sync { .. } => unreachable!("barriers are not started"),
         }
+    }
+
+    /// The request brings bytes; the others that change the disk mean zeros.
+    fn has_request_bytes(&mut self, slot: u16) -> bool {
+        matches!(self.slot(slot).job, Job::Request(Request::Write(_)))
     }
 
     fn issue_resize(&mut self, slot: u16, kind: IoKind, file: FileId, from: HostOffset, to: HostOffset) {
