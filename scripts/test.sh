@@ -13,12 +13,14 @@ scripts/guest/deps.sh
 step "formatting"
 cargo fmt --check
 step "lints"
-cargo clippy --release --all-targets --locked -- -D warnings
+cargo clippy --all-targets --locked -- -D warnings
 step "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet --locked
 step "tests"
-cargo test --release --locked
+cargo test --locked
 if [ "$GUEST" = 1 ]; then
+  step "release build"
+  cargo build --release --bins --locked
   step "guests"
   scripts/guest/mkguest.sh
   scripts/guest/test-images.sh

@@ -69,8 +69,8 @@ pub struct Config {
     pub cache: CacheMode,
     /// Discards are offered.
     pub discard: bool,
-    /// For GET_ID.
-    pub serial: String,
+    /// For GET_ID; `None`: made from the base image's UUID.
+    pub serial: Option<String>,
     /// Which engine.
     pub engine: EngineKind,
     /// How long to poll.
@@ -215,10 +215,19 @@ fn device(config: &Config, opened: &OpenedDisk) -> Result<Device<Channel>> {
     let disk = opened.disk.clone();
     Ok(Device {
         shape,
-        serial: config.serial.clone(),
+        serial: config.serial.clone().unwrap_or_else(|| default_serial(opened)),
         poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
         make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
     })
+}
+
+/// The serial number VirtualBox's own controllers show: `VB`, and the first and the last 32 bits of the base image's UUID.
+/// It stays the same from snapshot to snapshot.
+fn default_serial(opened: &OpenedDisk) -> String {
+    let Some(uuid) = opened.images.last().and_then(|base| base.info.uuid) else { return String::new() };
+    let (first, .., last) = uuid.as_fields();
+    let last = [last[4], last[5], last[6], last[7]];
+    format!("VB{first:08x}-{:08x}", u32::from_le_bytes(last))
 }
 
 /// Which engine it is going to be; said once, not by every queue.

@@ -71,9 +71,9 @@ struct Args {
     /// unmap: discards give space back to the file system; ignore: they are not offered
     #[arg(long, value_enum, default_value_t = Discard::Unmap)]
     discard: Discard,
-    /// The serial number the guest sees, at most 20 bytes
-    #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
-    serial: String,
+    /// The serial number the guest sees, at most 20 bytes [default: as VirtualBox makes it from the base's UUID]
+    #[arg(long, value_name = "TEXT", value_parser = serial)]
+    serial: Option<String>,
     /// How files are read and written; auto: io_uring where it is allowed, else threads
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     io_engine: Engine,

@@ -7,7 +7,7 @@ use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Format};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
-use crate::limits::MAX_CHAIN_IMAGES;
+use crate::limits::{MAX_CHAIN_IMAGES, SECTOR_BYTES};
 use crate::map::{ByteSource, FileId, HostOffset, ImageInfo, ImageMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -306,9 +306,16 @@ fn refuse_parent_of_another(how: &OpenDisk, image: &OpenImage) -> Result<()> {
         .hint("serve the child, use --overlay or --read-only, or pass --allow-write-to-parent"))
 }
 
-/// Unbuffered I/O writes whole device sectors; metadata and data that share one would overwrite each other.
+/// Unbuffered I/O writes whole device sectors. Guests write sectors of 512 bytes, and metadata may share a sector with
+/// data: where the device's are larger, two writers of one would overwrite each other.
 fn refuse_unaligned_metadata(image: &OpenImage) -> Result<()> {
     let unit = u64::from(image.file.traits().alignment.offset);
+    if unit > SECTOR_BYTES {
+        let what = format!(
+            "its storage takes only writes of {unit} bytes past the page cache, guests write {SECTOR_BYTES}"
+        );
+        return Err(Error::new(ErrorKind::Unsupported, what).at(&image.path).hint("use --cache writeback"));
+    }
     let granularity = image.map.limits().data_alignment;
     if granularity.is_multiple_of(unit) {
         return Ok(());

@@ -158,12 +158,17 @@ impl Channel {
     fn op_failed(&mut self, i: usize, errno: i32) {
         let op = self.ops.get(i);
         let (owner, io) = (op.owner, op.io);
-        if errno != libc::EOPNOTSUPP {
+        // A device takes only whole sectors of its own, which may be larger than the guest's.
+        let unaligned =
+            errno == libc::EINVAL && io.kind == IoKind::Punch && self.disk.file(io.file).traits.is_device;
+        if errno != libc::EOPNOTSUPP && !unaligned {
             return self.op_ended(i, Err(Failure::Os(errno)));
         }
         match io.kind {
             IoKind::Punch => {
-                self.disk.file(io.file).note_cannot_punch();
+                if !unaligned {
+                    self.disk.file(io.file).note_cannot_punch();
+                }
                 if self.is_discard(owner) {
                     return self.op_ended(i, Ok(()));
                 }

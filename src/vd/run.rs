@@ -131,6 +131,8 @@ impl Channel {
                 }
             }
             Step::Extend { file, from, to } => self.issue_resize(slot, IoKind::Allocate, file, from, to),
+            // A device keeps its length, whatever is in use of it.
+            Step::Truncate { file, .. } if self.disk.file(file).traits.is_device => {}
             Step::Truncate { file, to } => self.issue_resize(slot, IoKind::Truncate, file, to, to),
             Step::Barrier | Step::Sync { .. } => unreachable!("barriers are not started"),
         }
