@@ -70,7 +70,11 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
         other => Err(Error::new(ErrorKind::Unsupported, format!("{other} images cannot be created yet"))),
     };
     let make = writes.map_err(|e| e.at(&new.path))?;
-    let file = OsFile::open(&new.path, OpenHow { create_new: true, ..OpenHow::default() })?;
+    let opened = OsFile::open(&new.path, OpenHow { create_new: true, ..OpenHow::default() });
+    let file = opened.map_err(|e| match e.kind() {
+        ErrorKind::Exists => e.hint("remove it or choose another name"),
+        _ => e,
+    })?;
     let made = make(&file).and_then(|()| {
         file.sync().map_err(|e| Error::io("sync it", e))?;
         sync_dir(folder_of(&new.path))

@@ -1,8 +1,110 @@
-//! Long work on containers: making, copying, comparing, checking images. Each job is a state machine that moves a block at
-//! a time, so that a thread drives it in production and a seed in simulation.
+//! Long work on containers: making, copying, comparing, checking, repairing images. Each [`Job`] is a state machine that
+//! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`run`]) and a seed in simulation.
 
+mod check;
+mod compare;
+mod convert;
+mod copy;
 mod create;
+mod inspect;
+mod lanes;
+mod repair;
+mod script;
 mod size;
+mod survey;
+#[cfg(test)]
+mod tests;
 
+pub use check::{Checked, check_image};
+pub use compare::{CompareJob, Comparison, compare_disks};
+pub use convert::{Convert, convert};
+pub use copy::CopyJob;
 pub use create::{CreateImage, create_image, create_overlay};
+pub use inspect::{Inspected, inspect_image};
+pub use repair::{RepairJob, Repaired, repair_image};
+pub use script::{Command, Script};
 pub use size::parse_size;
+pub use survey::{Piece, PieceKind, Survey};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{EngineKind, make_engine};
+use crate::vd::{Channel, Disk};
+use std::sync::Arc;
+
+/// How far a job is, in bytes of the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Dealt with.
+    pub done: u64,
+    /// All there is; never 0 once the job has looked.
+    pub total: u64,
+}
+
+/// Whether [`Job::step`] has to be called again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// There is more to do.
+    More,
+    /// The job is complete.
+    Done,
+}
+
+/// Work that is done in small steps.
+pub trait Job {
+    /// Does a little: at most 1 MiB per lane. Waits at most a moment for I/O that runs.
+    ///
+    /// # Errors
+    /// With the file and one line; the job is over then.
+    fn step(&mut self) -> Result<Step>;
+
+    /// How far it is.
+    fn progress(&self) -> Progress;
+}
+
+/// Whoever watches a job: is told of its progress after each step, and may end it.
+#[allow(missing_debug_implementations)] // two closures
+pub struct Watch<'a> {
+    /// True: the job ends, as soon as possible.
+    pub cancelled: &'a dyn Fn() -> bool,
+    /// Called after each step.
+    pub progress: &'a mut dyn FnMut(Progress),
+}
+
+impl Watch<'_> {
+    /// Steps `job` to its end, on this thread.
+    ///
+    /// # Errors
+    /// The job's; [`ErrorKind::Cancelled`].
+    pub fn run(&mut self, job: &mut dyn Job) -> Result<()> {
+        loop {
+            self.stop_if_cancelled()?;
+            let step = job.step()?;
+            (self.progress)(job.progress());
+            if step == Step::Done {
+                return Ok(());
+            }
+        }
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Cancelled`] if the job is to end.
+    pub(crate) fn stop_if_cancelled(&self) -> Result<()> {
+        if (self.cancelled)() { Err(Error::new(ErrorKind::Cancelled, "interrupted")) } else { Ok(()) }
+    }
+}
+
+/// Bytes a lane moves at a time.
+pub(crate) const LANE_BYTES: u64 = 1 << 20;
+/// Requests a copy or a comparison has in flight.
+pub(crate) const LANES: u16 = 8;
+/// Operations the engine of a job's channel takes at a time.
+const ENGINE_DEPTH: u32 = 128;
+
+/// A channel over the best engine there is, for a job with `lanes` lanes.
+fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+    let chosen = make_engine(EngineKind::Auto, ENGINE_DEPTH)?;
+    if let Some(why) = chosen.fallback {
+        tracing::info!("threads instead of io_uring: {why}");
+    }
+    Channel::new(disk.clone(), chosen.engine, lanes)
+}

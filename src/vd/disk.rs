@@ -155,6 +155,14 @@ impl Disk {
         &self.files[usize::from(id.0)]
     }
 
+    /// The file that extents call `id`, for jobs that ask where its holes are.
+    ///
+    /// # Panics
+    /// If no image of the disk has such a file.
+    pub fn host_file(&self, id: FileId) -> &Arc<dyn HostFile> {
+        &self.file(id).file
+    }
+
     /// The files by number.
     pub(crate) fn file_ids(&self) -> impl Iterator<Item = FileId> + '_ {
         (0..self.files.len()).map(|i| FileId(u16::try_from(i).expect("limits::MAX_FILES")))

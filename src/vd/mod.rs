@@ -28,4 +28,5 @@ pub use chain::{Chain, Layer, Scratch};
 pub use channel::Channel;
 pub use disk::{CacheMode, Disk, DiskOptions};
 pub use open::{FileSource, ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
+pub(crate) use own::Own;
 pub use request::{BlockDevice, Done, Outcome, Request};

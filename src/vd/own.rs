@@ -16,8 +16,9 @@ impl Own {
     pub(crate) fn slice(&self) -> BufSlice {
         match self {
             // SAFETY: a channel keeps the buffer in its slot or operation until that has ended, and its engine is
-            // dropped (which waits for what is in flight) before its slots and operations are. Rust slices of the
-            // memory are formed only while nothing is pending.
+            // dropped (which waits for what is in flight) before its slots and operations are. A job keeps it in
+            // a lane, which outlives the job's channels. Rust slices of the memory are formed only while nothing
+            // is pending.
             Own::Made(b) => unsafe { b.as_buf() },
             // SAFETY: as above.
             Own::Pooled(b) => unsafe { b.as_buf() },

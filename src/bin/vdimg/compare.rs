@@ -1,0 +1,32 @@
+//! `vdimg compare`.
+
+use super::args::{Compare, Image, Parents};
+use super::terminal;
+use vdblk::Result;
+use vdblk::job::compare_disks;
+use vdblk::vd::open_disk;
+
+/// Exit status of images that differ.
+const DIFFERENT: u8 = 1;
+
+pub(crate) fn run(args: &Compare) -> Result<u8> {
+    let second = Image {
+        format: args.format2,
+        parents: Parents {
+            parents: args.parents2.clone(),
+            parent_dirs: args.parent_dirs2.clone(),
+            allow_parent_mismatch: args.image.parents.allow_parent_mismatch,
+        },
+    };
+    let a = open_disk(&args.image.open(&args.first, args.lock))?;
+    let b = open_disk(&second.open(&args.second, args.lock))?;
+    let found = terminal::watched(|watch| compare_disks(&a.disk, &b.disk, watch))?;
+    let [x, y] = found.sizes;
+    if x != y {
+        eprintln!("vdimg: note: the sizes differ, {x} and {y} bytes: what one has more must be zeros");
+    }
+    match found.difference {
+        None => terminal::print("The images are equal.\n").map(|()| 0),
+        Some(at) => terminal::print(&format!("The images differ at offset {at}.\n")).map(|()| DIFFERENT),
+    }
+}

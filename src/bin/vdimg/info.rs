@@ -1,0 +1,125 @@
+//! `vdimg info`.
+
+use super::args::{Info, Output};
+use super::terminal::{human_bytes, print};
+use serde::Serialize;
+use std::fmt::Write;
+use uuid::Uuid;
+use vdblk::Result;
+use vdblk::job::{Inspected, inspect_image};
+use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
+
+/// What `--output json` prints. The names are a promise.
+#[derive(Serialize)]
+struct Json<'a> {
+    format: &'a str,
+    variant: &'a str,
+    virtual_size: u64,
+    file_size: u64,
+    block_size: Option<u64>,
+    allocated_blocks: Option<u64>,
+    uuid: Option<String>,
+    modification_uuid: Option<String>,
+    parent_uuid: Option<String>,
+    parent_modification_uuid: Option<String>,
+    comment: Option<&'a str>,
+    geometry: Option<Geometry>,
+}
+
+#[derive(Serialize)]
+struct Geometry {
+    cylinders: u32,
+    heads: u32,
+    sectors: u32,
+}
+
+pub(crate) fn run(args: &Info) -> Result<u8> {
+    let image = inspect_image(&args.image.spec(&args.file))?;
+    let text = match args.output {
+        Output::Json => json(&image),
+        Output::Human => human(&image) + &chain(args, &image),
+    };
+    print(&text)?;
+    Ok(0)
+}
+
+fn json(image: &Inspected) -> String {
+    let i = &image.info;
+    let text = |u: Option<Uuid>| u.map(|u| u.hyphenated().to_string());
+    let json = Json {
+        format: i.format,
+        variant: i.variant,
+        virtual_size: i.virtual_size,
+        file_size: image.file_size,
+        block_size: i.block_size,
+        allocated_blocks: i.allocated_blocks,
+        uuid: text(i.uuid),
+        modification_uuid: text(i.modification_uuid),
+        parent_uuid: text(i.parent_uuid),
+        parent_modification_uuid: text(i.parent_modification_uuid),
+        comment: i.comment.as_deref(),
+        geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
+    };
+    serde_json::to_string_pretty(&json).expect("numbers and texts") + "\n"
+}
+
+/// Writing to a String does not fail.
+fn human(image: &Inspected) -> String {
+    let i = &image.info;
+    let mut t = String::new();
+    let version = i.version.as_ref().map_or_else(String::new, |v| format!(" {v}"));
+    let _ = writeln!(t, "image: {}", image.path.display());
+    let _ = writeln!(t, "format: {}{version}, {}", i.format, i.variant);
+    let _ = writeln!(t, "virtual size: {}", human_bytes(i.virtual_size));
+    let _ = writeln!(t, "file size: {}", human_bytes(image.file_size));
+    let _ = writeln!(t, "storage used: {}", human_bytes(image.storage_bytes));
+    if let Some(block) = i.block_size {
+        let _ = writeln!(t, "block size: {}", human_bytes(block));
+        let blocks = i.virtual_size.div_ceil(block.max(1));
+        let _ = writeln!(t, "allocated blocks: {} of {blocks}", i.allocated_blocks.unwrap_or_default());
+    }
+    for (name, uuid) in [
+        ("UUID", i.uuid),
+        ("modification UUID", i.modification_uuid),
+        ("parent UUID", i.parent_uuid),
+        ("parent modification UUID", i.parent_modification_uuid),
+    ] {
+        if let Some(u) = uuid {
+            let _ = writeln!(t, "{name}: {}", u.hyphenated());
+        }
+    }
+    if let Some(comment) = &i.comment {
+        // Whoever made the image chose the text: no control characters reach the terminal.
+        let _ = writeln!(t, "comment: {}", comment.escape_debug());
+    }
+    if let Some((c, h, s)) = i.geometry {
+        let _ = writeln!(t, "geometry: {c} cylinders, {h} heads, {s} sectors");
+    }
+    t
+}
+
+/// The files a diff stands on, if they are found.
+fn chain(args: &Info, image: &Inspected) -> String {
+    if image.info.parent_uuid.is_none() && image.info.variant != "diff" {
+        return String::new();
+    }
+    let opened = open_disk(&OpenDisk {
+        image: args.image.spec(&args.file),
+        parents: args.image.parents.parents.clone(),
+        parent_dirs: args.image.parents.parent_dirs.clone(),
+        allow_parent_mismatch: args.image.parents.allow_parent_mismatch,
+        lock_wait: None,
+        options: DiskOptions { read_only: true, ..DiskOptions::default() },
+        ..OpenDisk::new(&args.file)
+    });
+    match opened {
+        Err(e) => format!("chain: not complete: {e}\n"),
+        Ok(disk) => {
+            let mut t = String::from("chain, base last:\n");
+            for i in &disk.images {
+                let _ = writeln!(t, "  {} ({}, {})", i.path.display(), i.format, i.info.variant);
+            }
+            t
+        }
+    }
+}

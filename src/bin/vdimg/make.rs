@@ -1,0 +1,49 @@
+//! `vdimg create` and `vdimg convert`.
+
+use super::args::{Convert, Create};
+use super::terminal;
+use vdblk::job::{self, CreateImage, create_image};
+use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
+use vdblk::{Error, ErrorKind, Result};
+
+pub(crate) fn create(args: &Create) -> Result<u8> {
+    // Open until the image is made: nobody may change the parent meanwhile.
+    let parent = open_parent(args)?;
+    let parent_info = parent.as_ref().map(|p| p.images[0].info.clone());
+    let size = args.size.or(parent_info.as_ref().map(|p| p.virtual_size));
+    let Some(size_bytes) = size else {
+        return Err(Error::new(ErrorKind::InvalidArgument, "no size: give --size or --parent"));
+    };
+    // The geometry belongs to a size.
+    let geometry = parent_info.as_ref().filter(|p| p.virtual_size == size_bytes).and_then(|p| p.geometry);
+    create_image(&CreateImage {
+        variant: args.variant.clone(),
+        uuid: args.uuid,
+        parent: parent_info,
+        comment: args.comment.clone(),
+        geometry,
+        options: args.options.clone(),
+        ..CreateImage::new(&args.file, args.format, size_bytes)
+    })?;
+    Ok(0)
+}
+
+/// The last parent that was named, on top of those before.
+fn open_parent(args: &Create) -> Result<Option<OpenedDisk>> {
+    let Some((last, before)) = args.parents.parents.split_last() else { return Ok(None) };
+    let how = args.parents.open(last.clone(), args.lock);
+    open_disk(&OpenDisk { parents: before.to_vec(), ..how }).map(Some)
+}
+
+pub(crate) fn convert(args: &Convert) -> Result<u8> {
+    terminal::end_in_order();
+    let how = job::Convert {
+        source: args.image.open(&args.source, args.lock),
+        target: args.target.clone(),
+        format: args.output_format,
+        variant: args.variant.clone(),
+        options: args.options.clone(),
+    };
+    terminal::watched(|watch| job::convert(&how, watch))?;
+    Ok(0)
+}

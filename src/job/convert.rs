@@ -1,0 +1,81 @@
+//! Converting: a new image with everything a chain shows.
+
+use super::copy::CopyJob;
+use super::{CreateImage, Watch, create_image, open_channel};
+use crate::error::Result;
+use crate::format::Format;
+use crate::vd::{DiskOptions, ImageSpec, OpenDisk, open_disk};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A conversion.
+#[derive(Clone, Debug)]
+pub struct Convert {
+    /// What is read, parents and all. Opened read-only.
+    pub source: OpenDisk,
+    /// The new file; nothing may be there yet.
+    pub target: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// One of the format's variants; `None`: the format's default.
+    pub variant: Option<String>,
+    /// `KEY=VALUE` options of the format.
+    pub options: Vec<(String, String)>,
+}
+
+/// Converts. The new image is a base image; it is complete and durable when this returns, and it keeps comment and geometry
+/// where its format has a place for them. After an error, or when cancelled, no file is left.
+///
+/// # Errors
+/// Of opening, creating, reading and writing, with the file; [`crate::ErrorKind::Cancelled`].
+pub fn convert(how: &Convert, watch: &mut Watch<'_>) -> Result<()> {
+    let source = open_disk(&how.source)?;
+    watch.stop_if_cancelled()?;
+    let top = &source.images[0].info;
+    let keeps = how.format != Format::Raw;
+    create_image(&CreateImage {
+        variant: how.variant.clone(),
+        options: how.options.clone(),
+        comment: top.comment.clone().filter(|_| keeps),
+        geometry: top.geometry.filter(|_| keeps),
+        ..CreateImage::new(&how.target, how.format, top.virtual_size)
+    })?;
+    let unfinished = Unfinished(&how.target);
+    copy(how, &source.disk, watch).map_err(|e| e.at(&how.target))?;
+    unfinished.keep();
+    Ok(())
+}
+
+fn copy(how: &Convert, source: &std::sync::Arc<crate::vd::Disk>, watch: &mut Watch<'_>) -> Result<()> {
+    let target = open_disk(&OpenDisk {
+        image: ImageSpec { path: how.target.clone(), format: Some(how.format) },
+        lock_wait: Some(Duration::ZERO),
+        // It is new: nobody has it as a parent, and a look for children could take long.
+        allow_write_to_parent: true,
+        // One sync at the end is enough: until then the file is removed when anything goes wrong.
+        options: DiskOptions { read_only: false, skip_syncs: true, ..DiskOptions::default() },
+        ..OpenDisk::new(&how.target)
+    })?;
+    let slots = CopyJob::slots();
+    let mut job = CopyJob::new(open_channel(source, slots)?, open_channel(&target.disk, slots)?)?;
+    watch.run(&mut job)?;
+    job.close_target()?;
+    watch.stop_if_cancelled()
+}
+
+/// A file that goes away again unless it is kept.
+struct Unfinished<'a>(&'a Path);
+
+impl Unfinished<'_> {
+    fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        // What cannot be removed is at least no longer locked: the user can.
+        let _ = fs::remove_file(self.0);
+    }
+}

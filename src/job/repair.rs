@@ -1,0 +1,112 @@
+//! Repairing one image, without its parents.
+
+use super::check::Locked;
+use super::{Job, LANE_BYTES, Progress, Step, Watch};
+use crate::error::{Error, Result};
+use crate::format::vdi::{CheckReport, RepairStep};
+use crate::format::{Format, vdi};
+use crate::io::HostFile;
+use crate::map::HostOffset;
+use crate::vd::{FileSource, ImageSpec};
+use std::time::Duration;
+
+/// Outcome of a repair.
+#[derive(Clone, Debug)]
+pub enum Repaired {
+    /// The format has nothing that could be wrong.
+    NothingToRepair(Format),
+    /// A report.
+    Report {
+        /// What was found.
+        before: CheckReport,
+        /// What was done about it, or would be.
+        lines: Vec<String>,
+        /// What a check finds afterwards; `None` after a dry run.
+        after: Option<CheckReport>,
+    },
+}
+
+/// Repairs an image under an exclusive lock; with `dry_run` only tells, under a shared one.
+///
+/// # Errors
+/// [`crate::ErrorKind::Corrupt`] where nothing can be done; of opening, locking, reading, writing. Stopped in between,
+/// the image has lost nothing: every step leaves it at least as good.
+pub fn repair_image(
+    spec: &ImageSpec,
+    dry_run: bool,
+    wait: Duration,
+    watch: &mut Watch<'_>,
+) -> Result<Repaired> {
+    let image = Locked::open(spec, !dry_run, wait)?;
+    match image.format {
+        Format::Vdi => {}
+        Format::Raw => return Ok(Repaired::NothingToRepair(Format::Raw)),
+        format => {
+            image.refuse_format()?;
+            return Ok(Repaired::NothingToRepair(format));
+        }
+    }
+    let plan = vdi::repair(&FileSource::new(&image.file)?).map_err(|e| image.named(e))?;
+    let (before, lines) = (plan.report, plan.lines);
+    if dry_run {
+        return Ok(Repaired::Report { before, lines, after: None });
+    }
+    watch.run(&mut RepairJob::new(&image.file, plan.steps))?;
+    let after = vdi::check(&FileSource::new(&image.file)?).map_err(|e| image.named(e))?;
+    Ok(Repaired::Report { before, lines, after: Some(after) })
+}
+
+/// Carries out the steps of a repair, in order, each complete before the next.
+#[derive(Debug)]
+pub struct RepairJob<'a> {
+    file: &'a dyn HostFile,
+    steps: Vec<RepairStep>,
+    next: usize,
+    /// Bytes done of a copy.
+    copied: u64,
+}
+
+impl<'a> RepairJob<'a> {
+    /// A repair of `file` by `steps`.
+    pub fn new(file: &'a dyn HostFile, steps: Vec<RepairStep>) -> Self {
+        RepairJob { file, steps, next: 0, copied: 0 }
+    }
+
+    /// Moves the next piece of a copy. True: that was the last.
+    fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> std::io::Result<bool> {
+        let n = (len - self.copied).min(LANE_BYTES);
+        let mut piece = vec![0; usize::try_from(n).expect("1 MiB at most")];
+        let mut got = 0;
+        while got < piece.len() {
+            match self.file.read_at(from.plus(self.copied).0 + got as u64, &mut piece[got..])? {
+                // The place is cut off in the middle: the rest of it reads as zeros.
+                0 => break,
+                more => got += more,
+            }
+        }
+        self.file.write_at(to.plus(self.copied).0, &piece)?;
+        self.copied += n;
+        Ok(self.copied == len)
+    }
+}
+
+impl Job for RepairJob<'_> {
+    fn step(&mut self) -> Result<Step> {
+        let Some(step) = self.steps.get(self.next).cloned() else { return Ok(Step::Done) };
+        let complete = match step {
+            RepairStep::Write { at, bytes } => self.file.write_at(at.0, &bytes).map(|()| true),
+            RepairStep::SetLen { to } => self.file.set_len(to.0).map(|()| true),
+            RepairStep::Sync => self.file.sync().map(|()| true),
+            RepairStep::Copy { from, to, len } => self.copy_piece(from, to, len),
+        };
+        if complete.map_err(|e| Error::io("write its repair", e).at(self.file.path()))? {
+            self.next += 1;
+            self.copied = 0;
+        }
+        Ok(Step::More)
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { done: self.next as u64, total: self.steps.len() as u64 }
+    }
+}

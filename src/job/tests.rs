@@ -1,0 +1,253 @@
+//! Jobs in simulation: disks in memory, operations that end in any order.
+
+use super::{CompareJob, CopyJob, Job, Piece, PieceKind, Step, Survey};
+use crate::error::Failure;
+use crate::format::vdi::{self, Parent, Variant, VdiCreate};
+use crate::format::{self, Format};
+use crate::io::sim::{Rng, SimEngine};
+use crate::io::{AlignedBuf, HostFile, MemFile, OsHost};
+use crate::map::{ByteSource, FileId, GuestOffset, GuestRange};
+use crate::vd::{Chain, Channel, Disk, DiskOptions, Layer, Request};
+use std::sync::Arc;
+use uuid::Uuid;
+
+use super::lanes::Lanes;
+
+fn range(start: u64, len: u64) -> GuestRange {
+    GuestRange::new(GuestOffset(start), len).unwrap()
+}
+
+fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>, variant: Variant) -> Arc<MemFile> {
+    let id = Uuid::from_u128(uuid);
+    let mut c = VdiCreate::new(size, id, id);
+    c.block_bytes = block;
+    c.variant = variant;
+    c.parent = parent.map(|p| Parent { uuid: Uuid::from_u128(p), modification: Uuid::from_u128(p) });
+    let b = c.blueprint().unwrap();
+    let f = MemFile::new(format!("{uuid:x}.vdi"), Vec::new());
+    f.set_len(b.file_len()).unwrap();
+    for (off, bytes) in b.writes() {
+        f.write_at(off.0, &bytes).unwrap();
+    }
+    Arc::new(f)
+}
+
+/// A disk of these files, top first.
+fn open(files: &[(Format, Arc<MemFile>)], read_only: bool) -> Arc<Disk> {
+    let layers = files.iter().zip(0u16..).map(|((format, f), i)| {
+        let how = format::OpenHow { read_only: read_only || i > 0, info_only: false };
+        let map = format::open(*format, &f.bytes() as &dyn ByteSource, FileId(i), how).unwrap();
+        Layer { number: u32::from(i), map: map.into() }
+    });
+    let layers = layers.collect();
+    let files = files.iter().map(|(_, f)| f.clone() as Arc<dyn HostFile>).collect();
+    let options = DiskOptions { read_only, skip_syncs: true, ..DiskOptions::default() };
+    Disk::new(Chain::new(layers), files, options, Arc::new(OsHost), Box::new(|| ()))
+}
+
+fn channel(disk: &Arc<Disk>, rng: &mut Rng) -> Channel {
+    let mut e = SimEngine::new(rng.next());
+    e.inline_percent = rng.below(100);
+    e.depth = 1 + rng.below(20) as usize;
+    Channel::new(disk.clone(), Box::new(e), CompareJob::slots()).unwrap()
+}
+
+/// Writes the model's bytes of a range.
+fn write(lanes: &mut Lanes, model: &[u8], r: GuestRange) {
+    let (from, len) = (r.start().0 as usize, r.len() as usize);
+    lanes.bytes_mut(0)[..len].copy_from_slice(&model[from..from + len]);
+    let started = lanes.write(0, 0, 0, r);
+    lanes.finish(started).unwrap().unwrap();
+}
+
+/// A chain of diffs with random contents, and what it reads.
+fn random_chain(rng: &mut Rng, size: u64, depth: u128) -> (Vec<(Format, Arc<MemFile>)>, Vec<u8>) {
+    let mut files = Vec::new();
+    let mut model = vec![0u8; size as usize];
+    for level in 1..=depth {
+        let block = 4096 << rng.below(6);
+        let parent = (level > 1).then_some(level - 1);
+        files.insert(0, (Format::Vdi, new_vdi(size, block, level, parent, Variant::Dynamic)));
+        let disk = open(&files, false);
+        let mut lanes = Lanes::new(vec![channel(&disk, rng)], 1).unwrap();
+        for _ in 0..rng.below(12) {
+            let len = (1 + rng.below(200)).min(size / 512);
+            let r = range(rng.below(size / 512 - len + 1) * 512, len * 512);
+            let value = if rng.chance(30) { 0 } else { 1 + rng.below(255) as u8 };
+            model[r.start().0 as usize..r.end().0 as usize].fill(value);
+            write(&mut lanes, &model, r);
+        }
+        lanes.close_disk(0, false).unwrap();
+    }
+    (files, model)
+}
+
+fn read_all(disk: &Arc<Disk>, rng: &mut Rng) -> Vec<u8> {
+    let mut lanes = Lanes::new(vec![channel(disk, rng)], 1).unwrap();
+    let mut all = Vec::new();
+    while (all.len() as u64) < disk.size_bytes() {
+        let r = range(all.len() as u64, (disk.size_bytes() - all.len() as u64).min(1 << 20));
+        let started = lanes.read(0, 0, r);
+        lanes.finish(started).unwrap().unwrap();
+        all.extend_from_slice(&lanes.bytes(0)[..r.len() as usize]);
+    }
+    all
+}
+
+fn run(job: &mut dyn Job) {
+    for _ in 0..1_000_000 {
+        if job.step().unwrap() == Step::Done {
+            return;
+        }
+    }
+    panic!("the job hangs");
+}
+
+fn copy(from: &Arc<Disk>, to: &Arc<Disk>, rng: &mut Rng) {
+    let mut job = CopyJob::new(channel(from, rng), channel(to, rng)).unwrap();
+    run(&mut job);
+    assert_eq!(job.progress().done, from.size_bytes());
+    job.close_target().unwrap();
+}
+
+fn difference(a: &Arc<Disk>, b: &Arc<Disk>, rng: &mut Rng) -> Option<u64> {
+    let mut job = CompareJob::new(channel(a, rng), channel(b, rng)).unwrap();
+    run(&mut job);
+    job.result().difference
+}
+
+#[test]
+fn copies_show_what_the_chain_shows_and_compare_equal() {
+    for seed in 0..60 {
+        let mut rng = Rng(seed);
+        let size = (1 + rng.below(5000)) * 512;
+        let depth = 1 + u128::from(rng.below(3));
+        let (files, mut model) = random_chain(&mut rng, size, depth);
+        let source = open(&files, true);
+        assert_eq!(read_all(&source, &mut rng), model, "seed {seed}");
+        let raw = Arc::new(MemFile::new("t.raw", vec![0; size as usize]));
+        let variant = if rng.chance(30) { Variant::Fixed } else { Variant::Dynamic };
+        let target = match rng.below(2) {
+            0 => vec![(Format::Raw, raw)],
+            _ => vec![(Format::Vdi, new_vdi(size, 4096 << rng.below(9), 77, None, variant))],
+        };
+        copy(&source, &open(&target, false), &mut rng);
+        let copied = open(&target, true);
+        assert_eq!(read_all(&copied, &mut rng), model, "seed {seed}");
+        if target[0].0 == Format::Vdi {
+            assert!(vdi::check(&target[0].1.bytes()).unwrap().is_clean(), "seed {seed}");
+        }
+        assert_eq!(difference(&source, &copied, &mut rng), None, "seed {seed}");
+        if !rng.chance(70) {
+            continue;
+        }
+        // One byte less is found, and only where it is.
+        let at = rng.below(size);
+        model[at as usize] = model[at as usize].wrapping_add(1);
+        let changed = vec![(Format::Raw, Arc::new(MemFile::new("c.raw", model)))];
+        assert_eq!(difference(&source, &open(&changed, true), &mut rng), Some(at), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_longer_disk_is_equal_if_the_rest_is_zeros() {
+    let mut rng = Rng(1);
+    let raw = |bytes: Vec<u8>| open(&[(Format::Raw, Arc::new(MemFile::new("r.raw", bytes)))], true);
+    let mut long = vec![7; 5000 * 512];
+    let short = raw(long[..1024].to_vec());
+    assert_eq!(difference(&short, &raw(long.clone()), &mut rng), Some(1024));
+    long[1024..].fill(0);
+    assert_eq!(difference(&short, &raw(long.clone()), &mut rng), None);
+    assert_eq!(difference(&raw(long.clone()), &short, &mut rng), None);
+    let last = long.len() - 1;
+    long[last] = 1;
+    assert_eq!(difference(&raw(long), &short, &mut rng), Some(last as u64));
+}
+
+#[test]
+fn a_target_that_is_too_small_is_refused() {
+    let mut rng = Rng(1);
+    let raw = |n: usize| open(&[(Format::Raw, Arc::new(MemFile::new("r.raw", vec![1; n])))], false);
+    let (large, small) = (raw(1024), raw(512));
+    assert!(CopyJob::new(channel(&large, &mut rng), channel(&small, &mut rng)).is_err());
+}
+
+#[test]
+fn a_failure_ends_the_copy_and_names_the_place() {
+    let mut rng = Rng(5);
+    let files = [(Format::Raw, Arc::new(MemFile::new("s.raw", vec![1; 40 << 20])))];
+    let source = open(&files, true);
+    // The file shrinks under the copy.
+    files[0].1.set_len(3 << 20).unwrap();
+    let target = open(&[(Format::Raw, Arc::new(MemFile::new("t.raw", vec![0; 40 << 20])))], false);
+    let mut job = CopyJob::new(channel(&source, &mut rng), channel(&target, &mut rng)).unwrap();
+    let e = loop {
+        match job.step() {
+            Ok(step) => assert_eq!(step, Step::More),
+            Err(e) => break e.to_string(),
+        }
+    };
+    assert!(e.starts_with("s.raw: cannot read guest offset "), "{e}");
+}
+
+#[test]
+fn a_survey_tells_the_images_apart() {
+    let mib = 1 << 20;
+    let mut rng = Rng(9);
+    let base = (Format::Vdi, new_vdi(2 * mib, mib / 2, 1, None, Variant::Dynamic));
+    let mut files = vec![base];
+    let model = vec![5; 4 << 20];
+    let mut put = |files: &[(Format, Arc<MemFile>)], r: GuestRange, zero: bool| {
+        let disk = open(files, false);
+        let mut lanes = Lanes::new(vec![channel(&disk, &mut rng)], 1).unwrap();
+        if zero {
+            let started = lanes.start(0, 0, Request::WriteZeroes { range: r, unmap: true }, &[]);
+            lanes.finish(started).unwrap().unwrap();
+        } else {
+            write(&mut lanes, &model, r);
+        }
+        lanes.close_disk(0, false).unwrap();
+    };
+    put(&files, range(0, mib), false);
+    // Larger than its base.
+    files.insert(0, (Format::Vdi, new_vdi(4 * mib, mib / 2, 2, Some(1), Variant::Dynamic)));
+    put(&files, range(0, mib / 2), true);
+    put(&files, range(3 * mib, mib / 2), false);
+    let mut survey = Survey::new(open(&files, true));
+    let mut pieces = Vec::new();
+    while let Some(p) = survey.next_piece().unwrap() {
+        pieces.push(p);
+    }
+    let kinds: Vec<_> = pieces.iter().map(|p| (p.range, p.depth)).collect();
+    let (half, end) = (mib / 2, 4 * mib);
+    assert_eq!(
+        kinds,
+        [
+            (range(0, half), 0),
+            (range(half, half), 1),
+            (range(mib, 2 * mib), 1),
+            (range(3 * mib, half), 0),
+            (range(3 * mib + half, end - 3 * mib - half), 1),
+        ]
+    );
+    let is = |i: usize, want: fn(&Piece) -> bool| assert!(want(&pieces[i]), "{i}: {:?}", pieces[i]);
+    is(0, |p| p.kind == PieceKind::Zero);
+    is(1, |p| matches!(p.kind, PieceKind::Data { file: FileId(1), .. }));
+    is(2, |p| p.kind == PieceKind::Unallocated);
+    is(3, |p| matches!(p.kind, PieceKind::Data { file: FileId(0), .. }));
+    is(4, |p| p.kind == PieceKind::Unallocated);
+}
+
+#[test]
+fn lanes_are_given_back_after_a_failure() {
+    let mut rng = Rng(2);
+    let disk = open(&[(Format::Raw, Arc::new(MemFile::new("r.raw", vec![1; 4096])))], true);
+    let mut lanes = Lanes::new(vec![channel(&disk, &mut rng)], 1).unwrap();
+    let started = lanes.write(0, 0, 0, range(0, 512));
+    assert_eq!(lanes.finish(started).unwrap(), Err(Failure::ReadOnly));
+    let started = lanes.read(0, 0, range(4096, 512));
+    assert_eq!(lanes.finish(started).unwrap(), Err(Failure::OutOfRange));
+    let started = lanes.read(0, 0, range(0, 512));
+    assert_eq!(lanes.finish(started).unwrap(), Ok(()));
+    assert_eq!(lanes.bytes(0)[..512], AlignedBuf::new(512).as_slice().iter().map(|_| 1).collect::<Vec<u8>>());
+}
