@@ -217,6 +217,7 @@ impl Channel {
         self.slot(slot).pending += 1;
         match self.disk.file(file).syncs.join(me, even_if_clean) {
             Joined::Clean => self.slot(slot).pending -= 1,
+            Joined::Failed => self.slot(slot).settle_one(Err(Failure::SyncFailed)),
             Joined::Wait => {}
             Joined::Start => self.submit_sync(file),
         }
@@ -228,16 +229,12 @@ impl Channel {
     }
 
     fn sync_ended(&mut self, file: FileId, result: Result<(), Failure>) {
-        let path = self.disk.file(file).file.path().to_path_buf();
         let mut told: Vec<Waiter> = Vec::new();
-        let mut again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
+        let again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
         if let Err(f) = result {
-            tracing::error!("{}: sync failed ({f}): the disk takes no more writes", path.display());
+            let path = self.disk.file(file).file.path().display();
+            tracing::error!("{path}: sync failed ({f}): the disk takes no more writes");
             self.disk.sync_has_failed();
-            // No retry (O4): those who joined later fail with the others.
-            while again {
-                again = self.disk.file(file).syncs.ended(false, &mut told);
-            }
         }
         for w in told {
             self.wake(w, result.map_err(|_| Failure::SyncFailed));
