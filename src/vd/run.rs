@@ -123,7 +123,7 @@ impl Channel {
                 let me = self.me(slot);
                 self.slot(slot).pending += 1;
                 if self.disk.pages.stage(id, op, me) {
-                    self.submit_page(id);
+                    self.submit_page(id, true);
                 }
             }
             Step::Extend { file, from, to } => self.issue_resize(slot, IoKind::Allocate, file, from, to),
