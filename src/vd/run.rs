@@ -84,6 +84,9 @@ impl Channel {
                 Step::Barrier | Step::Sync { .. } | Step::Block { .. } | Step::Move { .. } if pending => {
                     return Ok(Next::Wait);
                 }
+                Step::Barrier | Step::Sync { .. } if self.slot(slot).failure.is_some() => {
+                    return Ok(Next::Again); // which ends the plan
+                }
                 Step::Barrier => {}
                 Step::Sync { file } => {
                     run.next += 1;
