@@ -123,6 +123,12 @@ pub trait ImageMap: Send + Sync + Debug {
     /// The number of the unit around `at`, the key of its claim.
     fn claim_of(&self, at: GuestOffset) -> super::BlockIndex;
 
+    /// The disk may say otherwise than [`Self::map`] of the unit around `at`: a write of its entry has failed. Under its
+    /// claim; a change of it that has nothing to change must be planned all the same.
+    fn in_doubt(&self, _at: GuestOffset) -> bool {
+        false
+    }
+
     /// What has to happen for `change`. Reserves what the plan needs; [`Self::settle`] must follow.
     /// The plan of [`Self::begin`] must have been settled before the first call.
     ///

@@ -81,11 +81,16 @@ impl Channel {
             _ => true,
         };
         let beneath_zero = self.reads_as_zero(unit)?;
+        let discard = matches!(request, Request::Discard(_));
         let change = match (beneath_zero, zeros) {
-            (true, true) => return Ok(None),
+            (true, true) if discard || !self.disk.chain.top().map.in_doubt(part.start()) => return Ok(None),
+            (true, true) => Change::Zero { unit },
             (true, false) => Change::Write { part, beneath_zero: true },
             (false, true) if part == unit => Change::Zero { unit },
-            (false, _) if matches!(request, Request::Discard(_)) => return Ok(None),
+            (false, _) if discard => return Ok(None),
+            (false, _) if self.disk.chain.top().map.in_doubt(part.start()) => {
+                Change::Write { part, beneath_zero: false }
+            }
             (false, _) => return Ok(Some(Work::Comparing { part, done: 0, reading: None })),
         };
         Ok(Some(Work::Planning { part, change }))

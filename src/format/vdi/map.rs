@@ -173,6 +173,10 @@ impl ImageMap for VdiMap {
         self.layout.claim(at)
     }
 
+    fn in_doubt(&self, at: GuestOffset) -> bool {
+        self.layout.block_at(at).is_some_and(|b| self.writer.as_ref().is_some_and(|w| w.in_doubt(b)))
+    }
+
     fn plan(&self, change: Change) -> std::result::Result<Plan, Miss> {
         let writer = self.writer.as_ref().ok_or(Miss::Fail(Failure::ReadOnly))?;
         let at = match change {

@@ -117,7 +117,7 @@ impl Writer {
     /// certain that no request still maps to it and that the drop is durable (rule O2).
     pub(super) fn plan_zero(&self, map: &VdiMap, block: u32) -> Result<Plan, Miss> {
         self.must_be_changing()?;
-        if map.entry(block) == Some(Entry::Zero) {
+        if map.entry(block) == Some(Entry::Zero) && !self.in_doubt(block) {
             return Ok(Plan::default());
         }
         let token = Some(self.pend(Pending::Zero { block }));
@@ -145,6 +145,11 @@ impl Writer {
         }
         let why = self.state().refused.take();
         Err(Miss::Fail(why.unwrap_or(Failure::Os(libc::ENOSPC))))
+    }
+
+    /// The entry on disk may not be the one in memory.
+    pub(super) fn in_doubt(&self, block: u32) -> bool {
+        self.state().doubtful.contains(&block)
     }
 
     fn pend(&self, what: Pending) -> PlanToken {
@@ -185,7 +190,9 @@ impl Writer {
                 s.grows_unclean = !clean;
             }
             (Pending::Room { urgent }, Settled::Failed { why, .. }) => self.room_failed(urgent, why),
-            (Pending::Write { .. } | Pending::Zero { .. }, Settled::Done { .. }) => {}
+            (Pending::Write { block, .. } | Pending::Zero { block }, Settled::Done { .. }) => {
+                self.state().doubtful.remove(&block);
+            }
             (Pending::Write { block, place }, Settled::Failed { entry_submitted: true, .. }) => {
                 self.places.leak(place);
                 self.state().doubtful.insert(block);
