@@ -3,6 +3,7 @@
 mod crash;
 mod faults;
 mod rig;
+mod threads;
 
 use super::chain::Layer;
 use super::{BlockDevice, Chain, Channel, Disk, DiskOptions, Done, Request};
