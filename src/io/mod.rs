@@ -18,7 +18,7 @@ mod uring;
 #[cfg(test)]
 pub(crate) mod sim;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

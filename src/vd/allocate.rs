@@ -87,7 +87,8 @@ impl Channel {
         let discard = matches!(request, Request::Discard(_));
         let change = match (beneath_zero, zeros) {
             (true, true) if !in_doubt || discard => return Ok(None),
-            (_, true) if part == unit => Change::Zero { unit },
+            (true, true) => Change::Zero { unit },
+            (false, true) if part == unit => Change::Zero { unit },
             (false, _) if discard => return Ok(None),
             (false, _) if !in_doubt => return Ok(Some(Work::Comparing { part, done: 0, reading: None })),
             _ => Change::Write { part, beneath_zero },

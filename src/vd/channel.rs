@@ -183,9 +183,13 @@ impl Channel {
     /// when no channel of the disk has anything in flight; the disk takes no change afterwards.
     ///
     /// # Errors
-    /// If that could not be written. The image is as safe as after a crash: nothing is lost.
+    /// If that could not be written: the image is as safe as after a crash. If a sync has failed, now or before: what
+    /// the disk holds is unknown (rule O4).
     pub fn close_disk(&mut self, sync: bool) -> Result<()> {
         self.settle_down()?;
+        if self.disk.may_write() == Err(Failure::SyncFailed) {
+            return Err(Failure::SyncFailed.into());
+        }
         if self.disk.start.is_done() && self.disk.may_write().is_ok() {
             let plan = self.disk.chain.top().map.end();
             self.end_outcome = None;
@@ -197,7 +201,10 @@ impl Channel {
             for id in self.disk.file_ids() {
                 let f = &self.disk.file(id).file;
                 if self.disk.file(id).traits.writable {
-                    f.sync().map_err(|e| Error::io("sync it", e).at(f.path()))?;
+                    f.sync().map_err(|e| {
+                        self.disk.sync_has_failed();
+                        Error::io("sync it", e).at(f.path())
+                    })?;
                 }
             }
         }

@@ -38,6 +38,10 @@ impl Channel {
 
     /// Gives an operation to the engine, or does it at once.
     fn start_op(&mut self, i: usize) {
+        self.start_op_how(i, true);
+    }
+
+    fn start_op_how(&mut self, i: usize, at_once: bool) {
         if let Owner::Slot(s) = self.ops.get(i).owner {
             self.slot(s).pending += 1;
         }
@@ -46,7 +50,8 @@ impl Channel {
             return;
         }
         let op = self.ops.get(i);
-        if matches!(op.io.kind, IoKind::Read | IoKind::Write)
+        if at_once
+            && matches!(op.io.kind, IoKind::Read | IoKind::Write)
             && let Some(result) = self.engine.try_now(&op.io, &op.bufs)
         {
             self.moved(i, result);
@@ -222,6 +227,7 @@ impl Channel {
         self.slot(slot).pending += 1;
         match self.disk.file(file).syncs.join(me, even_if_clean) {
             Joined::Clean => self.slot(slot).pending -= 1,
+            Joined::Failed => self.slot(slot).settle_one(Err(Failure::SyncFailed)),
             Joined::Wait => {}
             Joined::Start => self.submit_sync(file),
         }
@@ -233,16 +239,12 @@ impl Channel {
     }
 
     fn sync_ended(&mut self, file: FileId, result: Result<(), Failure>) {
-        let path = self.disk.file(file).file.path().to_path_buf();
         let mut told: Vec<Waiter> = Vec::new();
-        let mut again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
+        let again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
         if let Err(f) = result {
-            tracing::error!("{}: sync failed ({f}): the disk takes no more writes", path.display());
+            let path = self.disk.file(file).file.path().display();
+            tracing::error!("{path}: sync failed ({f}): the disk takes no more writes");
             self.disk.sync_has_failed();
-            // No retry (O4): those who joined later fail with the others.
-            while again {
-                again = self.disk.file(file).syncs.ended(false, &mut told);
-            }
         }
         for w in told {
             self.wake(w, result.map_err(|_| Failure::SyncFailed));
@@ -252,8 +254,8 @@ impl Channel {
         }
     }
 
-    /// Submits the write of a page with everything that was released for it.
-    pub(super) fn submit_page(&mut self, id: PageId) {
+    /// Submits the write of a page with everything that was released for it. `at_once`: it may be done right here.
+    pub(super) fn submit_page(&mut self, id: PageId, at_once: bool) {
         let ops = self.disk.pages.in_flight(id);
         let layer =
             self.disk.chain.layers().iter().find(|l| l.number == id.0).expect("a page of an open image");
@@ -278,7 +280,7 @@ impl Channel {
         let op = self.ops.get(i);
         op.bufs.push(own.slice());
         op.own = Some(own);
-        self.start_op(i);
+        self.start_op_how(i, at_once);
     }
 
     fn page_ended(&mut self, id: PageId, file: FileId, result: Result<(), Failure>) {
@@ -296,7 +298,9 @@ impl Channel {
             self.wake(w, result);
         }
         if again {
-            self.submit_page(id);
+            // Through the engine: while others keep adding to the page, each write done here would lead to the next,
+            // one inside the other, and our own guest would wait.
+            self.submit_page(id, false);
         }
     }
 }

@@ -84,6 +84,9 @@ impl Channel {
                 Step::Barrier | Step::Sync { .. } | Step::Block { .. } | Step::Move { .. } if pending => {
                     return Ok(Next::Wait);
                 }
+                Step::Barrier | Step::Sync { .. } if self.slot(slot).failure.is_some() => {
+                    return Ok(Next::Again); // which ends the plan
+                }
                 Step::Barrier => {}
                 Step::Sync { file } => {
                     run.next += 1;
@@ -127,7 +130,7 @@ impl Channel {
                 let me = self.me(slot);
                 self.slot(slot).pending += 1;
                 if self.disk.pages.stage(id, op, me) {
-                    self.submit_page(id);
+                    self.submit_page(id, true);
                 }
             }
             Step::Extend { file, from, to } => self.issue_resize(slot, IoKind::Allocate, file, from, to),

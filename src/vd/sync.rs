@@ -17,6 +17,8 @@ pub(crate) struct SyncGroup {
 #[derive(Debug, Default)]
 struct State {
     running: bool,
+    /// One has failed. Another could succeed and say nothing of what the kernel dropped with the first (rule O4).
+    failed: bool,
     /// Those whose sync runs.
     current: Vec<Waiter>,
     /// Those who came since.
@@ -32,6 +34,8 @@ pub(crate) enum Joined {
     Wait,
     /// Nothing is unsynced.
     Clean,
+    /// A sync has failed before: there is no other.
+    Failed,
 }
 
 impl SyncGroup {
@@ -50,6 +54,9 @@ impl SyncGroup {
     /// [`Self::wrote`] in this very channel, never takes the short cut.
     pub(crate) fn join(&self, who: Waiter, even_if_clean: bool) -> Joined {
         let mut s = self.state.lock().expect("sync lock");
+        if s.failed {
+            return Joined::Failed;
+        }
         if s.running {
             s.waiting.push(who);
             return Joined::Wait;
@@ -63,13 +70,15 @@ impl SyncGroup {
         Joined::Start
     }
 
-    /// The sync has ended: moves those it satisfies into `out`. True: submit another, for those who came since.
+    /// The sync has ended: moves those it satisfies into `out`. True: submit another, for those who came since. After
+    /// a failure there is none: those who came since are in `out` as well.
     pub(crate) fn ended(&self, ok: bool, out: &mut Vec<Waiter>) -> bool {
         let mut s = self.state.lock().expect("sync lock");
         assert!(s.running, "a sync ended that nobody started");
         out.append(&mut s.current);
         if !ok {
-            self.unsynced.store(true, Ordering::Release);
+            s.failed = true;
+            out.append(&mut s.waiting);
         }
         if s.waiting.is_empty() {
             s.running = false;
@@ -105,11 +114,15 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_sync_leaves_the_file_unsynced() {
+    fn a_failed_sync_is_the_last_one() {
         let g = SyncGroup::new(true);
-        let w = Waiter { channel: 0, slot: 0 };
-        assert_eq!(g.join(w, false), Joined::Start);
-        assert!(!g.ended(false, &mut Vec::new()));
-        assert_eq!(g.join(w, false), Joined::Start);
+        let w = |slot| Waiter { channel: 0, slot };
+        let mut done = Vec::new();
+        assert_eq!(g.join(w(1), false), Joined::Start);
+        assert_eq!(g.join(w(2), false), Joined::Wait);
+        assert!(!g.ended(false, &mut done));
+        assert_eq!(done, [w(1), w(2)]);
+        assert_eq!(g.join(w(3), true), Joined::Failed);
+        assert_eq!(g.join(w(3), false), Joined::Failed);
     }
 }

@@ -1,12 +1,17 @@
 //! The container against a model: many channels with overlapping work, operations that end in any order, chains.
 
+mod crash;
+mod faults;
+mod rig;
+mod threads;
+
 use super::chain::Layer;
 use super::{BlockDevice, Chain, Channel, Disk, DiskOptions, Done, Request};
 use crate::error::Failure;
 use crate::format::vdi::{Parent, VdiCreate};
 use crate::format::{self, Format};
 use crate::io::sim::{Rng, SimEngine};
-use crate::io::{AlignedBuf, BufSlice, Host, HostFile, MemFile};
+use crate::io::{AlignedBuf, Alignment, BufSlice, FileTraits, Host, HostFile, MemFile};
 use crate::map::{ByteSource, FileId, GuestOffset, GuestRange};
 use std::sync::Arc;
 use std::time::Instant;

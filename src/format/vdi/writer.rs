@@ -190,6 +190,9 @@ impl Writer {
     /// opens the image after a crash allocates from that count on (rule O3).
     pub(super) fn room(&self, map: &VdiMap, urgent: bool) -> Option<Plan> {
         self.must_be_changing().ok()?;
+        if !urgent && self.state().grows_unclean {
+            return None; // nothing is gained ahead of need, and the count would run up to the end of the disk
+        }
         let (from, to) = self.places.begin_extension(urgent)?;
         let file = map.file;
         let (layout, count) = (&map.layout, set_header(MetaOp::Count(to)));
