@@ -251,3 +251,40 @@ fn lanes_are_given_back_after_a_failure() {
     assert_eq!(lanes.finish(started).unwrap(), Ok(()));
     assert_eq!(lanes.bytes(0)[..512], AlignedBuf::new(512).as_slice().iter().map(|_| 1).collect::<Vec<u8>>());
 }
+
+/// The engines of the operating system, over real files: above all, that waiting for them ends.
+#[test]
+fn both_engines_copy_and_compare() {
+    use super::{CreateImage, create_image};
+    use crate::io::{EngineKind, make_engine};
+    use crate::vd::{OpenDisk, open_disk};
+    let exe = std::env::current_exe().unwrap();
+    let dir = tempfile::tempdir_in(exe.parent().unwrap()).unwrap();
+    let mut rng = Rng(4);
+    let mut bytes = vec![0; 20 << 20];
+    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.next() as u8);
+    std::fs::write(dir.path().join("s.raw"), bytes).unwrap();
+    for kind in [EngineKind::IoUring, EngineKind::Threads] {
+        let target = dir.path().join(format!("{kind}.vdi"));
+        create_image(&CreateImage::new(&target, Format::Vdi, 20 << 20)).unwrap();
+        let options = DiskOptions { skip_syncs: true, ..DiskOptions::default() };
+        let source = open_disk(&OpenDisk::new(dir.path().join("s.raw"))).unwrap();
+        let copied = open_disk(&OpenDisk { options, ..OpenDisk::new(&target) }).unwrap();
+        let channel = |disk: &Arc<Disk>| match make_engine(kind, 16) {
+            Ok(chosen) => Some(Channel::new(disk.clone(), chosen.engine, CompareJob::slots()).unwrap()),
+            Err(e) => {
+                println!("skipped: {e}");
+                None
+            }
+        };
+        let (Some(from), Some(to)) = (channel(&source.disk), channel(&copied.disk)) else { continue };
+        let mut job = CopyJob::new(from, to).unwrap();
+        run(&mut job);
+        job.close_target().unwrap();
+        let (a, b) = (channel(&source.disk).unwrap(), channel(&copied.disk).unwrap());
+        let mut job = CompareJob::new(a, b).unwrap();
+        run(&mut job);
+        assert_eq!(job.result().difference, None, "{kind}");
+        assert_eq!(copied.disk.chain().top().map.info().allocated_blocks, Some(9), "{kind}");
+    }
+}
