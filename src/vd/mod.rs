@@ -1,7 +1,7 @@
 //! The container: a chain of images as one disk, and the interpreter that carries out what formats plan.
 //!
 //! A [`Disk`] is shared; each thread that uses it has a [`Channel`] of its own. A request occupies a slot of its channel
-//! from [`BlockDevice::submit`] until it has ended, and moves by [`Channel::advance`]'s rules:
+//! from [`BlockDevice::submit`] until it has ended, and moves by these rules:
 //! look-ups and operations in place need nothing else; where metadata has to change, the slot takes the claim on
 //! the unit, compares, asks the format for a plan, and runs it.
 
