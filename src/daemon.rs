@@ -7,7 +7,7 @@ use crate::limits;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use crate::vhost::{Device, Endpoint, ServeOptions, SocketFile, SocketOptions, serve};
 use crate::virtio::{DeviceShape, Geometry};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,6 +110,8 @@ fn stop_on_signals(opening: Arc<AtomicBool>) -> Result<EventFd> {
     let tried = |e| Error::io("wait for signals", e);
     let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(tried)?;
     let tell = stop.try_clone().map_err(tried)?;
+    // Beyond `ulimit -f` a write shall fail, as on a full disk, and not end the process. Nobody looks at the flag.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(tried)?;
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(tried)?;
     let wait = move || {
         for signal in signals.forever() {
