@@ -4,7 +4,7 @@ mod daemon_support;
 
 use daemon_support::client::Guest;
 use daemon_support::images::{MIB, assert_checked_by_qemu, assert_dense, info, raw, vdi};
-use daemon_support::process::{Daemon, Ended, run, vdblk, vdblk_by_shell};
+use daemon_support::process::{Daemon, Ended, Guarded, run, signal, vdblk, vdblk_by_shell, wait};
 use daemon_support::{PATIENCE, comes_true, scratch, vubench};
 use serde_json::Value;
 use std::fs;
@@ -14,6 +14,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use vhost::VhostBackend;
 
 /// What the daemon may take from SIGTERM to its end, by its promise.
 const END: Duration = Duration::from_secs(1);
@@ -59,7 +60,7 @@ fn capabilities_that_cannot_be_printed_are_a_plain_failure() {
     let mut child = c.stderr(Stdio::piped()).spawn().expect("start");
     let mut err = String::new();
     std::io::Read::read_to_string(&mut child.stderr.take().expect("piped"), &mut err).expect("read");
-    assert_eq!(daemon_support::process::wait(&mut child, PATIENCE).code(), Some(1));
+    assert_eq!(wait(&mut child, PATIENCE).code(), Some(1));
     assert!(err.lines().count() == 1 && err.contains("No space left"), "{err}");
 }
 
@@ -166,6 +167,23 @@ fn descriptors_that_are_none_are_refused() {
         let mut c = on_own_socket(vdblk_by_shell(prepare), &image);
         c.args(["--fd", number]);
         run(c).assert_refused(&[part]);
+    }
+}
+
+#[test]
+fn sockets_from_systemd_that_do_not_fit_are_refused() {
+    let dir = scratch();
+    let image = image(dir.path());
+    for (prepare, part) in [
+        ("exec 3<&0 4<&0; export LISTEN_FDS=2 LISTEN_PID=$$", "2 sockets"),
+        ("export LISTEN_FDS=1 LISTEN_PID=1", "no socket was given"),
+        ("exec 3</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$", "systemd's socket"),
+    ] {
+        let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
+        let mut c = on_own_socket(vdblk_by_shell(prepare), &image);
+        c.stdin(Stdio::from(OwnedFd::from(listener)));
+        run(c).assert_refused(&[part]);
+        fs::remove_file(dir.path().join("s")).expect("remove");
     }
 }
 
@@ -310,16 +328,16 @@ fn signals_under_load_leave_the_image_clean_and_dense() {
         let at_most = if options.contains(&"--flush-on-exit") { DISK } else { END };
         let image = vdi(&dir.path().join(format!("{n}.vdi")), 64 * MIB);
         let daemon = Daemon::serve(&image, options);
+        let before = fs::metadata(&image).expect("the image").blocks();
         let args = ["--queues", "2", "--rw", "randrw", "--iodepth", "16", "--runtime", "60", "--ramp", "0"];
         let mut load = vubench::command(&daemon.socket, &args);
-        let mut load = load.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start the load");
-        let before = fs::metadata(&image).expect("the image").blocks();
+        let load = load.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start the load");
+        let load = Guarded(load);
         let grows = comes_true(|| fs::metadata(&image).is_ok_and(|m| m.blocks() > before + 2048));
         std::thread::sleep(LOADED);
-        let ended = grows.then(|| assert_ends_well(daemon, number, at_most));
-        load.kill().expect("end the load");
-        load.wait().expect("wait");
-        let ended = ended.expect("the load writes");
+        assert!(grows, "the load does not write");
+        let ended = assert_ends_well(daemon, number, at_most);
+        drop(load);
         assert!(ended.err.contains("front-end connected"), "{ended:?}");
         assert!(info(&image).allocated_blocks >= Some(8), "{:?}", info(&image));
         assert_dense(&image);
@@ -436,6 +454,37 @@ fn the_log_is_for_machines_or_for_people() {
     let quiet = Daemon::begin(on_own_socket(vdblk(&["--log-level", "error"]), &image));
     quiet.connect().mark(0, 1);
     assert_eq!(quiet.stop().err, "");
+}
+
+/// A log that nobody reads any more, or that has no room, is no reason to end a disk.
+#[test]
+fn a_log_that_cannot_be_written_does_no_harm() {
+    let dir = scratch();
+    let (reader, pipe) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let full = fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+    for (n, log) in [Stdio::from(pipe), Stdio::from(full)].into_iter().enumerate() {
+        let image = image_named(dir.path(), n as u32);
+        let socket = dir.path().join(format!("{n}.s"));
+        let mut c = on_own_socket(vdblk(&["--log-level", "trace"]), &image);
+        let child = c.arg("--socket-path").arg(&socket).stderr(log).spawn().expect("start");
+        let mut daemon = Guarded(child);
+        for seed in 1..4 {
+            let mut guest = Guest::connect(&socket, 1);
+            guest.mark(u64::from(seed) * MIB, seed);
+            // what front-ends say wrongly is logged
+            guest.front_end.set_vring_num(60000, 1).expect_err("no such queue");
+        }
+        signal(&daemon.0, libc::SIGTERM);
+        assert_eq!(wait(&mut daemon.0, PATIENCE).code(), Some(0));
+        assert_dense(&image);
+        assert_eq!(info(&image).allocated_blocks, Some(3));
+    }
+    let mut c = vdblk(&["--socket-path", "s", "--blk-file", "/no/such/file"]);
+    let (reader, pipe) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut child = c.stderr(pipe).spawn().expect("start");
+    assert_eq!(wait(&mut child, PATIENCE).code(), Some(1));
 }
 
 #[track_caller]

@@ -214,6 +214,18 @@ fn parents_are_found_below_a_given_folder() {
 }
 
 #[test]
+fn the_search_goes_only_so_deep() {
+    let dir = scratch();
+    let deep = dir.path().join("1/2/3/4");
+    fs::create_dir_all(deep.join("5")).expect("folders");
+    let (base, top) = (deep.join("base.vdi"), dir.path().join("top.vdi"));
+    pair(&base, &top);
+    assert_pair_is_served(&top, &[]);
+    fs::rename(&base, deep.join("5/base.vdi")).expect("rename");
+    try_to_serve(&top, &[]).assert_refused(&[text(&top), "was not found"]);
+}
+
+#[test]
 fn links_out_of_the_folder_are_not_followed() {
     let dir = scratch();
     let (inside, outside) = (dir.path().join("inside"), dir.path().join("outside"));
@@ -400,6 +412,10 @@ fn an_overlay_takes_the_writes() {
     let disk = raw(&dir.path().join("disk.raw"), SIZE);
     mark(&disk, &[], 0, 5);
     overlay_of(&disk, std::slice::from_ref(&disk), &[]);
+    // a raw file that ends within a sector
+    let odd = dir.path().join("odd.raw");
+    fs::write(&odd, [&vec![7; SIZE as usize - 512][..], &[9; 100]].concat()).expect("write");
+    overlay_of(&odd, std::slice::from_ref(&odd), &[]);
     // neither a file without permission to write nor one that is in use for reading is in the way
     fs::set_permissions(&base, fs::Permissions::from_mode(0o444)).expect("permissions");
     let reader = Daemon::serve(&base, &["--read-only"]);

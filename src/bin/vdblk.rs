@@ -202,6 +202,8 @@ impl Args {
             .with_max_level(level)
             .with_writer(std::io::stderr)
             .with_ansi(std::io::stderr().is_terminal())
+            // A log that cannot be written would be told of on stderr, that is in itself, and end the thread.
+            .log_internal_errors(false)
             .with_target(false);
         match self.log_format {
             LogFormat::Text => log.without_time().init(),
@@ -227,10 +229,15 @@ fn ended(result: vdblk::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("vdblk: {e}");
+            tell(&e.to_string());
             ExitCode::FAILURE
         }
     }
+}
+
+/// One line for people. Where nobody can read it, the exit status has to do: `eprintln` would panic.
+fn tell(what: &str) {
+    let _ = writeln!(std::io::stderr(), "vdblk: {what}");
 }
 
 fn print_capabilities() -> vdblk::Result<()> {
@@ -260,6 +267,6 @@ fn refuse(e: &clap::Error) -> ExitCode {
     let lines =
         text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
     let line = lines.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
-    eprintln!("vdblk: {} (vdblk --help tells all options)", line.trim_start_matches("error: "));
+    tell(&format!("{} (vdblk --help tells all options)", line.trim_start_matches("error: ")));
     ExitCode::from(WRONG_USAGE)
 }

@@ -33,6 +33,16 @@ fn clean(mut c: Command) -> Command {
     c
 }
 
+/// A process that is killed at the latest when the test ends.
+pub struct Guarded(pub Child);
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Sends a signal to a child that has not been waited for.
 pub fn signal(child: &Child, number: i32) {
     let pid = i32::try_from(child.id()).expect("a process id");
