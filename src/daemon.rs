@@ -7,9 +7,10 @@ use crate::limits;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use crate::vhost::{Device, Endpoint, ServeOptions, SocketFile, SocketOptions, serve};
 use crate::virtio::{DeviceShape, Geometry};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -86,8 +87,10 @@ pub struct Config {
 /// # Errors
 /// With one line that says what to do. Nothing is lost: what was acknowledged is with the kernel.
 pub fn run(config: &Config) -> Result<()> {
-    let shutdown = stop_on_signals()?;
+    let opening = Arc::new(AtomicBool::new(true));
+    let shutdown = stop_on_signals(Arc::clone(&opening))?;
     let opened = open(config)?;
+    opening.store(false, Ordering::Release);
     let (endpoint, _name) = endpoint(&config.socket)?;
     let device = device(config, &opened)?;
     let options = ServeOptions { once: config.once };
@@ -101,15 +104,21 @@ pub fn run(config: &Config) -> Result<()> {
     close(&opened.disk, config)
 }
 
-/// An event for SIGTERM and SIGINT. A thread waits for the signals; nothing runs inside a handler.
-fn stop_on_signals() -> Result<EventFd> {
+/// An event for SIGTERM and SIGINT. A thread waits for the signals; nothing runs inside a handler. While the disk is
+/// being opened, which may wait long for a lock, nothing has been changed yet: the process just ends.
+fn stop_on_signals(opening: Arc<AtomicBool>) -> Result<EventFd> {
     let tried = |e| Error::io("wait for signals", e);
     let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(tried)?;
     let tell = stop.try_clone().map_err(tried)?;
+    // Beyond `ulimit -f` a write shall fail, as on a full disk, and not end the process. Nobody looks at the flag.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(tried)?;
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(tried)?;
     let wait = move || {
         for signal in signals.forever() {
             tracing::info!("{}: stopping", signal_hook::low_level::signal_name(signal).unwrap_or("signal"));
+            if opening.load(Ordering::Acquire) {
+                std::process::exit(0);
+            }
             // A counter that is full has been told often enough.
             let _ = tell.write(1);
         }
@@ -197,7 +206,10 @@ fn group_number(group: &str) -> Result<u32> {
         let mut fields = line.split(':');
         (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten()
     });
-    found.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, format!("there is no group '{group}'")))
+    found.ok_or_else(|| {
+        Error::new(ErrorKind::InvalidArgument, format!("there is no group '{group}'"))
+            .hint("give --socket-group a name of /etc/group or a number")
+    })
 }
 
 fn device(config: &Config, opened: &OpenedDisk) -> Result<Device<Channel>> {

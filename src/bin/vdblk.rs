@@ -1,7 +1,7 @@
 //! The daemon: arguments into library calls, nothing else.
 
-use clap::{ArgAction, Parser, ValueEnum};
-use std::io::IsTerminal;
+use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,6 +10,9 @@ use vdblk::format::Format;
 use vdblk::io::EngineKind;
 use vdblk::limits;
 use vdblk::vd::{CacheMode, ImageSpec};
+
+/// The exit status of a command line that makes no sense.
+const WRONG_USAGE: u8 = 2;
 
 /// Serves a virtual disk image, with its snapshots, as a vhost-user-blk device.
 #[derive(Debug, Parser)]
@@ -199,6 +202,8 @@ impl Args {
             .with_max_level(level)
             .with_writer(std::io::stderr)
             .with_ansi(std::io::stderr().is_terminal())
+            // A log that cannot be written would be told of on stderr, that is in itself, and end the thread.
+            .log_internal_errors(false)
             .with_target(false);
         match self.log_format {
             LogFormat::Text => log.without_time().init(),
@@ -210,16 +215,58 @@ impl Args {
 fn main() -> ExitCode {
     // QEMU's conventions: this option alone decides, whatever stands beside it.
     if std::env::args_os().skip(1).any(|a| a == "--print-capabilities") {
-        println!("{}", daemon::CAPABILITIES);
-        return ExitCode::SUCCESS;
+        return ended(print_capabilities());
     }
-    let args = Args::parse();
+    let args = match arguments() {
+        Ok(args) => args,
+        Err(e) => return refuse(&e),
+    };
     args.start_logging();
-    match daemon::run(&args.config()) {
+    ended(daemon::run(&args.config()))
+}
+
+fn ended(result: vdblk::Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("vdblk: {e}");
+            tell(&e.to_string());
             ExitCode::FAILURE
         }
     }
+}
+
+/// One line for people. Where nobody can read it, the exit status has to do: `eprintln` would panic.
+fn tell(what: &str) {
+    let _ = writeln!(std::io::stderr(), "vdblk: {what}");
+}
+
+fn print_capabilities() -> vdblk::Result<()> {
+    let printed = writeln!(std::io::stdout(), "{}", daemon::CAPABILITIES);
+    printed.map_err(|e| vdblk::Error::io("print what this back-end can do", e))
+}
+
+/// The arguments, if they make sense by themselves.
+fn arguments() -> Result<Args, clap::Error> {
+    let args = Args::try_parse()?;
+    if args.socket_path.is_none() && args.fd.is_none() && std::env::var_os("LISTEN_FDS").is_none() {
+        let what =
+            "no socket was given: pass --socket-path PATH or --fd N, or start it by a systemd socket unit";
+        return Err(Args::command().error(clap::error::ErrorKind::MissingRequiredArgument, what));
+    }
+    Ok(args)
+}
+
+/// Help and version as they come; what is wrong in one line, as every other error: it ends up in logs.
+fn refuse(e: &clap::Error) -> ExitCode {
+    if !e.use_stderr() {
+        // Whoever does not read it to its end has read enough.
+        let _ = e.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = e.to_string();
+    let lines =
+        text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
+    let line = lines.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
+    tell(&format!("{} (vdblk --help tells all options)", line.trim_start_matches("error: ")));
+    ExitCode::from(WRONG_USAGE)
 }

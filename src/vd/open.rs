@@ -102,7 +102,7 @@ pub struct OpenedDisk {
 /// With the file and one line saying what to do. Nothing has been written.
 pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let write = !how.options.read_only;
-    let mut images = vec![open_image(&how.image, FileId(0), how, write)?];
+    let mut images = vec![open_image(&how.image, how, write, &[])?];
     if how.parents.is_empty() {
         search_parents(how, &mut images)?;
     } else {
@@ -116,6 +116,7 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         marker.refuse_if_set().map_err(|e| e.at(&how.image.path))?;
         refuse_unaligned_metadata(&images[0])?;
     }
+    images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
     let files = images.iter().map(|i| i.file.clone()).collect();
     let on_failure = Box::new(move || marker.set());
@@ -123,12 +124,22 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     Ok(OpenedDisk { disk, images })
 }
 
-fn open_image(spec: &ImageSpec, id: FileId, how: &OpenDisk, write: bool) -> Result<OpenImage> {
-    let file = OsFile::open(&spec.path, OpenHow { write, direct: how.direct, ..OpenHow::default() })?;
+/// Opens the image that lies beneath those `above` it.
+fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]) -> Result<OpenImage> {
+    let open_how = OpenHow { write, direct: how.direct, ..OpenHow::default() };
+    let file = OsFile::open(&spec.path, open_how).map_err(|e| advise(e, write))?;
     let file: Arc<dyn HostFile> = Arc::new(file);
+    // Before the lock, which we would wait for ourselves to give up.
+    if above.iter().any(|i| i.file.traits().identity == file.traits().identity) {
+        let what = "appears twice in its own chain";
+        return Err(Error::new(ErrorKind::ParentMismatch, what)
+            .at(&spec.path)
+            .hint("name its parents with --parent, base first"));
+    }
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
     let mode = if write { LockMode::Exclusive } else { LockMode::Shared };
     let lock = how.lock_wait.map(|wait| ImageLock::take(&*file, mode, wait)).transpose()?;
+    let id = FileId(u16::try_from(above.len()).expect("limits::MAX_CHAIN_IMAGES"));
     let (format, map) = open_map(
         &spec.path,
         &file,
@@ -138,6 +149,19 @@ fn open_image(spec: &ImageSpec, id: FileId, how: &OpenDisk, write: bool) -> Resu
     )?;
     let info = map.info();
     Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, _lock: lock })
+}
+
+/// What to do about a file that the operating system does not open.
+fn advise(e: Error, write: bool) -> Error {
+    match (e.kind(), write) {
+        (ErrorKind::NotFound, _) => e.hint("check the name"),
+        (ErrorKind::PermissionDenied, true) => {
+            e.hint("give this user permission to write, or pass --read-only")
+        }
+        (ErrorKind::PermissionDenied, false) => e.hint("give this user permission to read"),
+        (ErrorKind::ReadOnly, _) => e.hint("its file system is read-only: pass --read-only or --overlay"),
+        _ => e,
+    }
 }
 
 pub(super) fn open_map(
@@ -247,35 +271,35 @@ fn open_parent(how: &OpenDisk, spec: &ImageSpec, images: &[OpenImage]) -> Result
         let what = format!("more than {MAX_CHAIN_IMAGES} images in a chain");
         return Err(Error::new(ErrorKind::Limit, what).at(&how.image.path));
     }
-    let id = FileId(u16::try_from(images.len()).expect("limits::MAX_CHAIN_IMAGES"));
     let child = images.last().expect("the image itself");
     if !needs_parent(&child.info) && !how.allow_parent_mismatch {
         let what = format!("is a base image, but {} was named as its parent", spec.path.display());
         return Err(Error::new(ErrorKind::ParentMismatch, what).at(&child.path).hint("leave --parent out"));
     }
-    let parent = open_image(spec, id, how, false)?;
-    let identity = parent.file.traits().identity;
-    if images.iter().any(|i| i.file.traits().identity == identity) {
-        let what = "appears twice in its own chain";
-        return Err(Error::new(ErrorKind::ParentMismatch, what).at(&spec.path));
-    }
+    let parent = open_image(spec, how, false, images)?;
     check_link(child, &parent, how.allow_parent_mismatch)?;
     Ok(parent)
 }
 
-/// The child names the parent by UUID. The parent's modification UUID is only warned about: VirtualBox itself leaves
-/// it stale after a merge, and does not check it.
+/// The child names the parent by UUID.
 fn check_link(child: &OpenImage, parent: &OpenImage, allow_mismatch: bool) -> Result<()> {
-    let (wanted, got) = (child.info.parent_uuid, parent.info.uuid);
-    if let (Some(wanted), Some(got)) = (wanted, got)
-        && wanted != got
-    {
-        let what = format!("its parent has UUID {wanted}, but {} has {got}", parent.path.display());
-        if !allow_mismatch {
-            return Err(Error::new(ErrorKind::ParentMismatch, what)
-                .at(&child.path)
-                .hint("name the right parents, base first, or pass --allow-parent-mismatch"));
-        }
+    match wrong_parent(child, parent) {
+        Some(what) if !allow_mismatch => Err(Error::new(ErrorKind::ParentMismatch, what)
+            .at(&child.path)
+            .hint("name the right parents, base first, or pass --allow-parent-mismatch")),
+        _ => Ok(()),
+    }
+}
+
+fn wrong_parent(child: &OpenImage, parent: &OpenImage) -> Option<String> {
+    let (wanted, got) = (child.info.parent_uuid?, parent.info.uuid?);
+    (wanted != got).then(|| format!("its parent has UUID {wanted}, but {} has {got}", parent.path.display()))
+}
+
+/// Said once the disk is open, so that what is refused is told in one line. The parent's modification UUID is only
+/// warned about: VirtualBox itself leaves it stale after a merge, and does not check it.
+fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
+    if let Some(what) = wrong_parent(child, parent) {
         tracing::warn!("{}: {what}", child.path.display());
     }
     let (then, now) = (child.info.parent_modification_uuid, parent.info.modification_uuid);
@@ -288,7 +312,6 @@ fn check_link(child: &OpenImage, parent: &OpenImage, allow_mismatch: bool) -> Re
             parent.path.display()
         );
     }
-    Ok(())
 }
 
 /// A parent that is written to changes what its children show.

@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use std::fs;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -69,6 +69,8 @@ impl Default for SocketOptions {
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
+    /// Device and inode number: whoever takes the name later keeps it.
+    identity: Option<(u64, u64)>,
 }
 
 impl SocketFile {
@@ -82,7 +84,8 @@ impl SocketFile {
             fs::remove_file(path).map_err(|e| Error::io("remove the stale socket", e).at(path))?;
         }
         let listener = Self::make(path, options).map_err(|e| Error::io("make the socket", e).at(path))?;
-        Ok((SocketFile { path: path.to_path_buf() }, Endpoint::Listener(listener)))
+        let file = SocketFile { path: path.to_path_buf(), identity: identity(path) };
+        Ok((file, Endpoint::Listener(listener)))
     }
 
     /// Between `bind` and `listen` nobody can connect: by then owner and permissions are set.
@@ -102,21 +105,33 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // it may have been taken away already; nothing depends on it
-        let _ = fs::remove_file(&self.path);
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // it may have been taken away already; nothing depends on it
+            let _ = fs::remove_file(&self.path);
+        }
     }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 /// True for a socket file that nobody listens on, false if nothing is there.
 fn is_stale(path: &Path) -> Result<bool> {
-    let exists = |what: &str| Err(Error::new(ErrorKind::Exists, what));
+    let exists = |what, hint| Err(Error::new(ErrorKind::Exists, what).hint(hint));
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("look at the socket's place", e)),
-        Ok(meta) if !meta.file_type().is_socket() => exists("something that is not a socket is there"),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            exists("something that is not a socket is there", "give --socket-path another path")
+        }
         Ok(_) => match UnixStream::connect(path) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
-            _ => exists("another process listens on this socket"),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(Error::io("find out whether another process listens there", e)),
+            Ok(_) => {
+                exists("another process listens on this socket", "end it, or give --socket-path another path")
+            }
         },
     }
 }
