@@ -195,7 +195,9 @@ impl Channel {
             self.end_outcome = None;
             self.run_internal(Job::End, plan);
             self.settle_down()?;
-            self.end_outcome.take().unwrap_or(Ok(())).map_err(Error::from)?;
+            let path = self.disk.files[0].file.path();
+            let ended = self.end_outcome.take().unwrap_or(Ok(()));
+            ended.map_err(|f| Error::from(f).at(path).hint("vdimg check tells what state it is in"))?;
         }
         if sync {
             for id in self.disk.file_ids() {

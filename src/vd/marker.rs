@@ -6,7 +6,8 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 /// The mark of one image.
 #[derive(Clone, Debug)]
@@ -15,9 +16,12 @@ pub(super) struct SyncFailureMarker {
 }
 
 impl SyncFailureMarker {
-    /// The mark of the file with this device and inode number.
-    pub(super) fn of(identity: (u64, u64)) -> Self {
-        SyncFailureMarker { name: format!("sync-failed-{:x}-{:x}", identity.0, identity.1) }
+    /// The mark of the file at `path`, with this device and inode number. The time it was made is in the name where the file
+    /// system knows it: an inode's number is used again.
+    pub(super) fn of(identity: (u64, u64), path: &Path) -> Self {
+        let made = fs::metadata(path).and_then(|m| m.created()).ok();
+        let made = made.and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |t| t.as_nanos());
+        SyncFailureMarker { name: format!("sync-failed-{:x}-{:x}-{made:x}", identity.0, identity.1) }
     }
 
     /// # Errors

@@ -20,6 +20,7 @@ mod parents;
 mod request;
 mod run;
 mod slot;
+mod source;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ mod tests;
 pub use chain::{Chain, Layer, Scratch};
 pub use channel::Channel;
 pub use disk::{CacheMode, Disk, DiskOptions};
-pub use open::{FileSource, ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
+pub use open::{ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
 pub(crate) use own::Own;
 pub use request::{BlockDevice, Done, Outcome, Request};
+pub use source::FileSource;

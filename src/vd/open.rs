@@ -3,12 +3,13 @@
 use super::chain::{Chain, Layer};
 use super::marker::SyncFailureMarker;
 use super::parents::{ParentSearch, default_dirs};
+use super::source::open_map;
 use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Format};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::{MAX_CHAIN_IMAGES, SECTOR_BYTES};
-use crate::map::{ByteSource, FileId, HostOffset, ImageInfo, ImageMap};
+use crate::map::{FileId, ImageInfo, ImageMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,14 +110,18 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         open_named_parents(how, &mut images)?;
     }
     if write && !how.allow_write_to_parent {
-        refuse_parent_of_another(how, &images[0])?;
+        refuse_parent_of_another(&images[0])?;
     }
-    let marker = SyncFailureMarker::of(images[0].file.traits().identity);
+    let marker = SyncFailureMarker::of(images[0].file.traits().identity, &images[0].path);
     if write {
         marker.refuse_if_set().map_err(|e| e.at(&how.image.path))?;
         refuse_unaligned_metadata(&images[0])?;
     }
     images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    if images[0].info.virtual_size == 0 {
+        return Err(Error::new(ErrorKind::InvalidArgument, "is empty: a disk has at least one sector")
+            .at(&how.image.path));
+    }
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
     let files = images.iter().map(|i| i.file.clone()).collect();
     let on_failure = Box::new(move || marker.set());
@@ -161,59 +166,6 @@ fn advise(e: Error, write: bool) -> Error {
         (ErrorKind::PermissionDenied, false) => e.hint("give this user permission to read"),
         (ErrorKind::ReadOnly, _) => e.hint("its file system is read-only: pass --read-only or --overlay"),
         _ => e,
-    }
-}
-
-pub(super) fn open_map(
-    path: &Path,
-    file: &Arc<dyn HostFile>,
-    stated: Option<Format>,
-    id: FileId,
-    how: format::OpenHow,
-) -> Result<(Format, Box<dyn ImageMap>)> {
-    let source = FileSource::new(&**file)?;
-    let format = format::detect(path, &source, stated).map_err(|e| e.at(path))?;
-    let map = format::open(format, &source, id, how).map_err(|e| e.at(path))?;
-    Ok((format, map))
-}
-
-/// The bytes of a file, for formats.
-#[derive(Debug)]
-pub struct FileSource<'a> {
-    file: &'a dyn HostFile,
-    len: u64,
-}
-
-impl<'a> FileSource<'a> {
-    /// The bytes the file has now.
-    ///
-    /// # Errors
-    /// From the operating system.
-    pub fn new(file: &'a dyn HostFile) -> Result<Self> {
-        let len = file.len().map_err(|e| Error::io("find out its length", e).at(file.path()))?;
-        Ok(FileSource { file, len })
-    }
-}
-
-impl ByteSource for FileSource<'_> {
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn read_at(&self, off: HostOffset, buf: &mut [u8]) -> Result<()> {
-        let mut at = 0;
-        while at < buf.len() {
-            let n = self
-                .file
-                .read_at(off.0 + at as u64, &mut buf[at..])
-                .map_err(|e| Error::io(format!("read it at {off}"), e).at(self.file.path()))?;
-            if n == 0 {
-                let what = format!("the file ends before {}", off.plus(buf.len() as u64));
-                return Err(Error::new(ErrorKind::Corrupt, what).at(self.file.path()));
-            }
-            at += n;
-        }
-        Ok(())
     }
 }
 
@@ -315,14 +267,11 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 }
 
 /// A parent that is written to changes what its children show.
-fn refuse_parent_of_another(how: &OpenDisk, image: &OpenImage) -> Result<()> {
+fn refuse_parent_of_another(image: &OpenImage) -> Result<()> {
     let Some(uuid) = image.info.uuid else { return Ok(()) };
     let Some(dir) = image.path.parent() else { return Ok(()) };
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     let Some(child) = ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid) else { return Ok(()) };
-    if how.parents.iter().any(|p| p.path == child) {
-        return Ok(());
-    }
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(&image.path)

@@ -1,6 +1,6 @@
 //! Finding the images a disk belongs with: parents by their UUID, children by the parent they name.
 
-use super::open::open_map;
+use super::source::open_map;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, extension_format};
 use crate::io::{HostFile, OpenHow, OsFile};

@@ -125,11 +125,11 @@ fn is_stale(path: &Path) -> Result<bool> {
         Ok(meta) if !meta.file_type().is_socket() => {
             exists("something that is not a socket is there", "give --socket-path another path")
         }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
+        Ok(_) => match sys::is_served(path) {
+            Ok(false) => Ok(true),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(Error::io("find out whether another process listens there", e)),
-            Ok(_) => {
+            Ok(true) => {
                 exists("another process listens on this socket", "end it, or give --socket-path another path")
             }
         },

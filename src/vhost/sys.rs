@@ -96,8 +96,7 @@ pub(super) fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// A unix stream socket with a name in the file system, not listening yet: nobody can connect to it.
-pub(super) fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+fn unix_name(path: &Path) -> io::Result<libc::sockaddr_un> {
     // SAFETY: all-zero bytes are a valid sockaddr_un.
     let mut name: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     let bytes = path.as_os_str().as_bytes();
@@ -108,14 +107,39 @@ pub(super) fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
     for (to, from) in name.sun_path.iter_mut().zip(bytes) {
         *to = libc::c_char::from_ne_bytes([*from]);
     }
+    Ok(name)
+}
+
+const NAME_BYTES: libc::socklen_t = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+
+fn unix_socket(flags: libc::c_int) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags;
     // SAFETY: takes numbers and returns a new descriptor.
-    let fd = check(unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    let fd = check(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
     // SAFETY: the descriptor is new and nobody else's.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A unix stream socket with a name in the file system, not listening yet: nobody can connect to it.
+pub(super) fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+    let name = unix_name(path)?;
+    let fd = unix_socket(0)?;
     // SAFETY: `name` is a sockaddr_un of that length, its path closed by a NUL.
-    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const name).cast(), len) })?;
+    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const name).cast(), NAME_BYTES) })?;
     Ok(fd)
+}
+
+/// True if somebody listens on the socket at `path`, who may be too busy to take us in.
+pub(super) fn is_served(path: &Path) -> io::Result<bool> {
+    let name = unix_name(path)?;
+    let fd = unix_socket(libc::SOCK_NONBLOCK)?;
+    // SAFETY: as for `bind`.
+    match check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const name).cast(), NAME_BYTES) }) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 /// Lets front-ends connect.
