@@ -15,6 +15,7 @@ fn lives(seed: u64, diff: bool, faults: &Faults) {
     } else {
         (Vec::new(), vec![Past::known(0); (size / SECTOR) as usize])
     };
+    let beneath = past.clone();
     let top = CrashFile::new(new_vdi(size, block, 2, diff.then_some(1)).bytes());
     let mut cut = true;
     for _life in 0..8 {
@@ -27,11 +28,18 @@ fn lives(seed: u64, diff: bool, faults: &Faults) {
             rig.close().unwrap();
             check_clean_file(&top, seed);
             rig.flushed = u64::MAX;
+        } else if rng.chance(30) {
+            rig.close_halfway();
         }
         cut = rng.chance(70);
         past = rig.die(cut);
         if cut {
             top.power_cut(&mut rng);
+            let per = block / SECTOR;
+            for b in if rng.chance(40) { top.make_holes(&mut rng) } else { Vec::new() } {
+                let sectors = (b * per) as usize..((b + 1) * per).min(size / SECTOR) as usize;
+                past[sectors.clone()].clone_from_slice(&beneath[sectors]);
+            }
         }
         let bytes = top.bytes();
         let report = format::vdi::check(&bytes as &dyn ByteSource).unwrap();

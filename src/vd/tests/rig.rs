@@ -13,6 +13,9 @@ use std::time::Duration;
 /// Where the data of a small VDI begins.
 pub(super) const DATA: u64 = 2 << 20;
 
+/// Where a VDI says how many blocks it has.
+const BLOCKS_AT: usize = 384;
+
 /// A change that no sync has covered yet.
 #[derive(Clone, Debug)]
 enum Change {
@@ -91,6 +94,22 @@ impl CrashFile {
 
     pub(super) fn bytes(&self) -> Vec<u8> {
         self.c.lock().unwrap().now.clone()
+    }
+
+    /// Takes some blocks away as other programs do: their places become holes. All is durable. Returns the blocks.
+    pub(super) fn make_holes(&self, rng: &mut Rng) -> Vec<u64> {
+        let c = &mut *self.c.lock().unwrap();
+        assert!(c.log.is_empty());
+        let word = |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().unwrap());
+        let blocks = word(&c.now, BLOCKS_AT) as usize;
+        let entry = |i: usize| (1 << 20) + i * 4..(1 << 20) + i * 4 + 4;
+        let used: Vec<_> = (0..blocks).filter(|i| word(&c.now, entry(*i).start) < u32::MAX - 1).collect();
+        let freed: Vec<_> = used.into_iter().filter(|_| rng.chance(30)).collect();
+        for i in &freed {
+            c.now[entry(*i)].fill(0xff);
+        }
+        c.durable = c.now.clone();
+        freed.iter().map(|i| *i as u64).collect()
     }
 
     /// Syncs that go past the engines fail from now on.
@@ -693,6 +712,19 @@ impl Rig {
                 p.asked.push((time, value));
                 p.done.push((time, time));
             }
+        }
+    }
+
+    /// Begins a clean close and leaves it somewhere on its way.
+    pub(super) fn close_halfway(&mut self) {
+        self.drain();
+        if !self.disk.start.is_done() {
+            return;
+        }
+        let plan = self.disk.chain.top().map.end();
+        self.channels[0].run_internal(super::super::slot::Job::End, plan);
+        for _ in 0..self.rng.below(30) {
+            self.poll(0);
         }
     }
 
