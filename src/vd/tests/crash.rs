@@ -35,12 +35,15 @@ fn lives(seed: u64, diff: bool, faults: &Faults) {
         past = rig.die(cut);
         if cut {
             top.power_cut(&mut rng);
+        }
+        let holes = rng.chance(40);
+        for b in if holes { top.make_holes(&mut rng) } else { Vec::new() } {
             let per = block / SECTOR;
-            for b in if rng.chance(40) { top.make_holes(&mut rng) } else { Vec::new() } {
-                let sectors = (b * per) as usize..((b + 1) * per).min(size / SECTOR) as usize;
-                past[sectors.clone()].clone_from_slice(&beneath[sectors]);
+            for s in (b * per) as usize..((b + 1) * per).min(size / SECTOR) as usize {
+                past[s].changed_by_another(beneath[s].after_cut(0)[0]);
             }
         }
+        cut &= !holes;
         let bytes = top.bytes();
         let report = format::vdi::check(&bytes as &dyn ByteSource).unwrap();
         assert_eq!(report.corruptions, 0, "seed {seed}: {report:?}");

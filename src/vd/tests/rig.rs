@@ -96,10 +96,9 @@ impl CrashFile {
         self.c.lock().unwrap().now.clone()
     }
 
-    /// Takes some blocks away as other programs do: their places become holes. All is durable. Returns the blocks.
+    /// Takes some blocks away as other programs do, without a sync: their places become holes. Returns the blocks.
     pub(super) fn make_holes(&self, rng: &mut Rng) -> Vec<u64> {
         let c = &mut *self.c.lock().unwrap();
-        assert!(c.log.is_empty());
         let word = |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().unwrap());
         let blocks = word(&c.now, BLOCKS_AT) as usize;
         let entry = |i: usize| (1 << 20) + i * 4..(1 << 20) + i * 4 + 4;
@@ -107,8 +106,8 @@ impl CrashFile {
         let freed: Vec<_> = used.into_iter().filter(|_| rng.chance(30)).collect();
         for i in &freed {
             c.now[entry(*i)].fill(0xff);
+            c.log.push(Some(Change::Write { off: entry(*i).start, bytes: vec![0xff; 4] }));
         }
-        c.durable = c.now.clone();
         freed.iter().map(|i| *i as u64).collect()
     }
 
@@ -424,6 +423,13 @@ impl Past {
     pub(super) fn after_cut(&self, time: u64) -> Vec<u64> {
         let from = self.done.iter().filter(|(_, d)| *d <= time).map(|(a, _)| *a).max().unwrap_or(0);
         self.asked.iter().filter(|(a, _)| *a >= from).map(|(_, v)| *v).collect()
+    }
+
+    /// Another program has put `value` here, without a sync.
+    pub(super) fn changed_by_another(&mut self, value: u64) {
+        self.may = vec![value];
+        let last = self.asked.last().map_or(0, |a| a.0);
+        self.asked.push((last, value));
     }
 
     fn ask(&mut self, time: u64, value: u64) {
