@@ -22,7 +22,8 @@ fn lives(seed: u64, diff: bool, faults: &Faults) {
         let options = DiskOptions { write_through: rng.chance(15), ..DiskOptions::default() };
         let mut rig = Rig::new(&top, &below, options, faults, past, rng.next());
         rig.look_again(cut);
-        rig.steps(40 + rng.below(400));
+        let steps = if rng.chance(40) { 30 } else { 400 };
+        rig.steps(rng.below(steps));
         if rng.chance(20) {
             rig.drain();
             rig.close().unwrap();
