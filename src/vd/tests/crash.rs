@@ -15,24 +15,36 @@ fn lives(seed: u64, diff: bool, faults: &Faults) {
     } else {
         (Vec::new(), vec![Past::known(0); (size / SECTOR) as usize])
     };
+    let beneath = past.clone();
     let top = CrashFile::new(new_vdi(size, block, 2, diff.then_some(1)).bytes());
     let mut cut = true;
     for _life in 0..8 {
         let options = DiskOptions { write_through: rng.chance(15), ..DiskOptions::default() };
         let mut rig = Rig::new(&top, &below, options, faults, past, rng.next());
         rig.look_again(cut);
-        rig.steps(40 + rng.below(400));
+        let steps = if rng.chance(40) { 30 } else { 400 };
+        rig.steps(rng.below(steps));
         if rng.chance(20) {
             rig.drain();
             rig.close().unwrap();
             check_clean_file(&top, seed);
             rig.flushed = u64::MAX;
+        } else if rng.chance(30) {
+            rig.close_halfway();
         }
         cut = rng.chance(70);
         past = rig.die(cut);
         if cut {
             top.power_cut(&mut rng);
         }
+        let holes = rng.chance(40);
+        for b in if holes { top.make_holes(&mut rng) } else { Vec::new() } {
+            let per = block / SECTOR;
+            for s in (b * per) as usize..((b + 1) * per).min(size / SECTOR) as usize {
+                past[s].changed_by_another(beneath[s].after_cut(0)[0]);
+            }
+        }
+        cut &= !holes;
         let bytes = top.bytes();
         let report = format::vdi::check(&bytes as &dyn ByteSource).unwrap();
         assert_eq!(report.corruptions, 0, "seed {seed}: {report:?}");

@@ -13,6 +13,9 @@ use std::time::Duration;
 /// Where the data of a small VDI begins.
 pub(super) const DATA: u64 = 2 << 20;
 
+/// Where a VDI says how many blocks it has.
+const BLOCKS_AT: usize = 384;
+
 /// A change that no sync has covered yet.
 #[derive(Clone, Debug)]
 enum Change {
@@ -91,6 +94,21 @@ impl CrashFile {
 
     pub(super) fn bytes(&self) -> Vec<u8> {
         self.c.lock().unwrap().now.clone()
+    }
+
+    /// Takes some blocks away as other programs do, without a sync: their places become holes. Returns the blocks.
+    pub(super) fn make_holes(&self, rng: &mut Rng) -> Vec<u64> {
+        let c = &mut *self.c.lock().unwrap();
+        let word = |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().unwrap());
+        let blocks = word(&c.now, BLOCKS_AT) as usize;
+        let entry = |i: usize| (1 << 20) + i * 4..(1 << 20) + i * 4 + 4;
+        let used: Vec<_> = (0..blocks).filter(|i| word(&c.now, entry(*i).start) < u32::MAX - 1).collect();
+        let freed: Vec<_> = used.into_iter().filter(|_| rng.chance(30)).collect();
+        for i in &freed {
+            c.now[entry(*i)].fill(0xff);
+            c.log.push(Some(Change::Write { off: entry(*i).start, bytes: vec![0xff; 4] }));
+        }
+        freed.iter().map(|i| *i as u64).collect()
     }
 
     /// Syncs that go past the engines fail from now on.
@@ -407,6 +425,13 @@ impl Past {
         self.asked.iter().filter(|(a, _)| *a >= from).map(|(_, v)| *v).collect()
     }
 
+    /// Another program has put `value` here, without a sync.
+    pub(super) fn changed_by_another(&mut self, value: u64) {
+        self.may = vec![value];
+        let last = self.asked.last().map_or(0, |a| a.0);
+        self.asked.push((last, value));
+    }
+
     fn ask(&mut self, time: u64, value: u64) {
         self.busy = true;
         self.asked.push((time, value));
@@ -693,6 +718,19 @@ impl Rig {
                 p.asked.push((time, value));
                 p.done.push((time, time));
             }
+        }
+    }
+
+    /// Begins a clean close and leaves it somewhere on its way.
+    pub(super) fn close_halfway(&mut self) {
+        self.drain();
+        if !self.disk.start.is_done() {
+            return;
+        }
+        let plan = self.disk.chain.top().map.end();
+        self.channels[0].run_internal(super::super::slot::Job::End, plan);
+        for _ in 0..self.rng.below(30) {
+            self.poll(0);
         }
     }
 
