@@ -33,6 +33,8 @@ struct State {
     doubtful: BTreeSet<u32>,
     /// Why the last request for room could not be met; the next plan that finds no place answers with it.
     refused: Option<Failure>,
+    /// The one that asked for that room has found a place all the same: whoever finds none has to ask anew.
+    refusal_is_old: bool,
     /// The last extension made places with old bytes in them: asking for more brings no clean ones.
     grows_unclean: bool,
     /// A failed extension may have lengthened the file all the same.
@@ -138,12 +140,14 @@ impl Writer {
             return Err(Miss::NeedsRoom);
         }
         if let Some(taken) = self.places.take_any() {
+            self.state().refusal_is_old = true;
             return Ok(taken);
         }
-        if may_grow {
+        let mut s = self.state();
+        let why = s.refused.take();
+        if may_grow || (why.is_some() && s.refusal_is_old && self.places.can_grow()) {
             return Err(Miss::NeedsRoom);
         }
-        let why = self.state().refused.take();
         Err(Miss::Fail(why.unwrap_or(Failure::Os(libc::ENOSPC))))
     }
 
@@ -212,7 +216,7 @@ impl Writer {
         let mut s = self.state();
         s.stretched = true;
         if urgent && hopeless {
-            s.refused = Some(why);
+            (s.refused, s.refusal_is_old) = (Some(why), false);
         }
     }
 
