@@ -269,63 +269,61 @@ fn an_entry_in_doubt_does_not_outlive_a_flushed_write() {
     }
 }
 
+/// An engine during whose page writes another thread stages the next change.
+struct Busy {
+    inner: SimEngine,
+    other: Arc<std::sync::Mutex<Option<Channel>>>,
+    next: u64,
+    depth: usize,
+    deepest: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl IoEngine for Busy {
+    fn attach(&mut self, id: FileId, file: &Arc<dyn HostFile>) -> std::io::Result<()> {
+        self.inner.attach(id, file)
+    }
+    fn try_now(&mut self, op: &IoOp, bufs: &[BufSlice]) -> Option<Result<u64, i32>> {
+        if op.kind == IoKind::Write && op.off.0 == 1 << 20 && self.next < 500 {
+            self.depth += 1;
+            self.deepest.fetch_max(self.depth, Ordering::SeqCst);
+            // What another thread does while this one is in the kernel.
+            let buf = Box::leak(Box::new(AlignedBuf::new(4096)));
+            buf.as_mut_slice().fill(1);
+            // SAFETY: leaked.
+            let bufs = [unsafe { buf.as_buf() }];
+            let slot = self.next as u16;
+            self.next += 1;
+            let r = range(self.next * 4096, 4096);
+            if let Some(c) = self.other.lock().unwrap().as_mut() {
+                c.submit(slot, Request::Write(r), &bufs);
+            }
+        }
+        self.inner.try_now(op, bufs)
+    }
+    fn submit(&mut self, op: &IoOp, bufs: &[BufSlice], tag: crate::io::Tag) -> Result<(), crate::io::Full> {
+        self.inner.submit(op, bufs, tag)
+    }
+    fn enter(&mut self) -> std::io::Result<()> {
+        self.inner.enter()
+    }
+    fn reap(&mut self, out: &mut Vec<crate::io::Completion>) {
+        self.depth = 0;
+        self.inner.reap(out);
+    }
+    fn wait(&mut self, t: std::time::Duration) -> std::io::Result<()> {
+        self.inner.wait(t)
+    }
+    fn event_fd(&self) -> Option<i32> {
+        None
+    }
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight()
+    }
+}
+
 /// Pages that many channels change: the one that writes them serves its own guest, too, and its stack stays small.
 #[test]
 fn a_page_many_write_to_is_no_endless_task_for_one() {
-    struct Busy {
-        inner: SimEngine,
-        other: Arc<std::sync::Mutex<Option<Channel>>>,
-        next: u64,
-        depth: usize,
-        deepest: Arc<std::sync::atomic::AtomicUsize>,
-    }
-    impl IoEngine for Busy {
-        fn attach(&mut self, id: FileId, file: &Arc<dyn HostFile>) -> std::io::Result<()> {
-            self.inner.attach(id, file)
-        }
-        fn try_now(&mut self, op: &IoOp, bufs: &[BufSlice]) -> Option<Result<u64, i32>> {
-            if op.kind == IoKind::Write && op.off.0 == 1 << 20 && self.next < 500 {
-                self.depth += 1;
-                self.deepest.fetch_max(self.depth, Ordering::SeqCst);
-                // What another thread does while this one is in the kernel.
-                let buf = Box::leak(Box::new(AlignedBuf::new(4096)));
-                buf.as_mut_slice().fill(1);
-                // SAFETY: leaked.
-                let bufs = [unsafe { buf.as_buf() }];
-                let slot = self.next as u16;
-                self.next += 1;
-                let r = range(self.next * 4096, 4096);
-                if let Some(c) = self.other.lock().unwrap().as_mut() {
-                    c.submit(slot, Request::Write(r), &bufs);
-                }
-            }
-            self.inner.try_now(op, bufs)
-        }
-        fn submit(
-            &mut self,
-            op: &IoOp,
-            bufs: &[BufSlice],
-            tag: crate::io::Tag,
-        ) -> Result<(), crate::io::Full> {
-            self.inner.submit(op, bufs, tag)
-        }
-        fn enter(&mut self) -> std::io::Result<()> {
-            self.inner.enter()
-        }
-        fn reap(&mut self, out: &mut Vec<crate::io::Completion>) {
-            self.depth = 0;
-            self.inner.reap(out);
-        }
-        fn wait(&mut self, t: std::time::Duration) -> std::io::Result<()> {
-            self.inner.wait(t)
-        }
-        fn event_fd(&self) -> Option<i32> {
-            None
-        }
-        fn in_flight(&self) -> usize {
-            self.inner.in_flight()
-        }
-    }
     let files = [new_vdi(4 << 20, 4096, 1, None)];
     let disk = open(&files, true, DiskOptions::default());
     let mut engine = SimEngine::new(1);
