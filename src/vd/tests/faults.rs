@@ -85,7 +85,9 @@ fn survives(seed: u64, diff: bool) {
     rig.look_again(cut);
     rig.steps(100);
     rig.close().unwrap();
-    check_clean_file(&top, seed);
+    if rig.disk.start.is_done() {
+        check_clean_file(&top, seed);
+    }
 }
 
 #[test]
@@ -192,6 +194,33 @@ fn without_fallocate_the_file_grows_no_faster_than_needed() {
     assert!(places <= 64, "16 blocks were written and the file has {places}");
 }
 
+/// Room was refused, and the write that asked for it went into a hole. The reason may be gone when the next one needs
+/// room: it asks again rather than fail with it.
+#[test]
+fn a_refusal_of_room_is_for_the_one_that_asked() {
+    let faults = Faults::default();
+    let top = new_top(64 << 10, 4096, false);
+    let past = vec![Past::known(0); 128];
+    let mut rig = Rig::new(&top, &[], DiskOptions::default(), &faults, past.clone(), 1);
+    assert!(rig.post(0, Request::Write(range(0, 8 * 4096)), 7));
+    rig.close().unwrap();
+    let freed = top.make_holes(&mut Rng(1));
+    // The block at the end leaves no hole.
+    let last = (0..8).filter(|b| !freed.contains(b)).max().unwrap();
+    let holes = freed.iter().filter(|b| **b < last).count();
+    assert!(holes > 0);
+    let mut rig = Rig::new(&top, &[], DiskOptions::default(), &faults, past, 1);
+    faults.add(Fault { sticky: true, ..Fault::of(&[IoKind::Allocate], 0, libc::EIO) });
+    for i in 0..holes as u64 {
+        assert!(rig.post(0, Request::Write(range((8 + i) * 4096, 4096)), 8));
+        rig.drain();
+    }
+    faults.clear();
+    assert!(rig.post(0, Request::Write(range(15 * 4096, 4096)), 9));
+    rig.close().unwrap();
+    assert_eq!(rig.failures, []);
+}
+
 /// A step behind a barrier is not begun if one before it has failed.
 #[test]
 fn a_failed_count_at_the_close_leaves_the_file_uncut() {
@@ -240,7 +269,7 @@ fn an_entry_in_doubt_does_not_outlive_a_flushed_write() {
     }
 }
 
-/// While it writes a page, another channel changes the page: what another thread does while this one is in the kernel.
+/// An engine during whose page writes another thread stages the next change.
 struct Busy {
     inner: SimEngine,
     other: Arc<std::sync::Mutex<Option<Channel>>>,
@@ -248,6 +277,7 @@ struct Busy {
     depth: usize,
     deepest: Arc<std::sync::atomic::AtomicUsize>,
 }
+
 impl IoEngine for Busy {
     fn attach(&mut self, id: FileId, file: &Arc<dyn HostFile>) -> std::io::Result<()> {
         self.inner.attach(id, file)

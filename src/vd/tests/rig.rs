@@ -49,6 +49,7 @@ pub(super) struct CrashFile {
     name: PathBuf,
     pub(super) alignment: Alignment,
     fail_syncs: AtomicBool,
+    frozen: AtomicBool,
     data_writes: AtomicU64,
 }
 
@@ -88,6 +89,7 @@ impl CrashFile {
             name: "crash.vdi".into(),
             alignment,
             fail_syncs: false.into(),
+            frozen: false.into(),
             data_writes: 0.into(),
         })
     }
@@ -117,6 +119,9 @@ impl CrashFile {
     }
 
     fn change(&self, change: Change) {
+        if self.frozen.load(Ordering::SeqCst) {
+            return;
+        }
         let c = &mut *self.c.lock().unwrap();
         apply(&mut c.now, &change, 0, &mut || true);
         c.log.push(Some(change));
@@ -135,6 +140,9 @@ impl CrashFile {
 
     /// A sync of everything before `mark` has ended.
     fn persist(&self, mark: usize) {
+        if self.frozen.load(Ordering::SeqCst) {
+            return;
+        }
         let c = &mut *self.c.lock().unwrap();
         for change in c.log.drain(..mark.saturating_sub(c.first).min(c.log.len())).flatten() {
             apply(&mut c.durable, &change, 0, &mut || true);
@@ -145,6 +153,9 @@ impl CrashFile {
 
     /// It has failed: some of it is on the disk, and what is not will never be.
     fn sync_failed(&self, mark: usize, rng: &mut Rng) {
+        if self.frozen.load(Ordering::SeqCst) {
+            return;
+        }
         let c = &mut *self.c.lock().unwrap();
         let upto = mark.saturating_sub(c.first).min(c.log.len());
         for change in c.log[..upto].iter_mut() {
@@ -447,6 +458,8 @@ struct Under {
 
 /// Random requests against a disk whose top file may lose its power.
 pub(super) struct Rig {
+    top: Arc<CrashFile>,
+    faults: Faults,
     pub(super) disk: Arc<Disk>,
     pub(super) channels: Vec<Channel>,
     under: Vec<Vec<Option<Under>>>,
@@ -516,6 +529,8 @@ impl Rig {
         let under = channels.iter().map(|_| (0..slots).map(|_| None).collect()).collect();
         let time = past.iter().flat_map(|p| p.asked.iter().map(|a| a.0)).max().unwrap_or(0) + 1;
         Rig {
+            top: top.clone(),
+            faults: faults.clone(),
             disk,
             channels,
             under,
@@ -631,6 +646,9 @@ impl Rig {
             }
             return;
         }
+        if self.disk.options().write_through && !matches!(u.request, Request::Read(_)) {
+            self.flushed = now;
+        }
         for (i, sector) in sectors.enumerate() {
             let s = &mut self.past[sector];
             match u.request {
@@ -693,11 +711,20 @@ impl Rig {
 
     /// The process dies where it is. What the sectors may hold afterwards.
     pub(super) fn die(mut self, power_cut: bool) -> Vec<Past> {
-        self.channels.drain(..).for_each(std::mem::forget);
-        std::mem::forget(std::mem::take(&mut self.under));
-        // Written through, what was answered is durable.
-        let through = self.disk.options().write_through;
-        let flushed = if power_cut && !through { self.flushed } else { u64::MAX };
+        // From here on nothing reaches the file; what is in flight fails, so that the channels can be dropped.
+        self.top.frozen.store(true, Ordering::SeqCst);
+        self.faults.clear();
+        self.faults.add(Fault { sticky: true, ..Fault::of(&[], 0, libc::EIO) });
+        while !self.channels.iter().all(BlockDevice::is_idle) {
+            for c in &mut self.channels {
+                c.flush_queue().unwrap();
+                c.poll(&mut Vec::new());
+            }
+        }
+        self.channels.clear();
+        self.faults.clear();
+        self.top.frozen.store(false, Ordering::SeqCst);
+        let flushed = if power_cut { self.flushed } else { u64::MAX };
         for p in &mut self.past {
             p.may = p.after_cut(flushed);
             p.busy = false;

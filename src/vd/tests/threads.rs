@@ -219,7 +219,7 @@ fn stress(kind: EngineKind, direct: bool, block: u64, size: u64, diff: bool, see
 }
 
 fn everywhere(diff: bool) {
-    let rounds = std::env::var("VDBLK_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2);
+    let rounds = std::env::var("VDBLK_ROUNDS").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     for seed in 0..rounds {
         for kind in [EngineKind::IoUring, EngineKind::Threads] {
             for direct in [false, true] {
