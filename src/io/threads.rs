@@ -316,7 +316,9 @@ impl IoEngine for ThreadEngine {
     }
 
     fn enter(&mut self) -> io::Result<()> {
-        self.pool.add(&mut self.staged);
+        if !self.staged.is_empty() {
+            self.pool.add(&mut self.staged);
+        }
         Ok(())
     }
 

@@ -47,6 +47,7 @@ impl Channel {
         }
         match s.work {
             Work::Moving => self.step_moving(slot),
+            Work::Bouncing(_) => self.step_bouncing(slot),
             Work::Claimed { .. } => self.step_claimed(slot),
             Work::Comparing { .. } => self.step_comparing(slot),
             Work::Planning { .. } => self.step_planning(slot),
@@ -70,11 +71,19 @@ impl Channel {
         }
         match request {
             Request::Read(_) => self.start_reads(slot),
+            Request::Discard(_) if !self.disk.options.discard => self.skip_all(slot),
             Request::Flush => unreachable!("a flush has no range"),
             Request::Write(_) | Request::Discard(_) | Request::WriteZeroes { .. } => {
                 self.start_changes(slot, request)
             }
         }
+    }
+
+    /// Nothing is to be done for the request.
+    fn skip_all(&mut self, slot: u16) -> Next {
+        let s = self.slot(slot);
+        s.cursor = s.range.len();
+        Next::Again
     }
 
     fn start_reads(&mut self, slot: u16) -> Next {
@@ -87,11 +96,12 @@ impl Channel {
                     self.slot(slot).cursor += e.len;
                     match e.kind {
                         ExtentKind::Data { file, off } => {
-                            self.issue_request_bytes(
-                                slot,
-                                IoOp { kind: IoKind::Read, file, off, len: e.len },
-                                at,
-                            );
+                            let io = IoOp { kind: IoKind::Read, file, off, len: e.len };
+                            if !self.fits(slot, &io, at) {
+                                self.bounce(slot, io, at);
+                                break;
+                            }
+                            self.issue_request_bytes(slot, io, at);
                         }
                         ExtentKind::Zero | ExtentKind::Parent => self.clear_request_bytes(slot, at, e.len),
                     }
@@ -129,7 +139,12 @@ impl Channel {
                 let ExtentKind::Data { file, off } = e.kind else {
                     unreachable!("only data can be overwritten")
                 };
-                self.change_in_place(slot, request, IoOp { kind: IoKind::Write, file, off, len: e.len }, at);
+                let io = IoOp { kind: IoKind::Write, file, off, len: e.len };
+                if matches!(request, Request::Write(_)) && !self.fits(slot, &io, at) {
+                    self.bounce(slot, io, at);
+                    break;
+                }
+                self.change_in_place(slot, request, io, at);
             }
         }
         self.extents = extents;
@@ -184,7 +199,7 @@ impl Channel {
             Request::Flush => true,
             _ => self.write_through,
         };
-        if !sync || self.disk.options.skip_syncs {
+        if !sync || self.disk.options.skip_syncs || self.disk.options.read_only {
             return Next::Finished;
         }
         if let Err(Failure::SyncFailed) = self.disk.may_write() {
@@ -193,10 +208,9 @@ impl Channel {
         }
         self.slot(slot).work = Work::Syncing;
         for i in 0..self.disk.files.len() {
-            let file = crate::map::FileId(u16::try_from(i).expect("limits::MAX_FILES"));
-            if self.disk.file(file).traits.writable {
-                self.join_sync(slot, file, false);
-            }
+            // Parents too, once: a write that equals what they show was left out, and their bytes may still be in the
+            // page cache, from whoever wrote them.
+            self.join_sync(slot, crate::map::FileId(u16::try_from(i).expect("limits::MAX_FILES")), false);
         }
         Next::Again
     }

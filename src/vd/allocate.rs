@@ -12,6 +12,9 @@ use crate::io::{gather, is_zero, sub_slices};
 use crate::limits::BOUNCE_BYTES;
 use crate::map::{Change, ClaimKey, ExtentKind, GuestRange, Intent, Miss};
 
+/// Units one request changes before others have their turn.
+const UNITS_A_TURN: u32 = 128;
+
 impl Channel {
     /// Takes the claim on the unit at the cursor, or waits until it is passed on.
     pub(super) fn take_claim(&mut self, slot: u16) -> Next {
@@ -44,6 +47,13 @@ impl Channel {
         let s = self.slot(slot);
         s.work = Work::Moving;
         s.cursor += part.map_or(0, GuestRange::len);
+        s.units += 1;
+        if s.units.is_multiple_of(UNITS_A_TURN) {
+            // A discard of many small units must not keep the queue's other requests waiting.
+            s.pending += 1;
+            let me = self.me(slot);
+            self.disk.mailboxes.post(me, Ok(()));
+        }
         Next::Again
     }
 

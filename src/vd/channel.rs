@@ -15,13 +15,17 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Rounds of [`BlockDevice::poll`] before what has ended is handed out.
+const MAX_ROUNDS: usize = 8;
 /// Slots for the disk's own work, behind those of the requests.
 const INTERNAL_SLOTS: u16 = 3;
 
 /// A channel to a disk, for one thread. Requests of several channels run at the same time.
 pub struct Channel {
-    pub(super) disk: Arc<Disk>,
+    // First: dropping it waits for what is in flight, which works on the memory of slots and operations, under the
+    // disk's locks.
     pub(super) engine: Box<dyn IoEngine>,
+    pub(super) disk: Arc<Disk>,
     pub(super) id: u16,
     mailbox: Arc<Mailbox>,
     pub(super) slots: Vec<Slot>,
@@ -40,8 +44,6 @@ pub struct Channel {
     pub(super) write_through: bool,
     /// How the plan at the clean close has ended.
     pub(super) end_outcome: Option<Outcome>,
-    /// Operations were submitted that the engine has not handed over yet.
-    pub(super) queued: bool,
 }
 
 impl std::fmt::Debug for Channel {
@@ -80,7 +82,6 @@ impl Channel {
             completions: Vec::new(),
             write_through: disk.options().write_through,
             end_outcome: None,
-            queued: false,
             disk,
         })
     }
@@ -259,21 +260,20 @@ impl BlockDevice for Channel {
     }
 
     fn flush_queue(&mut self) -> io::Result<()> {
-        if self.queued {
-            self.engine.enter()?;
-            self.queued = false;
-        }
-        Ok(())
+        self.engine.enter()
     }
 
     fn poll(&mut self, done: &mut Vec<Done>) {
         self.polling = true;
-        loop {
+        // Other channels can keep this one busy; its own requests that have ended must not wait for that.
+        for _ in 0..MAX_ROUNDS {
             let mut moved = self.reap();
             moved |= self.handle_events();
             self.submit_backlog();
             if let Err(e) = self.flush_queue() {
-                tracing::error!("cannot hand I/O to the kernel: {e}");
+                // Come back soon: what is queued stays queued.
+                tracing::debug!("cannot hand I/O to the kernel: {e}");
+                self.mailbox.ring();
                 break;
             }
             if !moved {
@@ -281,6 +281,9 @@ impl BlockDevice for Channel {
             }
         }
         self.polling = false;
+        for e in self.events.drain(..) {
+            self.mailbox.post(e);
+        }
         done.append(&mut self.done);
     }
 

@@ -59,12 +59,7 @@ pub(crate) struct DiskFile {
 impl DiskFile {
     fn new(file: Arc<dyn HostFile>) -> Self {
         let traits = file.traits();
-        DiskFile {
-            traits,
-            syncs: SyncGroup::new(traits.writable),
-            cannot_punch: AtomicBool::new(false),
-            file,
-        }
+        DiskFile { traits, syncs: SyncGroup::new(true), cannot_punch: AtomicBool::new(false), file }
     }
 
     pub(crate) fn can_punch(&self) -> bool {

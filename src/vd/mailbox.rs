@@ -4,6 +4,7 @@ use crate::error::Failure;
 use crate::map::Waiter;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -19,26 +20,38 @@ pub(crate) struct Event {
 pub(crate) struct Mailbox {
     events: Mutex<Vec<Event>>,
     signal: EventFd,
+    rung: AtomicBool,
 }
 
 impl Mailbox {
     fn new() -> io::Result<Self> {
-        Ok(Mailbox { events: Mutex::default(), signal: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? })
+        Ok(Mailbox {
+            events: Mutex::default(),
+            signal: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            rung: AtomicBool::new(false),
+        })
     }
 
-    fn post(&self, e: Event) {
+    /// Makes the channel look again soon.
+    pub(crate) fn ring(&self) {
+        self.rung.store(true, Ordering::Release);
+        // A counter that is full has been told often enough.
+        let _ = self.signal.write(1);
+    }
+
+    pub(crate) fn post(&self, e: Event) {
         let mut events = self.events.lock().expect("mailbox lock");
         events.push(e);
         if events.len() == 1 {
-            // The counter cannot overflow: it is cleared whenever the box is emptied.
-            let _ = self.signal.write(1);
+            self.ring();
         }
     }
 
     /// Moves all events into `out`.
     pub(crate) fn empty_into(&self, out: &mut Vec<Event>) {
         let mut events = self.events.lock().expect("mailbox lock");
-        if !events.is_empty() {
+        // The bell may also have been rung without an event: then it must not go on ringing.
+        if !events.is_empty() || self.rung.swap(false, Ordering::AcqRel) {
             let _ = self.signal.read();
             out.append(&mut events);
         }

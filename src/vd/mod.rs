@@ -7,6 +7,7 @@
 
 mod advance;
 mod allocate;
+mod bounce;
 mod chain;
 mod channel;
 mod disk;

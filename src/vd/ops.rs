@@ -9,7 +9,7 @@ use crate::error::Failure;
 use crate::io::{
     AlignedBuf, BufSlice, Completion, HostFile, IoKind, IoOp, Tag, fill_zero, scatter, sub_slices, total_len,
 };
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{BOUNCE_BYTES, SECTOR_BYTES};
 use crate::map::{FileId, HostOffset, Waiter};
 
 impl Channel {
@@ -62,9 +62,7 @@ impl Channel {
 
     fn queue_op(&mut self, i: usize) {
         let op = self.ops.get(i);
-        if self.backlog.is_empty() && self.engine.submit(&op.io, &op.bufs, Tag(i as u64)).is_ok() {
-            self.queued = true;
-        } else {
+        if !self.backlog.is_empty() || self.engine.submit(&op.io, &op.bufs, Tag(i as u64)).is_err() {
             self.backlog.push_back(i);
         }
     }
@@ -76,7 +74,6 @@ impl Channel {
             if self.engine.submit(&op.io, &op.bufs, Tag(i as u64)).is_err() {
                 break;
             }
-            self.queued = true;
             self.backlog.pop_front();
         }
     }
@@ -98,6 +95,8 @@ impl Channel {
             // Writers of parts of a device sector are turned away when the disk is opened.
             return Err(Failure::Os(libc::EINVAL));
         }
+        // Only pieces of copies come here; requests with memory of that kind bounce.
+        debug_assert!(op.io.len <= BOUNCE_BYTES as u64, "an unbounded bounce buffer");
         let bytes = usize::try_from(len).map_err(|_| Failure::Os(libc::ENOMEM))?;
         let own = Own::Made(AlignedBuf::new(bytes));
         let slice = own.slice();
@@ -154,8 +153,11 @@ impl Channel {
         if n > 0 && alignment.fits(op.io.off.0, &op.bufs) {
             return self.queue_op(i);
         }
-        let ended =
-            if op.io.kind == IoKind::Read { fill_behind_end(op) } else { Err(Failure::Os(libc::EIO)) };
+        let ended = if op.io.kind == IoKind::Read {
+            fill_behind_end(op, u64::from(alignment.offset))
+        } else {
+            Err(Failure::Os(libc::EIO))
+        };
         self.op_ended(i, ended);
     }
 
@@ -328,7 +330,7 @@ fn widen(
 
 /// A read has met the end of the file. The last sector of a raw file may be cut short and reads as zeros from there on;
 /// an aligned read may reach past what was asked for. Anything else means that the file has shrunk.
-fn fill_behind_end(op: &Op) -> Result<(), Failure> {
+fn fill_behind_end(op: &Op, unit: u64) -> Result<(), Failure> {
     let missing = match (&op.copy_out, &op.own) {
         (Some((theirs, skip)), Some(own)) => {
             let got = own.as_slice().len() as u64 - op.io.len;
@@ -336,7 +338,7 @@ fn fill_behind_end(op: &Op) -> Result<(), Failure> {
         }
         _ => op.io.len,
     };
-    if missing >= SECTOR_BYTES {
+    if missing >= SECTOR_BYTES.max(unit) {
         return Err(Failure::Os(libc::EIO));
     }
     fill_zero(&op.bufs);

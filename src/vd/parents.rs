@@ -53,6 +53,7 @@ impl ParentSearch {
         let own = identity(child);
         let Some(paths) = self.found().by_uuid.get(&uuid) else { return Ok(None) };
         let mut others: Vec<_> = paths.iter().filter(|p| identity(p) != own).collect();
+        others.sort_by_key(|p| identity(p));
         others.dedup_by_key(|p| identity(p));
         match others[..] {
             [] => Ok(None),

@@ -101,7 +101,7 @@ impl Channel {
         }
     }
 
-    /// Starts a step that is none of the barriers.
+    /// Starts a step that is none of the barriers. A copy it sets up begins once nothing else of the plan is pending.
     fn start_step(&mut self, slot: u16, run: &mut Run, step: Step) {
         match step {
             Step::Guest { part, file, to } if !self.has_request_bytes(slot) => {
@@ -110,11 +110,13 @@ impl Channel {
             }
             Step::Guest { part, file, to } => {
                 let at = part.start().since(self.slot(slot).range.start());
-                self.issue_request_bytes(
-                    slot,
-                    IoOp { kind: IoKind::Write, file, off: to, len: part.len() },
-                    at,
-                );
+                let io = IoOp { kind: IoKind::Write, file, off: to, len: part.len() };
+                if self.fits(slot, &io, at) {
+                    self.issue_request_bytes(slot, io, at);
+                } else {
+                    let from = CopyFrom::Disk { unit: part, skip_zeros: false };
+                    run.copy = Some(Copy { from, file, to, len: part.len(), done: 0, piece: None });
+                }
             }
             Step::Block { block, file, to, len, clean } => {
                 let from = CopyFrom::Disk { unit: block, skip_zeros: clean };

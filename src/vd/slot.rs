@@ -42,6 +42,8 @@ pub(crate) struct Slot {
     pub(crate) buf: Option<Own>,
     /// The claim that is held (or passed on to us by the event we wait for).
     pub(crate) claim: Option<ClaimKey>,
+    /// Units it has changed.
+    pub(crate) units: u32,
     /// Its plan could extend a file only in a way that may leave garbage after a crash.
     pub(crate) extended_unclean: bool,
     /// [`super::Channel::advance`] is at work on it: what ends meanwhile is noticed there.
@@ -60,6 +62,7 @@ impl Slot {
             work: Work::Moving,
             buf: None,
             claim: None,
+            units: 0,
             extended_unclean: false,
             advancing: false,
         }
@@ -75,6 +78,7 @@ impl Slot {
         self.failure = None;
         self.work = Work::Moving;
         self.extended_unclean = false;
+        self.units = 0;
         self.bufs.clear();
         self.bufs.extend_from_slice(bufs);
     }
@@ -99,6 +103,8 @@ impl Slot {
 pub(crate) enum Work {
     /// Ranges are mapped and operations started, as far as nothing has to be changed for it.
     Moving,
+    /// Bytes in place go through the bounce buffer: the file takes only aligned memory, and the request's is not.
+    Bouncing(Bounced),
     /// The claim on the unit around `part` is held: look again, then decide.
     Claimed { part: GuestRange },
     /// The old bytes of `part` are compared with the new ones, from `done` on. `reading`: how many of them the
@@ -110,6 +116,19 @@ pub(crate) enum Work {
     Running(Box<Run>),
     /// Everything is written; a sync has been joined because the disk is written through.
     Syncing,
+}
+
+/// Bytes of a request on their way through the bounce buffer, a piece at a time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounced {
+    /// What is to be read or written in all.
+    pub(crate) io: IoOp,
+    /// Where its bytes begin in the request's memory.
+    pub(crate) at: u64,
+    /// Bytes done.
+    pub(crate) done: u64,
+    /// The piece in the buffer: its length, and how many bytes of the buffer lie before it.
+    pub(crate) piece: Option<(u64, u64)>,
 }
 
 /// A plan being carried out.

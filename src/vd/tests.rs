@@ -1,6 +1,7 @@
 //! The container against a model: many channels with overlapping work, operations that end in any order, chains.
 
 mod crash;
+mod direct;
 mod faults;
 mod rig;
 mod threads;
