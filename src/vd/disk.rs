@@ -6,12 +6,12 @@ use super::own::Own;
 use super::pages::Pages;
 use super::sync::SyncGroup;
 use crate::error::Failure;
-use crate::io::{BouncePool, FileTraits, Host, HostFile};
+use crate::io::{BouncePool, FileTraits, Host, HostFile, ImageLock};
 use crate::limits::BOUNCE_BYTES;
 use crate::map::{Claims, FileId, Waiter};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// How a disk uses the host's page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,6 +85,8 @@ pub struct Disk {
     bounce: Arc<BouncePool>,
     bounce_waiters: Mutex<VecDeque<Waiter>>,
     pub(crate) mailboxes: Mailboxes,
+    /// The locks on its images: they go when the last channel has gone, and its I/O with it.
+    locks: OnceLock<Vec<ImageLock>>,
     sync_failed: AtomicBool,
     on_sync_failure: Box<dyn Fn() + Send + Sync>,
 }
@@ -126,9 +128,15 @@ impl Disk {
             bounce: Arc::new(BouncePool::default()),
             bounce_waiters: Mutex::default(),
             mailboxes: Mailboxes::default(),
+            locks: OnceLock::new(),
             sync_failed: AtomicBool::new(false),
             on_sync_failure,
         })
+    }
+
+    /// Gives the disk the locks on its images, once.
+    pub(crate) fn hold(&self, locks: Vec<ImageLock>) {
+        assert!(self.locks.set(locks).is_ok(), "a disk is given its locks once");
     }
 
     /// Size in bytes.

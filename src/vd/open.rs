@@ -84,8 +84,8 @@ pub struct OpenImage {
     pub info: ImageInfo,
     map: Arc<dyn ImageMap>,
     file: Arc<dyn HostFile>,
-    /// Held as long as the disk is open.
-    _lock: Option<ImageLock>,
+    /// Held by the disk once it is open.
+    lock: Option<ImageLock>,
 }
 
 /// An open disk with what is known of its images.
@@ -126,6 +126,7 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let files = images.iter().map(|i| i.file.clone()).collect();
     let on_failure = Box::new(move || marker.set());
     let disk = Disk::new(Chain::new(layers), files, how.options, Arc::new(OsHost), on_failure);
+    disk.hold(images.iter_mut().filter_map(|i| i.lock.take()).collect());
     Ok(OpenedDisk { disk, images })
 }
 
@@ -153,7 +154,7 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
         format::OpenHow { read_only: !write, info_only: false },
     )?;
     let info = map.info();
-    Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, _lock: lock })
+    Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, lock })
 }
 
 /// What to do about a file that the operating system does not open.
