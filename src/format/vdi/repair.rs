@@ -1,7 +1,9 @@
 //! Putting a VDI right without losing anything that is still there.
 //!
-//! - An entry whose place cannot exist, or lies wholly behind the end of the file, becomes free: there is
-//!   nothing to keep. In a differencing image the parent's older bytes are seen again, as VirtualBox does it.
+//! - An entry whose place lies wholly behind the end of the file becomes free: there is nothing to keep. In a
+//!   differencing image the parent's older bytes are seen again, as VirtualBox does it.
+//! - A block at a place that may not exist, but does (VirtualBox and QEMU append there once the count has reached
+//!   the number of blocks), moves to one that may.
 //! - A place cut off in the middle is filled up with zeros.
 //! - A place that several entries name stays with the first; each other gets a copy of its own. VirtualBox frees
 //!   them all; here every block reads after the repair what it read before.
@@ -93,9 +95,11 @@ struct Work {
     used: Bitmap,
     high_water: u32,
     no_hole_below: u32,
-    /// Entries whose place belongs to one before them.
-    shared: Vec<(u32, HostBlock)>,
+    /// Entries that need another place: theirs belongs to one before them, or may not exist.
+    displaced: Vec<(u32, HostBlock)>,
     copies: Vec<RepairStep>,
+    /// Where the last place ends that is copied from.
+    needed: HostOffset,
     /// Pages of the table that differ from the file.
     pages: BTreeSet<u32>,
     file_bytes: u64,
@@ -111,8 +115,9 @@ impl Work {
             used: Bitmap::new(),
             high_water: 0,
             no_hole_below: 0,
-            shared: Vec::new(),
+            displaced: Vec::new(),
             copies: Vec::new(),
+            needed: HostOffset(0),
             pages: BTreeSet::new(),
             file_bytes,
             lines: Vec::new(),
@@ -140,12 +145,11 @@ impl Work {
         let layout = self.image.layout;
         for block in 0..layout.blocks {
             let Entry::At(place) = Entry::of(self.image.table[idx(block)]) else { continue };
-            let exists = place.0 < layout.blocks && layout.data_of(place).0 < self.image.file_bytes;
-            if !exists {
+            if layout.data_of(place).0 >= self.image.file_bytes {
                 self.set(block, FREE);
                 self.say(format!("block {block}: freed, nothing is at place {}", place.0));
-            } else if !self.take(place.0) {
-                self.shared.push((block, place));
+            } else if place.0 >= layout.blocks || !self.take(place.0) {
+                self.displaced.push((block, place));
             }
         }
     }
@@ -166,7 +170,7 @@ impl Work {
 
     fn separate(&mut self) {
         let layout = self.image.layout;
-        for (block, from) in std::mem::take(&mut self.shared) {
+        for (block, from) in std::mem::take(&mut self.displaced) {
             let to = self.new_place();
             self.set(block, to);
             self.copies.push(RepairStep::Copy {
@@ -174,14 +178,19 @@ impl Work {
                 to: layout.start_of(to),
                 len: layout.stride(),
             });
-            self.say(format!("block {block}: moved to a copy of place {}, which another block has", from.0));
+            self.needed = self.needed.max(layout.end_of(from.0 + 1));
+            self.say(if from.0 < layout.blocks {
+                format!("block {block}: moved to a copy of place {}, which another block has", from.0)
+            } else {
+                format!("block {block}: moved to place {to} from {}, which may not exist", from.0)
+            });
         }
     }
 
     /// Length and count, before anything is copied: nobody else would add a block where the copies go.
     fn raise(&mut self) {
         let layout = self.image.layout;
-        let end = layout.end_of(self.high_water);
+        let end = layout.end_of(self.high_water).max(self.needed);
         if end.0 > self.file_bytes {
             self.say(format!("file: filled up with {} bytes of zeros", end.0 - self.file_bytes));
             self.set_len(end);
