@@ -98,7 +98,10 @@ impl HostBlocks {
         if s.extending.is_some() || s.end >= self.max || (enough && !urgent) {
             return None;
         }
-        let to = s.end.saturating_add(s.step).min(self.max);
+        // Places prepared and not used are lost to other programs if we are killed: they append behind them, and a table
+        // of `max` entries knows no place from there on. So never more than a part of what is left.
+        let step = s.step.min(((self.max - s.end) / 8).max(1));
+        let to = s.end + step;
         s.extending = Some(to);
         Some((s.end, to))
     }

@@ -156,6 +156,9 @@ fn a_close_does_not_hide_a_failed_sync() {
     let mut rig = Rig::new(&top, &[], DiskOptions::default(), &faults, past, 1);
     assert!(rig.post(0, Request::Write(range(0, 4096)), 7));
     rig.drain();
+    // In place: nothing but the flush will sync this one.
+    assert!(rig.post(0, Request::Write(range(0, 4096)), 8));
+    rig.drain();
     faults.add(Fault::of(&[IoKind::Sync], 0, libc::EIO));
     assert!(rig.post(0, Request::Flush, 0));
     rig.drain();
