@@ -91,6 +91,12 @@ pub fn run(config: &Config) -> Result<()> {
     let shutdown = stop_on_signals(Arc::clone(&opening))?;
     let opened = open(config)?;
     opening.store(false, Ordering::Release);
+    if opened.disk.size_bytes() == 0 {
+        let what = "is empty, and a disk has at least one sector";
+        return Err(Error::new(ErrorKind::InvalidArgument, what)
+            .at(&opened.images[0].path)
+            .hint("vdimg create makes one"));
+    }
     let (endpoint, _name) = endpoint(&config.socket)?;
     let device = device(config, &opened)?;
     let options = ServeOptions { once: config.once };

@@ -23,7 +23,13 @@ fn mark_of(image: &Path, runtime: &Path) -> PathBuf {
     let meta = fs::metadata(image).expect("the image");
     let folder = runtime.join("vdblk");
     fs::create_dir_all(&folder).expect("a folder");
-    folder.join(format!("sync-failed-{:x}-{:x}", meta.dev(), meta.ino()))
+    folder.join(format!("sync-failed-{:x}-{:x}-{:x}", meta.dev(), meta.ino(), made(&meta)))
+}
+
+/// When the file was made, as the mark's name has it.
+fn made(meta: &fs::Metadata) -> u128 {
+    let made = meta.created().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    made.map_or(0, |t| t.as_nanos())
 }
 
 fn try_to_serve(image: &Path, runtime: &Path, options: &[&str]) -> Ended {
@@ -104,8 +110,8 @@ impl LosingDisk {
 
     /// Its mark, where root leaves it.
     fn mark(&self) -> PathBuf {
-        let number = fs::metadata(&self.disk.device).expect("the device").rdev();
-        Path::new("/run/vdblk").join(format!("sync-failed-{number:x}-0"))
+        let meta = fs::metadata(&self.disk.device).expect("the device");
+        Path::new("/run/vdblk").join(format!("sync-failed-{:x}-0-{:x}", meta.rdev(), made(&meta)))
     }
 }
 

@@ -118,10 +118,6 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         refuse_unaligned_metadata(&images[0])?;
     }
     images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
-    if images[0].info.virtual_size == 0 {
-        return Err(Error::new(ErrorKind::InvalidArgument, "is empty: a disk has at least one sector")
-            .at(&how.image.path));
-    }
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
     let files = images.iter().map(|i| i.file.clone()).collect();
     let on_failure = Box::new(move || marker.set());
