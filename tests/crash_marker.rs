@@ -144,7 +144,10 @@ fn a_sync_that_fails_is_final() {
         guest.assert_marked(0, 1);
         assert!(!daemon.has_ended());
         drop(guest);
-        daemon.stop();
+        daemon.signal(libc::SIGTERM);
+        let ended = daemon.wait();
+        assert_eq!(ended.status.code(), Some(1), "{engine}: lost writes, and all is well? {ended:?}");
+        assert!(ended.err.lines().last().is_some_and(|l| l.contains("a sync of it has failed")), "{ended:?}");
         let mark = losing.mark();
         let refused = try_to_serve(device, runtime.path(), &options);
         refused.assert_refused(&[device.to_str().expect("text"), "sync", mark.to_str().expect("text")]);

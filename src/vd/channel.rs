@@ -5,7 +5,7 @@ use super::disk::Disk;
 use super::mailbox::{Event, Mailbox};
 use super::slot::{Job, Ops, Slot};
 use super::{BlockDevice, Done, Outcome, Request};
-use crate::error::{Error, Failure, Result};
+use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::io::{BufSlice, Completion, IoEngine, IoKind, IoOp};
 use crate::limits::INLINE_WRITE_BYTES;
 use crate::map::{ExtentKind, ExtentList, GuestRange, Intent, Waiter};
@@ -189,7 +189,10 @@ impl Channel {
     pub fn close_disk(&mut self, sync: bool) -> Result<()> {
         self.settle_down()?;
         if self.disk.may_write() == Err(Failure::SyncFailed) {
-            return Err(Failure::SyncFailed.into());
+            let what = "a sync of it has failed: what was written since the last flush may be lost";
+            return Err(Error::new(ErrorKind::SyncFailed, what)
+                .at(self.disk.files[0].file.path())
+                .hint("check the disk, restart the machine, then run vdimg check"));
         }
         if self.disk.start.is_done() && self.disk.may_write().is_ok() {
             let plan = self.disk.chain.top().map.end();
