@@ -11,7 +11,7 @@ use std::time::Duration;
 use vdblk::error::Failure;
 use vdblk::io::BufSlice;
 use vdblk::vd::{BlockDevice, Done, Outcome, Request};
-use vdblk::vhost::{Memory, QueueWorker, RegionInfo, Ring, RingError, RingSetup, WorkerOptions};
+use vdblk::vhost::{Memory, QueueWorker, RegionInfo, Ring, RingError, RingExtras, RingSetup, WorkerOptions};
 use vdblk::virtio::Rules;
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
@@ -81,7 +81,7 @@ fn start(w: &mut QueueWorker<Scripted>, q: &GuestQueue) -> Result<(), RingError>
     };
     w.set_memory(Arc::clone(&memory));
     let (_, call) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-    w.start(Ring::new(&setup, &memory).unwrap(), Some(call), None)
+    w.start(Ring::new(&setup, &memory).unwrap(), RingExtras { call: Some(call), ..RingExtras::default() })
 }
 
 fn queue() -> GuestQueue {

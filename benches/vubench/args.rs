@@ -51,6 +51,9 @@ pub(crate) struct Args {
     /// Leave INFLIGHT_SHMFD out of a verify run
     #[arg(long)]
     no_inflight: bool,
+    /// Let the server keep an inflight region in a load run too
+    #[arg(long)]
+    inflight: bool,
 
     /// Requests in flight per queue (1; verify: 16)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -158,7 +161,7 @@ impl Args {
             no_event_idx: self.no_event_idx,
             no_indirect: self.no_indirect,
             mem_slots: self.mem_slots,
-            inflight: self.verifying() && !self.no_inflight,
+            inflight: if self.verifying() { !self.no_inflight } else { self.inflight },
         }
     }
 

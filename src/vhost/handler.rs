@@ -8,10 +8,12 @@
 //! An error returned from here closes the connection, with its reason in the log. But for `InvalidOperation`: the message
 //! was in order, only its wish is refused.
 
+use super::inflight::{InflightRegion, Tracker};
 use super::memory::{Memory, RegionInfo};
 use super::ring::RingSetup;
 use super::sys;
 use super::thread::{Order, Pending, Reply, StartRing, WorkerHandle};
+use super::worker::RingExtras;
 use crate::limits;
 use crate::virtio::{ConfigSpace, DeviceShape, feature};
 use std::fs::File;
@@ -54,7 +56,7 @@ impl Vring {
     }
 
     /// What the worker needs to start, if the ring is to run and does not yet.
-    fn start_order(&self, event_idx: bool) -> Option<Order> {
+    fn start_order(&self, event_idx: bool, inflight: Option<Tracker>) -> Option<Order> {
         use virtio_queue::QueueT;
         let [descriptors, available, used] = self.addresses?;
         let state = self.state.get_ref();
@@ -73,7 +75,8 @@ impl Vring {
         let kick = copy(state.get_kick(), EventConsumer::try_clone);
         let call = copy(state.get_call(), EventNotifier::try_clone);
         let err = copy(&self.err, File::try_clone);
-        Some(Order::Start(Box::new(StartRing { setup, kick, call, err })))
+        let extras = RingExtras { call, err, inflight };
+        Some(Order::Start(Box::new(StartRing { setup, kick, extras })))
     }
 }
 
@@ -87,18 +90,21 @@ pub(super) struct Handler {
     features: u64,
     protocol: Protocol,
     write_through: Option<bool>,
+    /// Where the front-end keeps what is in flight.
+    inflight: Option<Arc<InflightRegion>>,
     /// For messages to the front-end.
     back_channel: Option<Backend>,
 }
 
 impl Handler {
-    /// The protocol features to offer. INFLIGHT_SHMFD and LOG_SHMFD have their places below but are not served yet.
+    /// The protocol features to offer.
     const PROTOCOL: Protocol = Protocol::CONFIG
         .union(Protocol::MQ)
         .union(Protocol::REPLY_ACK)
         .union(Protocol::CONFIGURE_MEM_SLOTS)
         .union(Protocol::BACKEND_REQ)
-        .union(Protocol::RESET_DEVICE);
+        .union(Protocol::RESET_DEVICE)
+        .union(Protocol::INFLIGHT_SHMFD);
 
     /// A device that nothing has been negotiated with.
     pub(super) fn new(shape: Arc<DeviceShape>, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
@@ -112,6 +118,7 @@ impl Handler {
             features: 0,
             protocol: Protocol::empty(),
             write_through: None,
+            inflight: None,
             back_channel: None,
         })
     }
@@ -120,6 +127,7 @@ impl Handler {
     pub(super) fn close(&mut self) {
         self.stop_all();
         self.replace_memory(Memory::empty());
+        self.inflight = None;
         self.back_channel = None;
     }
 
@@ -134,7 +142,9 @@ impl Handler {
 
     /// Starts a ring if it is to run.
     fn update(&mut self, i: usize) {
-        let Some(order) = self.vrings[i].start_order(self.has(feature::EVENT_IDX)) else { return };
+        let number = u16::try_from(i).ok();
+        let inflight = self.inflight.as_ref().zip(number).and_then(|(region, n)| region.tracker(n));
+        let Some(order) = self.vrings[i].start_order(self.has(feature::EVENT_IDX), inflight) else { return };
         match self.workers[i].ask(order) {
             Reply::Refused(why) => tracing::warn!("queue {i}: {why}; this queue is not served"),
             _ => self.vrings[i].running = true,
@@ -196,6 +206,15 @@ impl Handler {
         self.vrings.iter().for_each(|v| v.state.set_enabled(false));
     }
 
+    fn check_inflight(&self, i: &VhostUserInflight) -> Result<()> {
+        let (queues, size) = (self.shape.num_queues, self.shape.queue_size);
+        if i.num_queues > queues || i.queue_size > size {
+            let what = format!("{} queues of {} entries in flight", i.num_queues, i.queue_size);
+            return Err(bad(format!("{what}: there are {queues} of up to {size}")));
+        }
+        Ok(())
+    }
+
     /// Changes something of a ring that a worker has to know too while it runs.
     fn tell(&self, i: usize, order: Option<Order>) -> Result<()> {
         match order.map(|o| self.workers[i].ask(o)) {
@@ -244,7 +263,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     /// Back to what it was when the connection began, but for what the front-end keeps account of itself and need not
-    /// send again: memory, and the descriptors for signals.
+    /// send again: memory, and the descriptors for signals. The inflight region goes: QEMU too forgets its own then, and
+    /// nothing is in flight.
     fn reset_device(&mut self) -> Result<()> {
         self.disable_all();
         for v in &mut self.vrings {
@@ -257,6 +277,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.features = 0;
         self.config = ConfigSpace::new(&self.shape);
         self.write_through = None;
+        self.inflight = None;
         Ok(())
     }
 
@@ -434,12 +455,25 @@ impl VhostUserBackendReqHandlerMut for Handler {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
+    /// The size is ours to compute; the front-end's numbers only say for how many queues of which size.
+    fn get_inflight_fd(&mut self, wish: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.check_inflight(wish)?;
+        let (bytes, file) =
+            InflightRegion::create(wish.num_queues, wish.queue_size).map_err(Error::ReqHandlerError)?;
+        Ok((VhostUserInflight::new(bytes, 0, wish.num_queues, wish.queue_size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered()
+    /// Comes before the rings start, mostly. Whether something was in flight is looked at when a ring starts. A
+    /// front-end that negotiates the feature and never sends this is served without.
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Result<()> {
+        self.check_inflight(region)?;
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *region;
+        let region = InflightRegion::open(file, mmap_offset, mmap_size, num_queues, queue_size);
+        let region = region.map_err(Error::ReqHandlerError)?;
+        self.stop_all();
+        self.inflight = Some(Arc::new(region));
+        self.update_all();
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

@@ -5,17 +5,20 @@
 //! memory; the control thread sends orders and waits for their acknowledgement.
 
 mod handler;
+mod inflight;
 mod memory;
 mod poller;
 mod ring;
 mod server;
+mod shared;
 mod socket;
 mod sys;
 mod thread;
 mod worker;
 
+pub use inflight::{InflightRegion, Tracker};
 pub use memory::{Memory, MemoryView, RegionInfo};
 pub use ring::{Ring, RingError, RingSetup};
 pub use server::{Device, ServeOptions, serve};
 pub use socket::{Endpoint, SocketFile, SocketOptions};
-pub use worker::{QueueCounters, QueueWorker, WorkerOptions};
+pub use worker::{QueueCounters, QueueWorker, RingExtras, WorkerOptions};

@@ -1,5 +1,7 @@
 //! The few calls of the operating system that neither std nor the rust-vmm crates wrap.
 
+use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -122,4 +124,18 @@ pub(super) fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn listen(fd: impl AsFd) -> io::Result<()> {
     // SAFETY: takes a descriptor and a number.
     check(unsafe { libc::listen(fd.as_fd().as_raw_fd(), 8) }).map(drop)
+}
+
+/// A file in memory of `len` zeros whose length can be changed by nobody, us included.
+pub(super) fn sealed_memfd(name: &CStr, len: u64) -> io::Result<File> {
+    // SAFETY: `name` is a C string; takes flags and returns a new descriptor.
+    let fd =
+        check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: sets flags of an open descriptor.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
 }

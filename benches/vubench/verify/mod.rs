@@ -68,6 +68,8 @@ struct Runner<'a> {
     last_completion: Instant,
     /// where the sweep at the end is, once it has begun
     sweep: Option<usize>,
+    /// when the server ended that was killed, until its successor answers
+    dead_since: Option<Instant>,
 }
 
 impl<'a> Runner<'a> {
@@ -96,6 +98,7 @@ impl<'a> Runner<'a> {
             start: Instant::now(),
             last_completion: Instant::now(),
             sweep: m.c.check_only.then_some(0),
+            dead_since: None,
             s,
             m,
         })
@@ -226,8 +229,17 @@ impl<'a> Runner<'a> {
         };
         self.m.st.kills += 1;
         server.kill();
-        self.m.crash();
+        self.dead_since = Some(Instant::now());
+        // a process that ends takes nothing along that it has acknowledged; but without a record of what is in
+        // flight some of it is lost or done late
+        if !self.s.dev.info.inflight() {
+            self.m.crash();
+        }
         server.respawn()?;
+        // what it had answered is not in flight, and not its successor's answer
+        let since = self.dead_since.take();
+        self.collect()?;
+        self.dead_since = since;
         self.m.st.in_flight_at_kills += self.outstanding() as u64;
         self.s.recover()?;
         self.last_completion = Instant::now();
@@ -239,6 +251,9 @@ impl<'a> Runner<'a> {
         for (q, flight) in self.s.qs.iter_mut().zip(&mut self.flight) {
             while let Some((id, len)) = q.ring.pop() {
                 self.last_completion = Instant::now();
+                if let Some(t) = self.dead_since.take() {
+                    self.m.st.resume_ms.push(t.elapsed().as_secs_f64() * 1e3);
+                }
                 let slot = q.slot(id);
                 let Some(op) = flight.get_mut(slot).and_then(Option::take) else {
                     self.m.st.duplicates += 1;
