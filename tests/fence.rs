@@ -84,7 +84,6 @@ fn device_in_flight(path: &Path) -> Option<u64> {
 }
 
 /// What was seen after a kill.
-#[derive(Debug)]
 struct Seen {
     /// From the kill until the lock could be had.
     locked_for: Duration,
@@ -93,6 +92,16 @@ struct Seen {
     /// In the file: by the time of the samples, and in the end.
     arrived: usize,
     arrived_late: usize,
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Seen { locked_for, in_flight, arrived, arrived_late } = self;
+        write!(
+            f,
+            "locked for {locked_for:?}; then {in_flight:?} in flight, {arrived} pieces there, {arrived_late} late"
+        )
+    }
 }
 
 /// Kills a child with writes in flight, and looks around once `locked` can be locked.
@@ -141,7 +150,7 @@ fn the_lock_is_held_until_the_last_write_has_ended() {
     let mut least = u64::MAX;
     for _ in 0..3 {
         let seen = kill_and_lock(&image, &image);
-        println!("fence: {seen:?}");
+        println!("fence: {seen}");
         assert_eq!(seen.arrived_late, 0, "writes of the killed process passed the lock");
         assert!(seen.arrived > 0, "nothing was in flight");
         least = least.min(seen.in_flight.unwrap_or(0));
@@ -152,7 +161,7 @@ fn the_lock_is_held_until_the_last_write_has_ended() {
     let mut most = 0;
     for _ in 0..3 {
         let seen = kill_and_lock(&image, &other);
-        println!("no fence: {seen:?}");
+        println!("no fence: {seen}");
         most = most.max(seen.in_flight.unwrap_or(0)).max(seen.arrived_late as u64);
     }
     if most < MANY {

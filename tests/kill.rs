@@ -9,8 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Kinds of images times ways through the page cache.
 const CONFIGURATIONS: u32 = 6;
-/// Longest time from the end of the killed process to its successor's first answer; what the kernel was still doing
-/// for the former is within it.
+/// Longest time from the end of the killed process's last I/O to its successor's first answer.
 const RESUME_MS: f64 = 1000.0;
 
 /// Time between two kills.
@@ -81,7 +80,7 @@ fn kill_and_restart(kind: &str, cache: &str) {
     let image = make(dir.path(), kind);
     let n = kills();
     let run = format!(
-        "--reconnect-kill {n} --assume-zero --iodepth 32 --mix 45,30,8,12,5 --runtime {} --dump-model model.raw",
+        "--reconnect-kill {n} --assume-zero --iodepth 32 --mix 45,30,8,12,5 --runtime {} --dump-model model.raw --image {image}",
         f64::from(n + 1) * PAUSE_S
     );
     let r = vubench(dir.path(), image, cache, &run);

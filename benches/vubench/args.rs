@@ -30,6 +30,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0, requires = "server_cmd")]
     reconnect_kill: u32,
 
+    /// With --reconnect-kill: count the time to resume from when this image's lock is free
+    #[arg(long, value_name = "FILE")]
+    image: Option<String>,
+
     /// Queues, one thread each
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
@@ -200,6 +204,7 @@ impl Args {
             check_only: self.check_only,
             crashed: self.crashed,
             kills: self.reconnect_kill,
+            image: self.image.clone(),
         }
     }
 }

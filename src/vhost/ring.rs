@@ -148,6 +148,11 @@ impl Ring {
         self.next_avail
     }
 
+    /// Bytes of the used ring, its event index included.
+    pub fn used_bytes(&self) -> u64 {
+        self.used.len() as u64
+    }
+
     /// Index of the next used entry: what the driver sees once everything pushed is published.
     pub fn next_used(&self) -> u16 {
         self.next_used

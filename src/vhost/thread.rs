@@ -55,6 +55,8 @@ pub(super) enum Order {
     Err(Option<File>),
     /// Whether writes are durable before they complete.
     WriteThrough(bool),
+    /// The disk has this size now.
+    Size(u64),
     /// End what is in flight, and the thread.
     End,
 }
@@ -263,6 +265,10 @@ impl<D: BlockDevice> WorkerLoop<D> {
             }
             Order::WriteThrough(on) => {
                 self.worker.device().set_write_through(on);
+                Reply::Done
+            }
+            Order::Size(bytes) => {
+                self.worker.set_size(bytes);
                 Reply::Done
             }
             Order::End => {

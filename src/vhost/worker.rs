@@ -12,6 +12,7 @@
 //! Answers are shown to the driver, and a signal is considered, at the end of a batch and within it after every
 //! [`limits::PUBLISH_COMPLETIONS`] answers or [`limits::PUBLISH_MICROS`].
 
+use super::dirty::RingLog;
 use super::inflight::{Contradiction, Tracker};
 use super::memory::{Memory, MemoryView};
 use super::ring::{Ring, RingError};
@@ -54,6 +55,8 @@ struct Slot {
     written: u32,
     /// What is to be done after the request at the device, last first.
     rest: Vec<Request>,
+    /// Buffers to log when it has ended; empty unless that is asked for.
+    dirty: Vec<BufSlice>,
 }
 
 /// What a ring may have beside itself.
@@ -65,6 +68,8 @@ pub struct RingExtras {
     pub err: Option<File>,
     /// Where the front-end keeps what is in flight.
     pub inflight: Option<Tracker>,
+    /// Where what we write to guest memory is logged.
+    pub log: Option<RingLog>,
 }
 
 /// The ring being served.
@@ -76,6 +81,7 @@ struct Active {
     /// False while the ring is being stopped, and after it broke.
     popping: bool,
     inflight: Option<Tracker>,
+    log: Option<RingLog>,
     /// Heads that a former process had in flight, last first.
     again: Vec<u16>,
     /// Some of those have not ended: nothing new is taken.
@@ -164,6 +170,11 @@ impl<D: BlockDevice> QueueWorker<D> {
         self.device.event_fds()
     }
 
+    /// The size of the disk, which may have grown.
+    pub fn set_size(&mut self, size_bytes: u64) {
+        self.rules.size_bytes = size_bytes;
+    }
+
     /// The memory the driver's addresses mean from now on. It must contain all of the former while a ring runs.
     pub fn set_memory(&mut self, memory: Arc<Memory>) {
         self.memory = MemoryView::new(memory);
@@ -184,7 +195,7 @@ impl<D: BlockDevice> QueueWorker<D> {
         if usize::from(ring.size()) > self.slots.len() {
             return Err(RingError::Size(ring.size()));
         }
-        let RingExtras { call, err, mut inflight } = extras;
+        let RingExtras { call, err, mut inflight, log } = extras;
         let again = inflight.as_mut().map_or(Ok(None), |t| t.resume(ring.size(), ring.next_used()));
         let mut again = again.map_err(|Contradiction(why)| RingError::InFlight(why))?;
         if let Some(heads) = &mut again {
@@ -199,7 +210,7 @@ impl<D: BlockDevice> QueueWorker<D> {
         let (repeating, popping) = (!again.is_empty(), true);
         let (unpublished, since) = (0, None);
         self.active =
-            Some(Active { ring, call, err, popping, inflight, again, repeating, unpublished, since });
+            Some(Active { ring, call, err, popping, inflight, log, again, repeating, unpublished, since });
         if was_used {
             // who served it before may have ended between an answer and its signal
             self.signal();
@@ -267,9 +278,37 @@ impl<D: BlockDevice> QueueWorker<D> {
     pub fn arm(&mut self) -> bool {
         match &mut self.active {
             Some(a) if a.repeating => a.again.is_empty(),
-            Some(a) if a.popping => !a.ring.enable_kicks(),
+            Some(a) if a.popping => {
+                let nothing = !a.ring.enable_kicks();
+                self.log_ring();
+                nothing
+            }
             _ => true,
         }
+    }
+
+    /// Where it is asked for, logs a change of the used ring; after the change.
+    fn log_ring(&self) {
+        let Some(a) = &self.active else { return };
+        let Some(RingLog { log, used: Some(gpa) }) = &a.log else { return };
+        if !log.mark(*gpa, a.ring.used_bytes()) {
+            self.log_is_short();
+        }
+    }
+
+    /// Where it is asked for, logs buffers; after they were written.
+    fn log_written(&self, bufs: &[BufSlice]) {
+        let Some(RingLog { log, .. }) = self.active.as_ref().and_then(|a| a.log.as_ref()) else { return };
+        for b in bufs {
+            let gpa = self.memory.memory().guest_addr_of(*b);
+            if !gpa.is_some_and(|gpa| log.mark(gpa, b.len() as u64)) {
+                self.log_is_short();
+            }
+        }
+    }
+
+    fn log_is_short(&self) {
+        tracing::debug!("queue {}: the log of dirty pages does not reach this far", self.queue);
     }
 
     /// The step has to be repeated soon though no descriptor will become readable.
@@ -325,6 +364,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             }
         };
         a.ring.disable_kicks();
+        self.log_ring();
         for _ in 0..announced {
             let Some(a) = self.active.as_mut() else { break };
             match a.ring.pop() {
@@ -365,7 +405,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             (status, Err(why)) => {
                 self.counters.refused += 1;
                 tracing::debug!("queue {}: chain {head} refused: {why:?}", self.queue);
-                let written = status.map_or(0, |s| put_status(s, why.status()));
+                let written = status.map_or(0, |s| self.put_status(s, why.status()));
                 self.answer(head, written);
             }
             (None, Ok(_)) => self.answer(head, 0),
@@ -381,7 +421,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             Action::Discard | Action::WriteZeroes => match self.queue_segments(head, action) {
                 Some(first) => first,
                 None => {
-                    let written = put_status(status, STATUS_OK);
+                    let written = self.put_status(status, STATUS_OK);
                     return self.answer(head, written);
                 }
             },
@@ -393,6 +433,9 @@ impl<D: BlockDevice> QueueWorker<D> {
         };
         let slot = &mut self.slots[usize::from(head)];
         slot.status = Some(status);
+        if self.active.as_ref().is_some_and(|a| a.log.is_some()) && matches!(request, Request::Read(_)) {
+            slot.dirty.extend_from_slice(bufs);
+        }
         // at most MAX_REQUEST_BYTES + 1
         slot.written = u32::try_from(data + 1).unwrap_or(u32::MAX);
         self.in_flight += 1;
@@ -420,8 +463,9 @@ impl<D: BlockDevice> QueueWorker<D> {
             scatter(now, &[*b]);
             left = later;
         }
+        self.log_written(place);
         let written = SERIAL_BYTES - left.len();
-        let written = u32::try_from(written).unwrap_or(0) + put_status(status, STATUS_OK);
+        let written = u32::try_from(written).unwrap_or(0) + self.put_status(status, STATUS_OK);
         self.answer(head, written);
     }
 
@@ -441,20 +485,31 @@ impl<D: BlockDevice> QueueWorker<D> {
         }
         slot.rest.clear();
         let Some(status) = slot.status.take() else { return };
+        let (all, mut dirty) = (slot.written, std::mem::take(&mut slot.dirty));
         self.in_flight -= 1;
         let written = match outcome {
             Ok(()) => {
-                put_status(status, STATUS_OK);
-                slot.written
+                self.put_status(status, STATUS_OK);
+                all
             }
             // what the buffers hold is not defined, so nothing but the status counts as written
-            Err(Failure::Unsupported) => put_status(status, STATUS_UNSUPP),
-            Err(_) => put_status(status, STATUS_IOERR),
+            Err(Failure::Unsupported) => self.put_status(status, STATUS_UNSUPP),
+            Err(_) => self.put_status(status, STATUS_IOERR),
         };
+        self.log_written(&dirty);
+        dirty.clear();
+        self.slots[usize::from(head)].dirty = dirty;
         if let Err(why) = outcome {
             self.note_failure(why);
         }
         self.answer(head, written);
+    }
+
+    /// Writes the status; returns the bytes written.
+    fn put_status(&self, place: BufSlice, status: u8) -> u32 {
+        place.write(&[status]);
+        self.log_written(&[place]);
+        1
     }
 
     /// Tells of failures ever more rarely: a guest can produce them by the million.
@@ -508,7 +563,9 @@ impl<D: BlockDevice> QueueWorker<D> {
         }
         a.unpublished = 0;
         a.since = None;
-        if a.ring.should_signal() {
+        let signal = a.ring.should_signal();
+        self.log_ring();
+        if signal {
             self.signal();
         }
     }
@@ -520,10 +577,4 @@ impl<D: BlockDevice> QueueWorker<D> {
         // is in the ring all the same.
         let _ = call.notify();
     }
-}
-
-/// Writes the status; returns the bytes written.
-fn put_status(place: BufSlice, status: u8) -> u32 {
-    place.write(&[status]);
-    1
 }
