@@ -226,7 +226,9 @@ fn what_was_in_flight_is_repeated_in_order_and_before_anything_new() {
 
     let mut first = life();
     start_tracked(&mut first, &q, region.tracker(0)).unwrap();
-    (0..8).for_each(|n| drop(q.post(n, T_IN, n, &[], 512)));
+    for n in 0..8 {
+        q.post(n, T_IN, n, &[], 512);
+    }
     assert!(first.step(false));
     let begun = submitted();
     assert_eq!(numbers(&begun), [0, 1, 2, 3, 4, 5, 6, 7]);

@@ -374,7 +374,9 @@ mod tests {
 
     #[test]
     fn a_region_that_contradicts_itself_is_refused() {
-        let cases: [(&[(usize, &[u8])], bool); 8] = [
+        /// Where, and what is written there.
+        type Change = (usize, &'static [u8]);
+        let cases: [(&[Change], bool); 8] = [
             // version, features, desc_num
             (&[(8, &[2])], false),
             (&[(0, &[1])], false),
