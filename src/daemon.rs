@@ -5,9 +5,9 @@ use crate::io::{EngineKind, make_engine};
 use crate::job::create_overlay;
 use crate::limits;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
-use crate::vhost::{Device, Endpoint, ServeOptions, SocketFile, SocketOptions, serve};
+use crate::vhost::{Device, Endpoint, Resize, ServeOptions, SocketFile, SocketOptions, serve};
 use crate::virtio::{DeviceShape, Geometry};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,7 +88,7 @@ pub struct Config {
 /// With one line that says what to do. Nothing is lost: what was acknowledged is with the kernel.
 pub fn run(config: &Config) -> Result<()> {
     let opening = Arc::new(AtomicBool::new(true));
-    let shutdown = stop_on_signals(Arc::clone(&opening))?;
+    let Told { shutdown, resize } = listen_to_signals(Arc::clone(&opening))?;
     let opened = open(config)?;
     opening.store(false, Ordering::Release);
     if opened.disk.size_bytes() == 0 {
@@ -98,7 +98,7 @@ pub fn run(config: &Config) -> Result<()> {
             .hint("vdimg create makes one"));
     }
     let (endpoint, _name) = endpoint(&config.socket)?;
-    let device = device(config, &opened)?;
+    let device = device(config, &opened, resize)?;
     let options = ServeOptions { once: config.once };
     let what = opened.images[0].path.display().to_string();
     let images = opened.images.len();
@@ -110,27 +110,43 @@ pub fn run(config: &Config) -> Result<()> {
     close(&opened.disk, config)
 }
 
-/// An event for SIGTERM and SIGINT. A thread waits for the signals; nothing runs inside a handler. While the disk is
-/// being opened, which may wait long for a lock, nothing has been changed yet: the process just ends.
-fn stop_on_signals(opening: Arc<AtomicBool>) -> Result<EventFd> {
+/// What signals ask for.
+struct Told {
+    /// SIGTERM, SIGINT: end.
+    shutdown: EventFd,
+    /// SIGHUP: look at the size of the image's file again.
+    resize: EventFd,
+}
+
+/// Events for signals. A thread waits for them; nothing runs inside a handler. While the disk is being opened, which may
+/// wait long for a lock, nothing has been changed yet: the process just ends.
+fn listen_to_signals(opening: Arc<AtomicBool>) -> Result<Told> {
     let tried = |e| Error::io("wait for signals", e);
-    let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(tried)?;
-    let tell = stop.try_clone().map_err(tried)?;
+    let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(tried);
+    let told = Told { shutdown: event()?, resize: event()? };
+    let (stop, grow) = (told.shutdown.try_clone().map_err(tried)?, told.resize.try_clone().map_err(tried)?);
     // Beyond `ulimit -f` a write shall fail, as on a full disk, and not end the process. Nobody looks at the flag.
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(tried)?;
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(tried)?;
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(tried)?;
     let wait = move || {
         for signal in signals.forever() {
-            tracing::info!("{}: stopping", signal_hook::low_level::signal_name(signal).unwrap_or("signal"));
-            if opening.load(Ordering::Acquire) {
+            let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
+            if signal != SIGHUP && opening.load(Ordering::Acquire) {
+                tracing::info!("{name}: stopping");
                 std::process::exit(0);
             }
             // A counter that is full has been told often enough.
-            let _ = tell.write(1);
+            let _ = if signal == SIGHUP {
+                tracing::info!("{name}: looking at the image's size");
+                grow.write(1)
+            } else {
+                tracing::info!("{name}: stopping");
+                stop.write(1)
+            };
         }
     };
     std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(tried)?;
-    Ok(stop)
+    Ok(told)
 }
 
 fn open(config: &Config) -> Result<OpenedDisk> {
@@ -218,7 +234,7 @@ fn group_number(group: &str) -> Result<u32> {
     })
 }
 
-fn device(config: &Config, opened: &OpenedDisk) -> Result<Device<Channel>> {
+fn device(config: &Config, opened: &OpenedDisk, resize: EventFd) -> Result<Device<Channel>> {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let per_cpu = u16::try_from(cpus).unwrap_or(u16::MAX).min(limits::MAX_QUEUES);
     let shape = DeviceShape {
@@ -230,13 +246,22 @@ fn device(config: &Config, opened: &OpenedDisk) -> Result<Device<Channel>> {
         ..DeviceShape::new(opened.disk.size_bytes())
     };
     let kind = engine_kind(config.engine)?;
-    let disk = opened.disk.clone();
+    let (disk, growing) = (opened.disk.clone(), opened.disk.clone());
     Ok(Device {
         shape,
         serial: config.serial.clone().unwrap_or_else(|| default_serial(opened)),
         poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
         make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
+        resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing)) }),
     })
+}
+
+fn look_at_size(disk: &Disk) -> Option<u64> {
+    let grown = disk.grow().inspect_err(|e| tracing::warn!("{e}")).ok()?;
+    if grown.is_none() {
+        tracing::info!("the disk's size stays: {} bytes", disk.size_bytes());
+    }
+    grown
 }
 
 /// The serial number VirtualBox's own controllers show: `VB`, and the first and the last 32 bits of the base image's UUID.

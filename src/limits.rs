@@ -24,6 +24,8 @@ pub const MAX_DISCARD_SEGMENTS: u32 = 256;
 pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// Memory regions a front-end may announce; QEMU must never see this shrink over a reconnect.
 pub const MAX_MEM_SLOTS: usize = 509;
+/// Bytes of a log of dirty pages: enough for a guest of 32 TiB.
+pub const MAX_LOG_BYTES: u64 = 1 << 30;
 
 /// Images of one chain.
 pub const MAX_CHAIN_IMAGES: usize = 256;

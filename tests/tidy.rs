@@ -28,6 +28,7 @@ const UNSAFE: &[&str] = &[
     "vd/own.rs",
     "vhost/memory.rs",
     "vhost/ring.rs",
+    "vhost/shared.rs",
     "vhost/sys.rs",
 ];
 

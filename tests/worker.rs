@@ -11,7 +11,10 @@ use std::time::Duration;
 use vdblk::error::Failure;
 use vdblk::io::BufSlice;
 use vdblk::vd::{BlockDevice, Done, Outcome, Request};
-use vdblk::vhost::{Memory, QueueWorker, RegionInfo, Ring, RingError, RingSetup, WorkerOptions};
+use vdblk::vhost::{
+    InflightRegion, Memory, QueueWorker, RegionInfo, Ring, RingError, RingExtras, RingSetup, Tracker,
+    WorkerOptions,
+};
 use vdblk::virtio::Rules;
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
@@ -60,6 +63,14 @@ fn worker(device: Scripted) -> QueueWorker<Scripted> {
 
 /// Starts a queue on the worker.
 fn start(w: &mut QueueWorker<Scripted>, q: &GuestQueue) -> Result<(), RingError> {
+    start_tracked(w, q, None)
+}
+
+fn start_tracked(
+    w: &mut QueueWorker<Scripted>,
+    q: &GuestQueue,
+    inflight: Option<Tracker>,
+) -> Result<(), RingError> {
     let i = q.region.info();
     let info = RegionInfo {
         guest_addr: i.guest_phys_addr,
@@ -81,7 +92,10 @@ fn start(w: &mut QueueWorker<Scripted>, q: &GuestQueue) -> Result<(), RingError>
     };
     w.set_memory(Arc::clone(&memory));
     let (_, call) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-    w.start(Ring::new(&setup, &memory).unwrap(), Some(call), None)
+    w.start(
+        Ring::new(&setup, &memory).unwrap(),
+        RingExtras { call: Some(call), inflight, ..RingExtras::default() },
+    )
 }
 
 fn queue() -> GuestQueue {
@@ -183,4 +197,96 @@ fn rings_larger_than_the_slots_are_refused() {
     let q = GuestQueue::new(&GuestRegion::new(0, QUEUE_BYTES, 0), 0, 256, true);
     let mut w = worker(Scripted::new(|_, _| None));
     assert_eq!(start(&mut w, &q), Err(RingError::Size(256)));
+}
+
+/// Three lives of a worker on one ring: the first two end with requests in flight.
+#[test]
+fn what_was_in_flight_is_repeated_in_order_and_before_anything_new() {
+    let (bytes, file) = InflightRegion::create(1, 128).unwrap();
+    let region = Arc::new(InflightRegion::open(file, 0, bytes, 1, 128).unwrap());
+    let mut q = queue();
+    // 512 bytes at the sector that is the request's number
+    let sector = |r: Request| match r {
+        Request::Read(range) => range.start().0 / 512,
+        other => panic!("{other:?}"),
+    };
+    let (tell, told) = std::sync::mpsc::channel();
+    let life = || {
+        let tell = tell.clone();
+        let mut w = worker(Scripted::new(move |slot, r| {
+            tell.send((slot, sector(r))).unwrap();
+            // every fourth ends at once, the others when the test says so
+            sector(r).is_multiple_of(4).then_some(Ok(()))
+        }));
+        w.device().stuck = 0;
+        w
+    };
+    let submitted = || told.try_iter().collect::<Vec<(u16, u64)>>();
+    let numbers = |s: &[(u16, u64)]| s.iter().map(|(_, n)| *n).collect::<Vec<_>>();
+
+    let mut first = life();
+    start_tracked(&mut first, &q, region.tracker(0)).unwrap();
+    for n in 0..8 {
+        q.post(n, T_IN, n, &[], 512);
+    }
+    assert!(first.step(false));
+    let begun = submitted();
+    assert_eq!(numbers(&begun), [0, 1, 2, 3, 4, 5, 6, 7]);
+    // 6 ends before 1; the driver sees 0, 4 and 6
+    first.device().ready.push(Done { slot: begun[6].0, outcome: Ok(()) });
+    assert!(first.step(true));
+    let seen: Vec<u16> = (0..3).map(|_| q.wait(Duration::ZERO).unwrap().0).collect();
+    assert_eq!(seen, [begun[0].0, begun[4].0, begun[6].0]);
+    drop(first);
+
+    q.post(8, T_IN, 8, &[], 512);
+    q.post(9, T_IN, 9, &[], 512);
+    let mut second = life();
+    start_tracked(&mut second, &q, region.tracker(0)).unwrap();
+    while second.step(false) {}
+    assert_eq!(numbers(&submitted()), [1, 2, 3, 5, 7], "nothing new as long as these have not ended");
+    assert!(second.arm() && !second.has_work());
+    for at in [7, 3] {
+        second.device().ready.push(Done { slot: begun[at].0, outcome: Ok(()) });
+    }
+    second.step(true);
+    assert_eq!(q.wait(Duration::ZERO), Some((begun[7].0, 513)));
+    assert_eq!(q.wait(Duration::ZERO), Some((begun[3].0, 513)));
+    assert!(submitted().is_empty());
+    drop(second);
+
+    let mut third = life();
+    start_tracked(&mut third, &q, region.tracker(0)).unwrap();
+    assert_eq!(third.counters().signals, 1, "an answer may have gone without its signal");
+    while third.step(false) {}
+    assert_eq!(numbers(&submitted()), [1, 2, 5]);
+    // told to stop, it ends what it has taken over
+    third.stop();
+    assert_eq!(third.stopped(), None);
+    for at in [1, 2, 5] {
+        third.device().ready.push(Done { slot: begun[at].0, outcome: Ok(()) });
+    }
+    while third.step(true) {}
+    assert!((0..3).all(|_| q.wait(Duration::ZERO).is_some()));
+    assert_eq!((third.stopped(), submitted().len()), (Some(8), 0));
+    // and what was never taken is there for the next
+    start_tracked(&mut third, &q, region.tracker(0)).unwrap();
+    while third.step(false) {}
+    assert_eq!(numbers(&submitted()), [8, 9]);
+}
+
+#[test]
+fn a_ring_that_contradicts_its_region_is_refused() {
+    let (bytes, file) = InflightRegion::create(1, 128).unwrap();
+    let region = Arc::new(InflightRegion::open(file, 0, bytes, 1, 128).unwrap());
+    let mut q = queue();
+    let mut w = worker(Scripted::new(|_, _| None));
+    start_tracked(&mut w, &q, region.tracker(0)).unwrap();
+    q.post(0, T_IN, 0, &[], 512);
+    assert!(w.step(false));
+    // the used index runs ahead of everything that was ever answered
+    q.region.put(0x8002, &4000u16.to_le_bytes());
+    let mut w = worker(Scripted::new(|_, _| None));
+    let refused = start_tracked(&mut w, &q, region.tracker(0)).unwrap_err();
+    assert!(matches!(refused, RingError::InFlight(_)), "{refused}");
 }

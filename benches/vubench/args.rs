@@ -30,6 +30,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0, requires = "server_cmd")]
     reconnect_kill: u32,
 
+    /// With --reconnect-kill: count the time to resume from when this image's lock is free
+    #[arg(long, value_name = "FILE")]
+    image: Option<String>,
+
     /// Queues, one thread each
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
@@ -51,6 +55,9 @@ pub(crate) struct Args {
     /// Leave INFLIGHT_SHMFD out of a verify run
     #[arg(long)]
     no_inflight: bool,
+    /// Let the server keep an inflight region in a load run too
+    #[arg(long)]
+    inflight: bool,
 
     /// Requests in flight per queue (1; verify: 16)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -158,7 +165,7 @@ impl Args {
             no_event_idx: self.no_event_idx,
             no_indirect: self.no_indirect,
             mem_slots: self.mem_slots,
-            inflight: self.verifying() && !self.no_inflight,
+            inflight: if self.verifying() { !self.no_inflight } else { self.inflight },
         }
     }
 
@@ -197,6 +204,7 @@ impl Args {
             check_only: self.check_only,
             crashed: self.crashed,
             kills: self.reconnect_kill,
+            image: self.image.clone(),
         }
     }
 }

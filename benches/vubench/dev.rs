@@ -2,6 +2,7 @@
 use crate::features::*;
 use crate::mem::{GPA_BASE, Mem};
 use crate::queue::Queue;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -124,6 +125,20 @@ impl Dev {
         }
     }
 
+    /// A new inflight region from the back-end, if that was negotiated.
+    pub(crate) fn get_inflight(&mut self, o: &Opts) -> io::Result<Option<(VhostUserInflight, File)>> {
+        if !self.info.inflight() {
+            return Ok(None);
+        }
+        let want = VhostUserInflight::new(0, 0, o.queues as u16, o.vring);
+        self.fe.get_inflight_fd(&want).map(Some).map_err(err("get_inflight_fd"))
+    }
+
+    /// Gives the region back, before the vrings start.
+    pub(crate) fn set_inflight(&mut self, d: &VhostUserInflight, f: &File) -> io::Result<()> {
+        self.fe.set_inflight_fd(d, f.as_raw_fd()).map_err(err("set_inflight_fd"))
+    }
+
     pub(crate) fn start_vring(&mut self, i: usize, q: &Queue, base: u16) -> io::Result<()> {
         let (fe, r, mem) = (&mut self.fe, &q.ring, &q.mem);
         fe.set_vring_num(i, r.size).map_err(err("set_vring_num"))?;
@@ -201,6 +216,9 @@ pub(crate) fn make_queues(o: &Opts, info: &Info, depth: usize, bs: usize) -> io:
 pub(crate) fn open(o: &Opts, depth: usize, bs: usize) -> io::Result<(Dev, Vec<Queue>)> {
     let mut dev = Dev::connect(o)?;
     let mut qs = make_queues(o, &dev.info, depth, bs)?;
+    if let Some((d, f)) = dev.get_inflight(o)? {
+        dev.set_inflight(&d, &f)?;
+    }
     dev.set_mem(&qs[0].mem, o.mem_slots)?;
     for (i, q) in qs.iter_mut().enumerate() {
         q.ring.disable_irq();

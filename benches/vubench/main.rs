@@ -126,6 +126,13 @@ fn info(o: &Opts) -> io::Result<u8> {
     Ok(GOOD)
 }
 
+/// Median and maximum.
+fn resume(mut ms: Vec<f64>) -> serde_json::Value {
+    ms.sort_by(f64::total_cmp);
+    let round = |v: Option<&f64>| v.map(|v| (v * 10.0).round() / 10.0);
+    json!({ "p50": round(ms.get(ms.len() / 2)), "max": round(ms.last()) })
+}
+
 fn check(a: &Args, o: &Opts, server: Option<&mut Server>) -> io::Result<u8> {
     let (s, i) = verify::run(o, a.verify_cfg(), server)?;
     for l in &s.told {
@@ -139,7 +146,7 @@ fn check(a: &Args, o: &Opts, server: Option<&mut Server>) -> io::Result<u8> {
         "stale_after_crash": s.stale_after_crash, "kills": s.kills,
         "in_flight_at_kills": s.in_flight_at_kills, "duplicates": s.duplicates, "lost": s.lost,
         "server_gone": s.server_gone, "features": format!("{:#x}", i.acked),
-        "inflight": i.inflight(),
+        "inflight": i.inflight(), "resume_ms": resume(s.resume_ms),
     });
     println!("{result}");
     let wrong = s.mismatches + s.errors + s.bad_len + s.duplicates + s.lost;

@@ -32,3 +32,14 @@ pub(crate) fn terminate(pid: u32) {
     // SAFETY: kill touches no memory of ours; the caller holds the unreaped child, so the id is its.
     unsafe { libc::kill(pid as i32, libc::SIGTERM) };
 }
+
+/// Does anybody hold the lock that QEMU and vdblk take on an image they write (a read lock on byte 201)?
+pub(crate) fn image_is_locked(file: &impl AsRawFd) -> bool {
+    // SAFETY: all-zero bytes are a valid flock.
+    let mut l: libc::flock = unsafe { std::mem::zeroed() };
+    (l.l_type, l.l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
+    (l.l_start, l.l_len) = (201, 1);
+    // SAFETY: `l` is a valid flock for the length of the call; nothing is locked by asking.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut l) };
+    asked == 0 && l.l_type != libc::F_UNLCK as i16
+}

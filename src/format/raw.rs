@@ -11,7 +11,7 @@ use crate::map::{
     BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled, Step,
 };
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use uuid::Uuid;
 
 /// The only plan a raw image ever makes.
@@ -23,8 +23,8 @@ pub struct RawMap {
     file: FileId,
     /// Bytes the file had when it was opened.
     file_bytes: u64,
-    /// The same in whole sectors.
-    size_bytes: u64,
+    /// The disk's size: the same in whole sectors, and more when the file has grown since.
+    size_bytes: AtomicU64,
     /// The file has whole sectors.
     whole: AtomicBool,
     read_only: bool,
@@ -43,23 +43,28 @@ impl RawMap {
         }
         let size_bytes = file_bytes.next_multiple_of(SECTOR_BYTES);
         let whole = AtomicBool::new(size_bytes == file_bytes);
+        let size_bytes = AtomicU64::new(size_bytes);
         Ok(RawMap { file, file_bytes, size_bytes, whole, read_only: how.read_only || how.info_only })
     }
 
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
     fn disk(&self) -> GuestRange {
-        GuestRange::between(GuestOffset(0), GuestOffset(self.size_bytes))
+        GuestRange::between(GuestOffset(0), GuestOffset(self.size_bytes()))
     }
 
     /// What is really in the file.
     fn stored(&self) -> GuestRange {
-        let end = if self.whole.load(Ordering::Acquire) { self.size_bytes } else { self.file_bytes };
+        let end = if self.whole.load(Ordering::Acquire) { self.size_bytes() } else { self.file_bytes };
         GuestRange::between(GuestOffset(0), GuestOffset(end))
     }
 }
 
 impl ImageMap for RawMap {
     fn limits(&self) -> Limits {
-        Limits { size_bytes: self.size_bytes, block_bytes: 0, is_diff: false, data_alignment: 1 << 63 }
+        Limits { size_bytes: self.size_bytes(), block_bytes: 0, is_diff: false, data_alignment: 1 << 63 }
     }
 
     fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
@@ -118,7 +123,7 @@ impl ImageMap for RawMap {
         if self.read_only || self.whole.load(Ordering::Acquire) {
             return Plan::default();
         }
-        let (from, to) = (HostOffset(self.file_bytes), HostOffset(self.size_bytes));
+        let (from, to) = (HostOffset(self.file_bytes), HostOffset(self.size_bytes()));
         Plan { token: Some(LENGTHEN), ..Plan::of([Step::Extend { file: self.file, from, to }]) }
     }
 
@@ -126,8 +131,18 @@ impl ImageMap for RawMap {
         Plan::default()
     }
 
+    /// Not while a last half sector waits to be filled up: the plan for that knows the file's end as it was.
+    fn grown(&self, file_bytes: u64) -> Option<u64> {
+        let size = file_bytes.min(MAX_DISK_BYTES) / SECTOR_BYTES * SECTOR_BYTES;
+        if !self.whole.load(Ordering::Acquire) || size <= self.size_bytes() {
+            return None;
+        }
+        self.size_bytes.store(size, Ordering::Release);
+        Some(size)
+    }
+
     fn info(&self) -> ImageInfo {
-        ImageInfo { format: "raw", variant: "fixed", virtual_size: self.size_bytes, ..ImageInfo::default() }
+        ImageInfo { format: "raw", variant: "fixed", virtual_size: self.size_bytes(), ..ImageInfo::default() }
     }
 }
 
@@ -169,5 +184,16 @@ mod tests {
         let out = &mut ExtentList::new();
         let beyond = GuestRange::new(GuestOffset(512), 1024).unwrap();
         assert_eq!(m.map(beyond, Intent::Read, out), Err(Miss::Fail(Failure::OutOfRange)));
+    }
+
+    #[test]
+    fn a_file_that_grows_makes_the_disk_larger() {
+        let m = RawMap::open(&vec![1u8; 1024], FileId(3), OpenHow::default()).unwrap();
+        assert_eq!((m.grown(1024), m.grown(512), m.grown(1535)), (None, None, None));
+        assert_eq!((m.grown(2047), m.limits().size_bytes), (Some(1536), 1536));
+        assert_eq!(map(&m, 1024, 512), [data(1024, 512)]);
+        assert_eq!(m.grown(u64::MAX), Some(MAX_DISK_BYTES));
+        let half = RawMap::open(&vec![1u8; 1000], FileId(3), OpenHow::default()).unwrap();
+        assert_eq!(half.grown(4096), None);
     }
 }

@@ -7,8 +7,22 @@
 //! the look is F_OFD_GETLK for a write lock. Measured with QEMU 7.2: an image open for writing holds 100, 101,
 //! 103, 201, 203; one open for reading 100, 201, 203; `-U` 100 alone; a raw image open for writing 100, 101.
 //!
-//! The locks belong to the open file description. As long as an io_uring ring holds that description, a dead
-//! process's requests hold the lock: the next process does not begin before they have ended.
+//! The locks belong to the open file description, and are gone when its last holder is. That makes them the fence
+//! between a process that was killed and its successor:
+//!
+//! - io_uring: requests go on in the kernel after the process has ended. The description that does the I/O, the locked
+//!   one, is in the table of files of *every* ring, and a ring lets go of its table when its last request has ended. So
+//!   the lock is free only then. (A lock on another description, of a lock file say, is free at once: measured with
+//!   hundreds of writes still under way. `tests/fence.rs` shows both.)
+//! - Threads, and the few calls made directly (tables at opening, buffered writes of a queue's own thread): a call of
+//!   pread, pwrite, fallocate or fsync holds the description while it lasts, and a process that is killed ends when
+//!   its threads have left their calls. Direct I/O on local file systems and devices is waited for uninterruptibly, so
+//!   when the thread has left, the I/O has ended. Not so on file systems whose waits a kill breaks off (NFS, FUSE):
+//!   there a request on its way to the server may still be carried out after the lock is free. Their locks are the
+//!   server's, and what they promise is its business.
+//! - What is in the page cache is common to all processes: writing it back is nobody's request.
+//!
+//! So whoever opens an image takes the lock before the first byte is read, and repeats nothing before.
 
 use super::sys::OfdLock;
 use super::{HostFile, sys};

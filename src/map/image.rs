@@ -166,6 +166,12 @@ pub trait ImageMap: Send + Sync + Debug {
     /// nothing was changed. The last call but for reading: no change is planned afterwards.
     fn end(&self) -> Plan;
 
+    /// The image's file has `file_bytes` bytes now; where that alone makes the disk larger, it is from here on, and its
+    /// new size is the answer. `None` where it does not, or nothing has changed.
+    fn grown(&self, _file_bytes: u64) -> Option<u64> {
+        None
+    }
+
     /// What there is to tell about the image.
     fn info(&self) -> ImageInfo;
 }

@@ -1,8 +1,11 @@
 //! Images stacked on each other, seen as one disk.
 
 use crate::error::Failure;
+use crate::io::HostFile;
 use crate::map::{Extent, ExtentKind, ExtentList, GuestOffset, GuestRange, ImageMap, Intent, Miss};
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// One image of a chain.
 #[derive(Clone, Debug)]
@@ -17,7 +20,7 @@ pub struct Layer {
 #[derive(Debug)]
 pub struct Chain {
     layers: Vec<Layer>,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
 }
 
 /// Lists for the levels of a look-up, kept by the caller so that a look-up allocates nothing.
@@ -38,12 +41,24 @@ impl Chain {
     /// Without an image.
     pub fn new(layers: Vec<Layer>) -> Self {
         let size_bytes = layers.first().expect("a chain has an image").map.limits().size_bytes;
-        Chain { layers, size_bytes }
+        Chain { layers, size_bytes: AtomicU64::new(size_bytes) }
     }
 
     /// Size of the disk in bytes: that of the top image, whatever the others say.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// The file of the top image may have grown: looks at it again. The disk's new size, if it has one.
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub(super) fn grow(&self, file: &dyn HostFile) -> io::Result<Option<u64>> {
+        let size = self.top().map.grown(file.len()?);
+        if let Some(size) = size {
+            self.size_bytes.store(size, Ordering::Release);
+        }
+        Ok(size)
     }
 
     /// The image that is written.

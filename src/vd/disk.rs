@@ -5,7 +5,7 @@ use super::mailbox::Mailboxes;
 use super::own::Own;
 use super::pages::Pages;
 use super::sync::SyncGroup;
-use crate::error::Failure;
+use crate::error::{self, Error, Failure};
 use crate::io::{BouncePool, FileTraits, Host, HostFile, ImageLock};
 use crate::limits::BOUNCE_BYTES;
 use crate::map::{Claims, FileId, Waiter};
@@ -142,6 +142,17 @@ impl Disk {
     /// Size in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.chain.size_bytes()
+    }
+
+    /// Looks at the size of the image's file again. The disk's new size, if that has changed it: larger only, and for
+    /// images whose size is their file's.
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub fn grow(&self) -> error::Result<Option<u64>> {
+        // an image's first file has its place in the chain
+        let file = &self.files[0].file;
+        self.chain.grow(&**file).map_err(|e| Error::io("find out its length", e).at(file.path()))
     }
 
     /// The images, top first.

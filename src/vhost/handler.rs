@@ -8,14 +8,19 @@
 //! An error returned from here closes the connection, with its reason in the log. But for `InvalidOperation`: the message
 //! was in order, only its wish is refused.
 
+use super::dirty::{DirtyLog, RingLog};
+use super::inflight::{InflightRegion, Tracker};
 use super::memory::{Memory, RegionInfo};
 use super::ring::RingSetup;
+use super::state::{DeviceState, Transfer};
 use super::sys;
 use super::thread::{Order, Pending, Reply, StartRing, WorkerHandle};
+use super::worker::RingExtras;
 use crate::limits;
 use crate::virtio::{ConfigSpace, DeviceShape, feature};
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -34,11 +39,16 @@ type VringState = VringMutex<GuestMemoryAtomic<GuestMemoryMmap>>;
 /// Descriptor table, available ring and used ring in the front-end's addresses.
 type Addresses = [u64; 3];
 
+/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG without a body: request, flags (version 1, no reply wanted), length.
+const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+
 /// What is known of a ring.
 struct Vring {
     /// Size, next index, descriptors, whether enabled.
     state: VringState,
     addresses: Option<Addresses>,
+    /// Where writes to the used ring are logged, if they are.
+    log_used: Option<u64>,
     err: Option<File>,
     /// SET_VRING_KICK came (with or without a descriptor) since the ring was stopped.
     kicked: bool,
@@ -50,11 +60,16 @@ impl Vring {
     fn new(queue_size: u16) -> io::Result<Self> {
         let nowhere = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let state = VringState::new(nowhere, queue_size).map_err(io::Error::other)?;
-        Ok(Vring { state, addresses: None, err: None, kicked: false, running: false })
+        Ok(Vring { state, addresses: None, log_used: None, err: None, kicked: false, running: false })
     }
 
     /// What the worker needs to start, if the ring is to run and does not yet.
-    fn start_order(&self, event_idx: bool) -> Option<Order> {
+    fn start_order(
+        &self,
+        event_idx: bool,
+        inflight: Option<Tracker>,
+        log: Option<Arc<DirtyLog>>,
+    ) -> Option<Order> {
         use virtio_queue::QueueT;
         let [descriptors, available, used] = self.addresses?;
         let state = self.state.get_ref();
@@ -73,7 +88,9 @@ impl Vring {
         let kick = copy(state.get_kick(), EventConsumer::try_clone);
         let call = copy(state.get_call(), EventNotifier::try_clone);
         let err = copy(&self.err, File::try_clone);
-        Some(Order::Start(Box::new(StartRing { setup, kick, call, err })))
+        let log = log.map(|log| RingLog { log, used: self.log_used });
+        let extras = RingExtras { call, err, inflight, log };
+        Some(Order::Start(Box::new(StartRing { setup, kick, extras })))
     }
 }
 
@@ -87,18 +104,29 @@ pub(super) struct Handler {
     features: u64,
     protocol: Protocol,
     write_through: Option<bool>,
+    /// Where the front-end keeps what is in flight.
+    inflight: Option<Arc<InflightRegion>>,
+    /// Where writes to guest memory are logged while LOG_ALL is on.
+    log: Option<Arc<DirtyLog>>,
+    /// The device's state on its way from or to another host.
+    transfer: Option<Transfer>,
     /// For messages to the front-end.
-    back_channel: Option<Backend>,
+    back_channel: Option<OwnedFd>,
+    /// The descriptor that the next message brings for that.
+    expected: Option<OwnedFd>,
 }
 
 impl Handler {
-    /// The protocol features to offer. INFLIGHT_SHMFD and LOG_SHMFD have their places below but are not served yet.
+    /// The protocol features to offer.
     const PROTOCOL: Protocol = Protocol::CONFIG
         .union(Protocol::MQ)
         .union(Protocol::REPLY_ACK)
         .union(Protocol::CONFIGURE_MEM_SLOTS)
         .union(Protocol::BACKEND_REQ)
-        .union(Protocol::RESET_DEVICE);
+        .union(Protocol::RESET_DEVICE)
+        .union(Protocol::INFLIGHT_SHMFD)
+        .union(Protocol::LOG_SHMFD)
+        .union(Protocol::DEVICE_STATE);
 
     /// A device that nothing has been negotiated with.
     pub(super) fn new(shape: Arc<DeviceShape>, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
@@ -112,7 +140,11 @@ impl Handler {
             features: 0,
             protocol: Protocol::empty(),
             write_through: None,
+            inflight: None,
+            log: None,
+            transfer: None,
             back_channel: None,
+            expected: None,
         })
     }
 
@@ -120,7 +152,29 @@ impl Handler {
     pub(super) fn close(&mut self) {
         self.stop_all();
         self.replace_memory(Memory::empty());
+        self.inflight = None;
+        self.log = None;
+        self.transfer = None;
         self.back_channel = None;
+        self.expected = None;
+    }
+
+    /// The next message brings this. The `vhost` crate's own type for the channel has no word for CONFIG_CHANGE.
+    pub(super) fn expect_back_channel(&mut self, channel: Option<OwnedFd>) {
+        self.expected = channel;
+    }
+
+    /// The disk has grown: says so to the front-end, which asks for the config space then.
+    pub(super) fn grown(&mut self, shape: &Arc<DeviceShape>) {
+        self.shape = Arc::clone(shape);
+        self.config.set_size(shape.size_bytes);
+        let Some(channel) = &self.back_channel else {
+            return tracing::info!("the front-end has no ear for it; it sees the size when it asks");
+        };
+        let message: Vec<u8> = CONFIG_CHANGE.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        if let Err(e) = sys::send_now(channel, &message) {
+            tracing::warn!("cannot tell the front-end that the disk has grown: {e}");
+        }
     }
 
     fn ring(&mut self, index: u32) -> Result<(usize, &mut Vring)> {
@@ -134,7 +188,11 @@ impl Handler {
 
     /// Starts a ring if it is to run.
     fn update(&mut self, i: usize) {
-        let Some(order) = self.vrings[i].start_order(self.has(feature::EVENT_IDX)) else { return };
+        let number = u16::try_from(i).ok();
+        let inflight = self.inflight.as_ref().zip(number).and_then(|(region, n)| region.tracker(n));
+        let log = self.log.clone().filter(|_| self.has(feature::LOG_ALL));
+        let event_idx = self.has(feature::EVENT_IDX);
+        let Some(order) = self.vrings[i].start_order(event_idx, inflight, log) else { return };
         match self.workers[i].ask(order) {
             Reply::Refused(why) => tracing::warn!("queue {i}: {why}; this queue is not served"),
             _ => self.vrings[i].running = true,
@@ -196,6 +254,30 @@ impl Handler {
         self.vrings.iter().for_each(|v| v.state.set_enabled(false));
     }
 
+    fn state(&self) -> DeviceState {
+        DeviceState { write_back: self.config.write_back(), size_bytes: self.shape.size_bytes }
+    }
+
+    fn take_state(&mut self, state: DeviceState) -> io::Result<()> {
+        if state.size_bytes != self.shape.size_bytes {
+            let (theirs, ours) = (state.size_bytes, self.shape.size_bytes);
+            let what = format!("it is that of a disk of {theirs} bytes, this one has {ours}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        self.config.set_write_back(state.write_back);
+        self.update_write_through();
+        Ok(())
+    }
+
+    fn check_inflight(&self, i: &VhostUserInflight) -> Result<()> {
+        let (queues, size) = (self.shape.num_queues, self.shape.queue_size);
+        if i.num_queues > queues || i.queue_size > size {
+            let what = format!("{} queues of {} entries in flight", i.num_queues, i.queue_size);
+            return Err(bad(format!("{what}: there are {queues} of up to {size}")));
+        }
+        Ok(())
+    }
+
     /// Changes something of a ring that a worker has to know too while it runs.
     fn tell(&self, i: usize, order: Option<Order>) -> Result<()> {
         match order.map(|o| self.workers[i].ask(o)) {
@@ -244,11 +326,13 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     /// Back to what it was when the connection began, but for what the front-end keeps account of itself and need not
-    /// send again: memory, and the descriptors for signals.
+    /// send again: memory, and the descriptors for signals. The inflight region goes: QEMU too forgets its own then, and
+    /// nothing is in flight.
     fn reset_device(&mut self) -> Result<()> {
         self.disable_all();
         for v in &mut self.vrings {
             v.addresses = None;
+            v.log_used = None;
             v.kicked = false;
             v.state.set_kick(None);
             v.state.set_queue_size(self.shape.queue_size);
@@ -257,6 +341,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.features = 0;
         self.config = ConfigSpace::new(&self.shape);
         self.write_through = None;
+        self.inflight = None;
+        self.log = None;
+        self.transfer = None;
         Ok(())
     }
 
@@ -270,8 +357,16 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if unknown != 0 {
             return Err(bad(format!("the features {unknown:#x} were not offered")));
         }
+        let logging = (features ^ self.features) & feature::LOG_ALL != 0;
+        if logging {
+            // a request that runs would not know that it is to be logged
+            self.stop_all();
+        }
         self.features = features;
         self.update_write_through();
+        if logging {
+            self.update_all();
+        }
         if !self.has(feature::PROTOCOL_FEATURES) {
             // there is no message to enable them then
             self.vrings.iter().for_each(|v| v.state.set_enabled(true));
@@ -309,18 +404,20 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let new = Some([descriptor, available, used]);
+        let log_used = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
         let (i, v) = self.ring(index)?;
         // QEMU repeats the addresses of running rings when it turns dirty logging on and off
-        if v.addresses != new {
+        if v.addresses != new || v.log_used != log_used {
             self.stop([i]);
             self.vrings[i].addresses = new;
+            self.vrings[i].log_used = log_used;
             self.update(i);
         }
         Ok(())
@@ -420,10 +517,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(())
     }
 
-    /// Kept for CONFIG_CHANGE.
-    fn set_backend_req_fd(&mut self, backend: Backend) {
-        backend.set_reply_ack_flag(self.protocol.contains(Protocol::REPLY_ACK));
-        self.back_channel = Some(backend);
+    /// Kept for CONFIG_CHANGE: the descriptor, not the crate's type around another of its kind.
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.back_channel = self.expected.take();
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
@@ -434,12 +530,25 @@ impl VhostUserBackendReqHandlerMut for Handler {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
+    /// The size is ours to compute; the front-end's numbers only say for how many queues of which size.
+    fn get_inflight_fd(&mut self, wish: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.check_inflight(wish)?;
+        let (bytes, file) =
+            InflightRegion::create(wish.num_queues, wish.queue_size).map_err(Error::ReqHandlerError)?;
+        Ok((VhostUserInflight::new(bytes, 0, wish.num_queues, wish.queue_size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered()
+    /// Comes before the rings start, mostly. Whether something was in flight is looked at when a ring starts. A
+    /// front-end that negotiates the feature and never sends this is served without.
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Result<()> {
+        self.check_inflight(region)?;
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *region;
+        let region = InflightRegion::open(file, mmap_offset, mmap_size, num_queues, queue_size);
+        let region = region.map_err(Error::ReqHandlerError)?;
+        self.stop_all();
+        self.inflight = Some(Arc::new(region));
+        self.update_all();
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -465,24 +574,49 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(())
     }
 
+    /// Of a device at rest: the state of one that runs would be old before it arrives.
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _file: File,
+        file: File,
     ) -> Result<Option<File>> {
-        not_offered()
+        self.transfer = None;
+        if !self.protocol.contains(Protocol::DEVICE_STATE) {
+            return not_offered();
+        }
+        if self.vrings.iter().any(|v| v.running) {
+            tracing::warn!("front-end's wish refused: the state of a device whose rings run");
+            return Err(Error::InvalidOperation("rings run"));
+        }
+        self.transfer = Some(match direction {
+            VhostTransferStateDirection::SAVE => Transfer::save(self.state(), file),
+            VhostTransferStateDirection::LOAD => Transfer::Loading(file),
+        });
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        not_offered()
+        let Some(transfer) = self.transfer.take() else { return not_offered() };
+        match transfer.end().and_then(|state| state.map_or(Ok(()), |s| self.take_state(s))) {
+            Ok(()) => Ok(()),
+            Err(e) => {
+                tracing::warn!("the device's state was not transferred: {e}");
+                Err(Error::ReqHandlerError(e))
+            }
+        }
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         not_offered()
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        not_offered()
+    /// Rings that run with another log take this one up. Logging as such is turned on and off by a feature bit.
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::open(file, log.mmap_offset, log.mmap_size).map_err(Error::ReqHandlerError)?;
+        self.stop_all();
+        self.log = Some(Arc::new(log));
+        self.update_all();
+        Ok(())
     }
 }

@@ -129,6 +129,15 @@ impl Memory {
         })
     }
 
+    /// The guest address of a slice that was resolved in this memory.
+    pub(super) fn guest_addr_of(&self, slice: BufSlice) -> Option<u64> {
+        let at = slice.as_ptr() as usize;
+        self.regions.iter().find_map(|r| {
+            let skip = at.checked_sub(r.bytes.as_ptr() as usize)?;
+            (skip < r.bytes.len()).then_some(r.info.guest_addr + u64::try_from(skip).ok()?)
+        })
+    }
+
     /// For the checks of the crates underneath.
     pub(super) fn guest(&self) -> &GuestMemoryMmap<()> {
         &self.guest
@@ -319,6 +328,20 @@ mod tests {
             [(0x3000, 0x2001), (0x2fff, 2), (0x5000, 1), (0x8fff, 2), (u64::MAX, 1), (u64::MAX - 3, 90)]
         {
             assert_eq!(lens(&m, gpa, len), None, "{gpa:#x}+{len}");
+        }
+    }
+
+    #[test]
+    fn slices_know_their_guest_address() {
+        let m = Memory::new([
+            (info(0x4000, 0x1000, 0x9000, 0), file(0x1000)),
+            (info(0x10_0000, 0x2000, 0x1000, 0x1000), file(0x3000)),
+        ])
+        .unwrap();
+        for (user, gpa) in [(0x9000, 0x4000), (0x9fff, 0x4fff), (0x1000, 0x10_0000), (0x2800, 0x10_1800)] {
+            let (slice, _) = m.at_user_addr(user, 1).unwrap();
+            assert_eq!(m.guest_addr_of(slice), Some(gpa));
+            assert_eq!(Memory::empty().guest_addr_of(slice), None);
         }
     }
 

@@ -4,18 +4,24 @@
 //! its own [`crate::vd::BlockDevice`] and publishes what has ended. They share nothing but immutable snapshots of guest
 //! memory; the control thread sends orders and waits for their acknowledgement.
 
+mod dirty;
 mod handler;
+mod inflight;
 mod memory;
 mod poller;
 mod ring;
 mod server;
+mod shared;
 mod socket;
+mod state;
 mod sys;
 mod thread;
 mod worker;
 
+pub use dirty::{DirtyLog, RingLog};
+pub use inflight::{InflightRegion, Tracker};
 pub use memory::{Memory, MemoryView, RegionInfo};
 pub use ring::{Ring, RingError, RingSetup};
-pub use server::{Device, ServeOptions, serve};
+pub use server::{Device, Resize, ServeOptions, serve};
 pub use socket::{Endpoint, SocketFile, SocketOptions};
-pub use worker::{QueueCounters, QueueWorker, WorkerOptions};
+pub use worker::{QueueCounters, QueueWorker, RingExtras, WorkerOptions};

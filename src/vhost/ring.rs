@@ -52,6 +52,8 @@ pub enum RingError {
     AvailJump(u16),
     /// The driver announced a chain that starts outside the descriptor table.
     Head(u16),
+    /// What is said to be in flight cannot be.
+    InFlight(&'static str),
 }
 
 impl fmt::Display for RingError {
@@ -61,6 +63,7 @@ impl fmt::Display for RingError {
             RingError::Place(what) => write!(f, "the {what} is misaligned or outside guest memory"),
             RingError::AvailJump(n) => write!(f, "the available index jumped by {n}"),
             RingError::Head(n) => write!(f, "the chain head {n} is outside the descriptor table"),
+            RingError::InFlight(why) => write!(f, "what is in flight is unknown: {why}"),
         }
     }
 }
@@ -143,6 +146,22 @@ impl Ring {
     /// Index of the next entry to take: what GET_VRING_BASE answers once everything taken is published.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
+    }
+
+    /// Bytes of the used ring, its event index included.
+    pub fn used_bytes(&self) -> u64 {
+        self.used.len() as u64
+    }
+
+    /// Index of the next used entry: what the driver sees once everything pushed is published.
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    /// Goes on behind `in_flight` chains that were taken before and are not answered yet: as the available ring has
+    /// them, they follow those that were.
+    pub fn resume(&mut self, in_flight: u16) {
+        self.next_avail = self.next_used.wrapping_add(in_flight);
     }
 
     /// Chains that the driver has announced and we have not taken.

@@ -8,7 +8,7 @@ use super::handler::Handler;
 use super::poller::Poller;
 use super::socket::Endpoint;
 use super::sys;
-use super::thread::{MakeChannel, WorkerHandle};
+use super::thread::{MakeChannel, Order, WorkerHandle};
 use super::worker::WorkerOptions;
 use crate::error::{Error, Result};
 use crate::vd::BlockDevice;
@@ -31,6 +31,10 @@ const MESSAGES_A_TURN: usize = 64;
 const SHUTDOWN: u64 = 0;
 const LISTENER: u64 = 1;
 const CONNECTION: u64 = 2;
+const RESIZE: u64 = 3;
+
+/// The message that brings the channel for messages to the front-end.
+const SET_BACKEND_REQ_FD: u32 = 21;
 
 /// A disk to serve.
 pub struct Device<D> {
@@ -43,6 +47,16 @@ pub struct Device<D> {
     pub poll_us: u32,
     /// Makes a queue's channel to the disk, `make(queue, slots)`, on the thread that will use it.
     pub make: Box<MakeChannel<D>>,
+    /// How it may grow while it is served.
+    pub resize: Option<Resize>,
+}
+
+/// A disk that may grow.
+pub struct Resize {
+    /// Readable when the size is to be looked at.
+    pub event: EventFd,
+    /// The size in bytes now; `None` if it cannot be told, or not be used.
+    pub look: Box<dyn FnMut() -> Option<u64> + Send>,
 }
 
 /// How to serve.
@@ -66,14 +80,19 @@ pub fn serve<D: BlockDevice + 'static>(
     shutdown: &EventFd,
     ready: impl FnOnce(),
 ) -> Result<()> {
+    let mut device = device;
     device.shape.check()?;
+    let resize = device.resize.take();
     let poller = Poller::new().map_err(|e| Error::io("make an epoll set", e))?;
     let wait_for =
         |fd, token| poller.add(fd, Events::EPOLLIN, token).map_err(|e| Error::io("wait for a descriptor", e));
     wait_for(shutdown.as_raw_fd(), SHUTDOWN)?;
+    if let Some(r) = &resize {
+        wait_for(r.event.as_raw_fd(), RESIZE)?;
+    }
     let shape = Arc::new(device.shape.clone());
     let workers = start_workers(device)?;
-    let server = Server { shape, workers, poller };
+    let mut server = Server { shape, workers, poller, resize };
     ready();
     match endpoint {
         Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
@@ -101,6 +120,7 @@ struct Server {
     shape: Arc<DeviceShape>,
     workers: Arc<[WorkerHandle]>,
     poller: Poller,
+    resize: Option<Resize>,
 }
 
 /// How a connection ended.
@@ -114,10 +134,18 @@ enum End {
     Shutdown,
 }
 
+/// What woke the control thread, apart from the front-end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Told {
+    shutdown: bool,
+    resize: bool,
+}
+
 /// Whether a message can be taken up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Readiness {
-    Message,
+    /// By the number of its request.
+    Message(u32),
     NotYet,
     Gone,
 }
@@ -125,7 +153,7 @@ enum Readiness {
 type Requests = BackendReqHandler<Mutex<Handler>>;
 
 impl Server {
-    fn serve_all(&self, listener: &UnixListener, options: ServeOptions) -> Result<()> {
+    fn serve_all(&mut self, listener: &UnixListener, options: ServeOptions) -> Result<()> {
         // a front-end that gave up while it waited must not make `accept` wait for the next
         listener.set_nonblocking(true).map_err(|e| Error::io("set up the socket", e))?;
         while let Some(stream) = self.next_front_end(listener)? {
@@ -139,15 +167,17 @@ impl Server {
     }
 
     /// Waits for a front-end; `None` at shutdown.
-    fn next_front_end(&self, listener: &UnixListener) -> Result<Option<UnixStream>> {
+    fn next_front_end(&mut self, listener: &UnixListener) -> Result<Option<UnixStream>> {
         let failed = |e| Error::io("wait for a front-end", e);
         let fd = listener.as_raw_fd();
         self.poller.add(fd, Events::EPOLLIN, LISTENER).map_err(failed)?;
-        let mut shutdown = false;
         let stream = loop {
-            self.poller.wait(-1, |token| shutdown |= token == SHUTDOWN).map_err(failed)?;
-            if shutdown {
+            let told = self.wait(-1).map_err(failed)?;
+            if told.shutdown {
                 break None;
+            }
+            if told.resize {
+                self.look_at_size();
             }
             match listener.accept() {
                 Ok((stream, _)) => break Some(stream),
@@ -164,7 +194,7 @@ impl Server {
     }
 
     /// Serves a front-end until one of both sides ends it.
-    fn serve_one(&self, stream: UnixStream) -> Result<End> {
+    fn serve_one(&mut self, stream: UnixStream) -> Result<End> {
         let failed = |e| Error::io("serve a front-end", e);
         stream.set_nonblocking(false).map_err(failed)?;
         let handler = Handler::new(Arc::clone(&self.shape), Arc::clone(&self.workers)).map_err(failed)?;
@@ -175,7 +205,7 @@ impl Server {
         let events = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET;
         self.poller.add(socket.as_raw_fd(), events, CONNECTION).map_err(failed)?;
         tracing::info!("front-end connected");
-        let end = self.converse(&mut requests, &socket);
+        let end = self.converse(&mut requests, &handler, &socket);
         self.poller.remove(&socket);
         // close the socket last: who sees it closed may rely on its rings and memory being left alone
         handler.lock().unwrap_or_else(PoisonError::into_inner).close();
@@ -183,19 +213,53 @@ impl Server {
         end.map_err(failed)
     }
 
-    fn converse(&self, requests: &mut Requests, socket: &UnixStream) -> io::Result<End> {
+    fn wait(&self, timeout_ms: i32) -> io::Result<Told> {
+        let mut seen = Told::default();
+        self.poller.wait(timeout_ms, |token| {
+            seen.shutdown |= token == SHUTDOWN;
+            seen.resize |= token == RESIZE;
+        })?;
+        Ok(seen)
+    }
+
+    /// Looks at the disk's size; true if it has grown. One that has shrunk is served as it was: there is no way to tell
+    /// a driver that would not be too late.
+    fn look_at_size(&mut self) -> bool {
+        let Some(r) = &mut self.resize else { return false };
+        // empties the counter; an error means that it was empty
+        let _ = r.event.read();
+        let Some(size) = (r.look)().filter(|size| *size > self.shape.size_bytes) else { return false };
+        tracing::info!("the disk has grown from {} to {size} bytes", self.shape.size_bytes);
+        self.shape = Arc::new(DeviceShape { size_bytes: size, ..(*self.shape).clone() });
+        let orders = self.workers.iter().map(|w| w.send(Order::Size(size)));
+        orders.collect::<Vec<_>>().into_iter().for_each(|p| drop(p.wait()));
+        true
+    }
+
+    fn converse(
+        &mut self,
+        requests: &mut Requests,
+        handler: &Mutex<Handler>,
+        socket: &UnixStream,
+    ) -> io::Result<End> {
         let mut silent = true;
         let mut busy = false;
         loop {
-            let mut shutdown = false;
-            self.poller.wait(if busy { 0 } else { -1 }, |token| shutdown |= token == SHUTDOWN)?;
-            if shutdown {
+            let told = self.wait(if busy { 0 } else { -1 })?;
+            if told.shutdown {
                 return Ok(End::Shutdown);
+            }
+            if told.resize && self.look_at_size() {
+                handler.lock().unwrap_or_else(PoisonError::into_inner).grown(&self.shape);
             }
             busy = true;
             for _ in 0..MESSAGES_A_TURN {
                 match readiness(socket)? {
-                    Readiness::Message => {}
+                    Readiness::Message(SET_BACKEND_REQ_FD) => {
+                        let channel = sys::peek_descriptor(socket)?;
+                        handler.lock().unwrap_or_else(PoisonError::into_inner).expect_back_channel(channel);
+                    }
+                    Readiness::Message(_) => {}
                     Readiness::NotYet => {
                         busy = false;
                         break;
@@ -242,14 +306,15 @@ fn readiness(socket: &UnixStream) -> io::Result<Readiness> {
         Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Readiness::NotYet),
         Err(_) => return Ok(Readiness::Gone),
     }
-    let [.., l0, l1, l2, l3] = header;
+    let [r0, r1, r2, r3, .., l0, l1, l2, l3] = header;
+    let request = u32::from_ne_bytes([r0, r1, r2, r3]);
     let body = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
     // a length out of bounds is refused as soon as the header is read
     let whole = body > MAX_MSG_SIZE || sys::bytes_waiting(socket)? >= HEADER_BYTES + body;
     if !whole {
         return Ok(partial(socket));
     }
-    Ok(if sys::is_writable(socket)? { Readiness::Message } else { Readiness::NotYet })
+    Ok(if sys::is_writable(socket)? { Readiness::Message(request) } else { Readiness::NotYet })
 }
 
 /// A part of a message is there: the rest comes, or the front-end has gone.

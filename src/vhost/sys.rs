@@ -1,5 +1,7 @@
 //! The few calls of the operating system that neither std nor the rust-vmm crates wrap.
 
+use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -146,4 +148,63 @@ pub(super) fn is_served(path: &Path) -> io::Result<bool> {
 pub(super) fn listen(fd: impl AsFd) -> io::Result<()> {
     // SAFETY: takes a descriptor and a number.
     check(unsafe { libc::listen(fd.as_fd().as_raw_fd(), 8) }).map(drop)
+}
+
+/// A file in memory of `len` zeros whose length can be changed by nobody, us included.
+pub(super) fn sealed_memfd(name: &CStr, len: u64) -> io::Result<File> {
+    // SAFETY: `name` is a C string; takes flags and returns a new descriptor.
+    let fd =
+        check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: sets flags of an open descriptor.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
+}
+
+/// A duplicate of the first descriptor that waits in a unix socket together with its next bytes; both stay there. A peek
+/// installs descriptors as a read does.
+pub(super) fn peek_descriptor(socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
+    const RIGHTS_BYTES: u32 = size_of::<RawFd>() as u32;
+    let mut byte = 0u8;
+    let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // aligned as a cmsghdr; more than one header and one descriptor need
+    let mut control = [0u64; 4];
+    // SAFETY: all-zero bytes are a valid msghdr.
+    let mut m: libc::msghdr = unsafe { std::mem::zeroed() };
+    (m.msg_iov, m.msg_iovlen) = (&raw mut part, 1);
+    m.msg_control = control.as_mut_ptr().cast();
+    // SAFETY: computes a length. It has room for exactly one descriptor: no other is installed.
+    m.msg_controllen = unsafe { libc::CMSG_LEN(RIGHTS_BYTES) } as usize;
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: `m` names one byte and a control buffer, both valid for writing over the lengths given.
+    let n = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut m, flags) };
+    if n < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `m` is as the kernel left it; the answer is null or points to a whole header inside `control`.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const m).as_ref() };
+    // SAFETY: computes a length.
+    let whole = unsafe { libc::CMSG_LEN(RIGHTS_BYTES) } as usize;
+    let rights = |h: &&libc::cmsghdr| {
+        h.cmsg_level == libc::SOL_SOCKET && h.cmsg_type == libc::SCM_RIGHTS && h.cmsg_len >= whole
+    };
+    Ok(header.filter(rights).map(|h| {
+        // SAFETY: the header says that a descriptor follows it, within `control`; the kernel has just made it for us.
+        unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(h).cast::<RawFd>().read_unaligned()) }
+    }))
+}
+
+/// Sends bytes if that takes no waiting; a peer that has gone is an error, not a signal.
+pub(super) fn send_now(socket: impl AsFd, bytes: &[u8]) -> io::Result<()> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `bytes` is valid for reading over the length given.
+    let n = unsafe { libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    match usize::try_from(n) {
+        Ok(n) if n == bytes.len() => Ok(()),
+        Ok(_) => Err(io::Error::from(io::ErrorKind::WriteZero)),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
 }

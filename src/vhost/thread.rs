@@ -6,7 +6,7 @@
 use super::memory::Memory;
 use super::poller::Poller;
 use super::ring::{Ring, RingSetup};
-use super::worker::{QueueWorker, WorkerOptions};
+use super::worker::{QueueWorker, RingExtras, WorkerOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::vd::BlockDevice;
@@ -36,8 +36,7 @@ pub(super) struct StartRing {
     pub(super) setup: RingSetup,
     /// Without one the ring is looked at every millisecond.
     pub(super) kick: Option<EventConsumer>,
-    pub(super) call: Option<EventNotifier>,
-    pub(super) err: Option<File>,
+    pub(super) extras: RingExtras,
 }
 
 /// What the control side wants of a worker.
@@ -56,6 +55,8 @@ pub(super) enum Order {
     Err(Option<File>),
     /// Whether writes are durable before they complete.
     WriteThrough(bool),
+    /// The disk has this size now.
+    Size(u64),
     /// End what is in flight, and the thread.
     End,
 }
@@ -266,6 +267,10 @@ impl<D: BlockDevice> WorkerLoop<D> {
                 self.worker.device().set_write_through(on);
                 Reply::Done
             }
+            Order::Size(bytes) => {
+                self.worker.set_size(bytes);
+                Reply::Done
+            }
             Order::End => {
                 self.worker.stop();
                 self.ending = true;
@@ -284,7 +289,7 @@ impl<D: BlockDevice> WorkerLoop<D> {
         if let Err(e) = self.set_kick(s.kick) {
             return Reply::Refused(format!("its kick descriptor cannot be waited for: {e}"));
         }
-        match self.worker.start(ring, s.call, s.err) {
+        match self.worker.start(ring, s.extras) {
             Ok(()) => Reply::Done,
             Err(e) => Reply::Refused(e.to_string()),
         }

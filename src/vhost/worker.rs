@@ -4,9 +4,16 @@
 //! A chain's head is its slot. A head that is announced again while its request is in flight is answered with length
 //! 0: the slot belongs to the first one, and the driver has broken its own rule only towards itself.
 //!
+//! Where the front-end keeps an inflight region, every chain is marked there from before it is started until its answer
+//! is visible. What a former process left behind is executed again when the ring starts, in the order in which it was
+//! taken, and has ended before a new chain is taken: so it is also before any FLUSH the driver posts from then on. (A
+//! FLUSH promises only what was acknowledged before it was posted, so those among the repeated ones keep their place.)
+//!
 //! Answers are shown to the driver, and a signal is considered, at the end of a batch and within it after every
 //! [`limits::PUBLISH_COMPLETIONS`] answers or [`limits::PUBLISH_MICROS`].
 
+use super::dirty::RingLog;
+use super::inflight::{Contradiction, Tracker};
 use super::memory::{Memory, MemoryView};
 use super::ring::{Ring, RingError};
 use crate::error::Failure;
@@ -48,6 +55,21 @@ struct Slot {
     written: u32,
     /// What is to be done after the request at the device, last first.
     rest: Vec<Request>,
+    /// Buffers to log when it has ended; empty unless that is asked for.
+    dirty: Vec<BufSlice>,
+}
+
+/// What a ring may have beside itself.
+#[derive(Debug, Default)]
+pub struct RingExtras {
+    /// For signals.
+    pub call: Option<EventNotifier>,
+    /// Tells of a broken ring.
+    pub err: Option<File>,
+    /// Where the front-end keeps what is in flight.
+    pub inflight: Option<Tracker>,
+    /// Where what we write to guest memory is logged.
+    pub log: Option<RingLog>,
 }
 
 /// The ring being served.
@@ -58,9 +80,23 @@ struct Active {
     err: Option<File>,
     /// False while the ring is being stopped, and after it broke.
     popping: bool,
+    inflight: Option<Tracker>,
+    log: Option<RingLog>,
+    /// Heads that a former process had in flight, last first.
+    again: Vec<u16>,
+    /// Some of those have not ended: nothing new is taken.
+    repeating: bool,
     /// Answers the driver cannot see yet, and since when.
     unpublished: u16,
     since: Option<Instant>,
+}
+
+/// When a chain was taken from the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Now,
+    /// By a former process.
+    Before,
 }
 
 /// What happened on a queue that is worth knowing.
@@ -134,6 +170,11 @@ impl<D: BlockDevice> QueueWorker<D> {
         self.device.event_fds()
     }
 
+    /// The size of the disk, which may have grown.
+    pub fn set_size(&mut self, size_bytes: u64) {
+        self.rules.size_bytes = size_bytes;
+    }
+
     /// The memory the driver's addresses mean from now on. It must contain all of the former while a ring runs.
     pub fn set_memory(&mut self, memory: Arc<Memory>) {
         self.memory = MemoryView::new(memory);
@@ -144,21 +185,36 @@ impl<D: BlockDevice> QueueWorker<D> {
         self.memory.memory()
     }
 
-    /// Begins to serve a ring. What is announced there already is served by the next step.
+    /// Begins to serve a ring. What is announced there already, or was in flight when another process ended, is served
+    /// by the next step.
     ///
     /// # Errors
-    /// If the ring has more entries than the worker has slots.
-    pub fn start(
-        &mut self,
-        ring: Ring,
-        call: Option<EventNotifier>,
-        err: Option<File>,
-    ) -> Result<(), RingError> {
+    /// If the ring has more entries than the worker has slots, or contradicts what is said to be in flight on it.
+    pub fn start(&mut self, mut ring: Ring, extras: RingExtras) -> Result<(), RingError> {
         use crate::virtio::DescriptorTable;
         if usize::from(ring.size()) > self.slots.len() {
             return Err(RingError::Size(ring.size()));
         }
-        self.active = Some(Active { ring, call, err, popping: true, unpublished: 0, since: None });
+        let RingExtras { call, err, mut inflight, log } = extras;
+        let again = inflight.as_mut().map_or(Ok(None), |t| t.resume(ring.size(), ring.next_used()));
+        let mut again = again.map_err(|Contradiction(why)| RingError::InFlight(why))?;
+        if let Some(heads) = &mut again {
+            ring.resume(u16::try_from(heads.len()).unwrap_or(u16::MAX));
+            heads.reverse();
+            if !heads.is_empty() {
+                tracing::info!("queue {}: {} requests in flight are repeated", self.queue, heads.len());
+            }
+        }
+        let again = again.unwrap_or_default();
+        let was_used = ring.next_used() != 0;
+        let (repeating, popping) = (!again.is_empty(), true);
+        let (unpublished, since) = (0, None);
+        self.active =
+            Some(Active { ring, call, err, popping, inflight, log, again, repeating, unpublished, since });
+        if was_used {
+            // who served it before may have ended between an answer and its signal
+            self.signal();
+        }
         Ok(())
     }
 
@@ -172,7 +228,8 @@ impl<D: BlockDevice> QueueWorker<D> {
     /// Once nothing is in flight any more after [`Self::stop`]: lets the ring go and returns the index of the next
     /// chain to take. `None` as long as that is not so, or if no ring was started.
     pub fn stopped(&mut self) -> Option<u16> {
-        if self.in_flight > 0 || self.active.as_ref()?.popping {
+        let a = self.active.as_ref()?;
+        if self.in_flight > 0 || a.popping || !a.again.is_empty() {
             return None;
         }
         self.release();
@@ -201,7 +258,7 @@ impl<D: BlockDevice> QueueWorker<D> {
         if device_ready || self.in_flight > 0 || !self.device.is_idle() {
             moved |= self.reap();
         }
-        let popped = self.pop_batch();
+        let popped = self.repeat() || self.pop_batch();
         if popped || moved || self.retry {
             self.hand_over();
         }
@@ -211,15 +268,47 @@ impl<D: BlockDevice> QueueWorker<D> {
 
     /// True if chains wait in the ring.
     pub fn has_work(&self) -> bool {
-        self.active.as_ref().is_some_and(|a| a.popping && a.ring.available() != Ok(0))
+        self.active.as_ref().is_some_and(|a| match a.repeating {
+            true => !a.again.is_empty(),
+            false => a.popping && a.ring.available() != Ok(0),
+        })
     }
 
     /// To be called before waiting for a kick: asks the driver for it. False if there is something to do at once.
     pub fn arm(&mut self) -> bool {
         match &mut self.active {
-            Some(a) if a.popping => !a.ring.enable_kicks(),
+            Some(a) if a.repeating => a.again.is_empty(),
+            Some(a) if a.popping => {
+                let nothing = !a.ring.enable_kicks();
+                self.log_ring();
+                nothing
+            }
             _ => true,
         }
+    }
+
+    /// Where it is asked for, logs a change of the used ring; after the change.
+    fn log_ring(&self) {
+        let Some(a) = &self.active else { return };
+        let Some(RingLog { log, used: Some(gpa) }) = &a.log else { return };
+        if !log.mark(*gpa, a.ring.used_bytes()) {
+            self.log_is_short();
+        }
+    }
+
+    /// Where it is asked for, logs buffers; after they were written.
+    fn log_written(&self, bufs: &[BufSlice]) {
+        let Some(RingLog { log, .. }) = self.active.as_ref().and_then(|a| a.log.as_ref()) else { return };
+        for b in bufs {
+            let gpa = self.memory.memory().guest_addr_of(*b);
+            if !gpa.is_some_and(|gpa| log.mark(gpa, b.len() as u64)) {
+                self.log_is_short();
+            }
+        }
+    }
+
+    fn log_is_short(&self) {
+        tracing::debug!("queue {}: the log of dirty pages does not reach this far", self.queue);
     }
 
     /// The step has to be repeated soon though no descriptor will become readable.
@@ -247,9 +336,24 @@ impl<D: BlockDevice> QueueWorker<D> {
         moved
     }
 
+    /// Executes again what a former process had in flight; false once all of that has ended. A ring that is stopped
+    /// meanwhile ends it first: whoever goes on with the ring need not know of it.
+    fn repeat(&mut self) -> bool {
+        let Some(a) = self.active.as_mut().filter(|a| a.repeating) else { return false };
+        a.repeating = !a.again.is_empty() || self.in_flight > 0;
+        let mut moved = false;
+        for _ in 0..limits::BATCH_CHAINS {
+            let Some(head) = self.active.as_mut().and_then(|a| a.again.pop()) else { break };
+            // marked already, and its place in the order stays: we may be killed before all of them have been started
+            self.admit(head, Seen::Before);
+            moved = true;
+        }
+        moved
+    }
+
     /// Takes chains that are announced by now: those that come meanwhile are the next batch.
     fn pop_batch(&mut self) -> bool {
-        let Some(a) = self.active.as_mut().filter(|a| a.popping) else { return false };
+        let Some(a) = self.active.as_mut().filter(|a| a.popping && !a.repeating) else { return false };
         let announced = match a.ring.available() {
             Ok(0) => return false,
             // the rest in the next step: what the device has ended must not wait for all of a large ring
@@ -260,10 +364,11 @@ impl<D: BlockDevice> QueueWorker<D> {
             }
         };
         a.ring.disable_kicks();
+        self.log_ring();
         for _ in 0..announced {
             let Some(a) = self.active.as_mut() else { break };
             match a.ring.pop() {
-                Ok(head) => self.admit(head),
+                Ok(head) => self.admit(head, Seen::Now),
                 Err(e) => {
                     self.broken(e);
                     break;
@@ -284,12 +389,15 @@ impl<D: BlockDevice> QueueWorker<D> {
         }
     }
 
-    fn admit(&mut self, head: u16) {
-        let Some(a) = &self.active else { return };
+    fn admit(&mut self, head: u16, seen: Seen) {
+        let Some(a) = &mut self.active else { return };
         if self.slots[usize::from(head)].status.is_some() {
             self.counters.refused += 1;
             tracing::debug!("queue {}: head {head} announced again while in flight", self.queue);
-            return self.answer(head, 0);
+            return self.push_answer(head, 0);
+        }
+        if let Some(t) = a.inflight.as_mut().filter(|_| seen == Seen::Now) {
+            t.begin(head);
         }
         let Verdict { status, action } = self.parser.parse(head, &a.ring, &self.memory, &self.rules);
         match (status, action) {
@@ -297,7 +405,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             (status, Err(why)) => {
                 self.counters.refused += 1;
                 tracing::debug!("queue {}: chain {head} refused: {why:?}", self.queue);
-                let written = status.map_or(0, |s| put_status(s, why.status()));
+                let written = status.map_or(0, |s| self.put_status(s, why.status()));
                 self.answer(head, written);
             }
             (None, Ok(_)) => self.answer(head, 0),
@@ -313,7 +421,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             Action::Discard | Action::WriteZeroes => match self.queue_segments(head, action) {
                 Some(first) => first,
                 None => {
-                    let written = put_status(status, STATUS_OK);
+                    let written = self.put_status(status, STATUS_OK);
                     return self.answer(head, written);
                 }
             },
@@ -325,6 +433,9 @@ impl<D: BlockDevice> QueueWorker<D> {
         };
         let slot = &mut self.slots[usize::from(head)];
         slot.status = Some(status);
+        if self.active.as_ref().is_some_and(|a| a.log.is_some()) && matches!(request, Request::Read(_)) {
+            slot.dirty.extend_from_slice(bufs);
+        }
         // at most MAX_REQUEST_BYTES + 1
         slot.written = u32::try_from(data + 1).unwrap_or(u32::MAX);
         self.in_flight += 1;
@@ -352,8 +463,9 @@ impl<D: BlockDevice> QueueWorker<D> {
             scatter(now, &[*b]);
             left = later;
         }
+        self.log_written(place);
         let written = SERIAL_BYTES - left.len();
-        let written = u32::try_from(written).unwrap_or(0) + put_status(status, STATUS_OK);
+        let written = u32::try_from(written).unwrap_or(0) + self.put_status(status, STATUS_OK);
         self.answer(head, written);
     }
 
@@ -373,20 +485,31 @@ impl<D: BlockDevice> QueueWorker<D> {
         }
         slot.rest.clear();
         let Some(status) = slot.status.take() else { return };
+        let (all, mut dirty) = (slot.written, std::mem::take(&mut slot.dirty));
         self.in_flight -= 1;
         let written = match outcome {
             Ok(()) => {
-                put_status(status, STATUS_OK);
-                slot.written
+                self.put_status(status, STATUS_OK);
+                all
             }
             // what the buffers hold is not defined, so nothing but the status counts as written
-            Err(Failure::Unsupported) => put_status(status, STATUS_UNSUPP),
-            Err(_) => put_status(status, STATUS_IOERR),
+            Err(Failure::Unsupported) => self.put_status(status, STATUS_UNSUPP),
+            Err(_) => self.put_status(status, STATUS_IOERR),
         };
+        self.log_written(&dirty);
+        dirty.clear();
+        self.slots[usize::from(head)].dirty = dirty;
         if let Err(why) = outcome {
             self.note_failure(why);
         }
         self.answer(head, written);
+    }
+
+    /// Writes the status; returns the bytes written.
+    fn put_status(&self, place: BufSlice, status: u8) -> u32 {
+        place.write(&[status]);
+        self.log_written(&[place]);
+        1
     }
 
     /// Tells of failures ever more rarely: a guest can produce them by the million.
@@ -398,8 +521,16 @@ impl<D: BlockDevice> QueueWorker<D> {
         }
     }
 
-    /// Puts a chain into the used ring.
+    /// Answers a chain that was begun.
     fn answer(&mut self, head: u16, written: u32) {
+        if let Some(t) = self.active.as_mut().and_then(|a| a.inflight.as_mut()) {
+            t.answered(head);
+        }
+        self.push_answer(head, written);
+    }
+
+    /// Puts a chain into the used ring.
+    fn push_answer(&mut self, head: u16, written: u32) {
         let Some(a) = &mut self.active else { return };
         self.counters.answered += 1;
         a.ring.push_used(head, written);
@@ -423,10 +554,18 @@ impl<D: BlockDevice> QueueWorker<D> {
     /// Shows the driver what was answered, and signals if it wants that.
     fn release(&mut self) {
         let Some(a) = self.active.as_mut().filter(|a| a.unpublished > 0) else { return };
+        if let Some(t) = &mut a.inflight {
+            t.before_publish();
+        }
         a.ring.publish();
+        if let Some(t) = &mut a.inflight {
+            t.after_publish(a.ring.next_used());
+        }
         a.unpublished = 0;
         a.since = None;
-        if a.ring.should_signal() {
+        let signal = a.ring.should_signal();
+        self.log_ring();
+        if signal {
             self.signal();
         }
     }
@@ -438,10 +577,4 @@ impl<D: BlockDevice> QueueWorker<D> {
         // is in the ring all the same.
         let _ = call.notify();
     }
-}
-
-/// Writes the status; returns the bytes written.
-fn put_status(place: BufSlice, status: u8) -> u32 {
-    place.write(&[status]);
-    1
 }

@@ -35,7 +35,7 @@ pub mod feature {
     pub const DISCARD: u64 = 1 << blk::VIRTIO_BLK_F_DISCARD;
     /// WRITE_ZEROES is understood.
     pub const WRITE_ZEROES: u64 = 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
-    /// Every write to guest memory is logged (vhost's bit, for migration; not offered yet).
+    /// Every write to guest memory is logged (vhost's bit, for migration).
     pub const LOG_ALL: u64 = 1 << 26;
     /// Descriptors may refer to a table of descriptors.
     pub const INDIRECT_DESC: u64 = 1 << ring::VIRTIO_RING_F_INDIRECT_DESC;
@@ -145,7 +145,7 @@ impl DeviceShape {
     /// The feature bits to offer.
     pub fn features(&self) -> u64 {
         use feature::*;
-        let mut bits = VERSION_1 | EVENT_IDX | INDIRECT_DESC | PROTOCOL_FEATURES;
+        let mut bits = VERSION_1 | EVENT_IDX | INDIRECT_DESC | PROTOCOL_FEATURES | LOG_ALL;
         bits |= SEG_MAX | BLK_SIZE | TOPOLOGY | GEOMETRY | FLUSH | CONFIG_WCE;
         if self.num_queues > 1 {
             bits |= MQ;
@@ -184,10 +184,7 @@ impl ConfigSpace {
         let mut c = ConfigSpace { bytes: [0; CONFIG_BYTES] };
         let geometry = shape.geometry.unwrap_or_else(|| Geometry::of_size(shape.size_bytes));
         let at = offset_of!(virtio_blk_config, geometry);
-        c.put(
-            offset_of!(virtio_blk_config, capacity),
-            &(shape.size_bytes / limits::SECTOR_BYTES).to_le_bytes(),
-        );
+        c.set_size(shape.size_bytes);
         c.put(offset_of!(virtio_blk_config, seg_max), &shape.seg_max().to_le_bytes());
         c.put(at + offset_of!(virtio_blk_geometry, cylinders), &geometry.cylinders.to_le_bytes());
         c.put(at + offset_of!(virtio_blk_geometry, heads), &[geometry.heads]);
@@ -250,6 +247,12 @@ impl ConfigSpace {
         }
         self.set_write_back(*value != 0);
         Ok(())
+    }
+
+    /// Sets the size of the disk. The geometry stays: a guest that goes by it has read it long ago.
+    pub fn set_size(&mut self, size_bytes: u64) {
+        let sectors = size_bytes / limits::SECTOR_BYTES;
+        self.put(offset_of!(virtio_blk_config, capacity), &sectors.to_le_bytes());
     }
 
     /// Sets the cache mode.
@@ -324,7 +327,7 @@ mod tests {
         let bits = shape.features();
         assert_eq!(bits & (feature::DISCARD | feature::WRITE_ZEROES | feature::RO), feature::RO);
         assert!(ConfigSpace::new(&shape).read(36, 21).iter().all(|b| *b == 0));
-        assert_eq!(bits & (feature::MQ | feature::LOG_ALL), 0);
+        assert_eq!(bits & (feature::MQ | feature::LOG_ALL), feature::LOG_ALL);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub fn shape(num_queues: u16) -> DeviceShape {
 pub fn device(disk: &Arc<RamDisk>, shape: DeviceShape, pace: Pace) -> Device<ram::RamChannel> {
     let disk = Arc::clone(disk);
     let make = Box::new(move |_queue, _slots| Ok(disk.channel(pace)));
-    Device { shape, serial: "ram-0123456789-0123456789".to_string(), poll_us: 0, make }
+    Device { shape, serial: "ram-0123456789-0123456789".to_string(), poll_us: 0, make, resize: None }
 }
 
 impl Server {
@@ -44,11 +44,15 @@ impl Server {
     }
 
     pub fn with(shape: DeviceShape, pace: Pace, options: ServeOptions) -> Self {
+        let disk = RamDisk::new(DISK_BYTES);
+        let device = device(&disk, shape, pace);
+        Self::of(disk, device, options)
+    }
+
+    pub fn of(disk: Arc<RamDisk>, device: Device<ram::RamChannel>, options: ServeOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let disk = RamDisk::new(DISK_BYTES);
-        let device = device(&disk, shape, pace);
         let shutdown = EventFd::new(EFD_NONBLOCK).unwrap();
         let told = shutdown.try_clone().unwrap();
         let endpoint = Endpoint::Listener(listener);

@@ -9,11 +9,14 @@ use crate::dev::{Info, Opts, close};
 use crate::features::*;
 use crate::rng::Rng;
 use crate::server::Server;
+use crate::sys::image_is_locked;
 use dump::Dump;
 use model::{Model, Op, Stats};
 use session::Session;
+use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// A request that takes longer than this is called lost.
@@ -36,6 +39,8 @@ pub(crate) struct Cfg {
     pub(crate) check_only: bool,
     pub(crate) crashed: bool,
     pub(crate) kills: u32,
+    /// whose lock is free when the last I/O of a killed server has ended
+    pub(crate) image: Option<String>,
 }
 
 pub(crate) fn run(o: &Opts, c: Cfg, mut server: Option<&mut Server>) -> io::Result<(Stats, Info)> {
@@ -57,6 +62,30 @@ pub(crate) fn run(o: &Opts, c: Cfg, mut server: Option<&mut Server>) -> io::Resu
     Ok((r.m.st, info))
 }
 
+/// Starts the server again; tells when the lock on the image was seen free meanwhile: the server waits for it, and the
+/// kernel holds it for the killed one's last I/O.
+fn respawn(server: &mut Server, image: Option<&str>) -> io::Result<Option<Instant>> {
+    let Some(image) = image.map(File::open).transpose()? else {
+        return server.respawn().map(|()| None);
+    };
+    let up = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let watch = s.spawn(|| {
+            while !up.load(Relaxed) {
+                if !image_is_locked(&image) {
+                    return Some(Instant::now());
+                }
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            None
+        });
+        let started = server.respawn();
+        up.store(true, Relaxed);
+        let free = watch.join().expect("the watch panicked");
+        started.map(|()| free)
+    })
+}
+
 struct Runner<'a> {
     s: Session<'a>,
     m: Model,
@@ -68,6 +97,8 @@ struct Runner<'a> {
     last_completion: Instant,
     /// where the sweep at the end is, once it has begun
     sweep: Option<usize>,
+    /// when the server ended that was killed, until its successor answers
+    dead_since: Option<Instant>,
 }
 
 impl<'a> Runner<'a> {
@@ -96,6 +127,7 @@ impl<'a> Runner<'a> {
             start: Instant::now(),
             last_completion: Instant::now(),
             sweep: m.c.check_only.then_some(0),
+            dead_since: None,
             s,
             m,
         })
@@ -226,8 +258,16 @@ impl<'a> Runner<'a> {
         };
         self.m.st.kills += 1;
         server.kill();
-        self.m.crash();
-        server.respawn()?;
+        let killed = Instant::now();
+        // a process that ends takes nothing along that it has acknowledged; but without a record of what is in
+        // flight some of it is lost or done late
+        if !self.s.dev.info.inflight() {
+            self.m.crash();
+        }
+        let ended = respawn(server, self.m.c.image.as_deref())?;
+        // what it had answered is not in flight, and not its successor's answer
+        self.collect()?;
+        self.dead_since = Some(ended.unwrap_or(killed));
         self.m.st.in_flight_at_kills += self.outstanding() as u64;
         self.s.recover()?;
         self.last_completion = Instant::now();
@@ -239,6 +279,9 @@ impl<'a> Runner<'a> {
         for (q, flight) in self.s.qs.iter_mut().zip(&mut self.flight) {
             while let Some((id, len)) = q.ring.pop() {
                 self.last_completion = Instant::now();
+                if let Some(t) = self.dead_since.take() {
+                    self.m.st.resume_ms.push(t.elapsed().as_secs_f64() * 1e3);
+                }
                 let slot = q.slot(id);
                 let Some(op) = flight.get_mut(slot).and_then(Option::take) else {
                     self.m.st.duplicates += 1;

@@ -79,6 +79,8 @@ pub(crate) struct Stats {
     pub(crate) lost: u64,
     pub(crate) kills: u32,
     pub(crate) in_flight_at_kills: u64,
+    /// from the end of each killed server to the first answer of the next one
+    pub(crate) resume_ms: Vec<f64>,
     pub(crate) server_gone: bool,
     pub(crate) told: Vec<String>,
 }

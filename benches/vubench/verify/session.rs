@@ -1,11 +1,9 @@
 //! A connection that can be taken up again with the same rings and the same inflight region.
-use crate::dev::{Dev, Opts, err, make_queues};
+use crate::dev::{Dev, Opts, make_queues};
 use crate::queue::Queue;
 use crate::sys::poll_fd;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 
 pub(super) struct Session<'a> {
@@ -21,7 +19,7 @@ impl Session<'_> {
         let dev = Dev::connect(o)?;
         let qs = make_queues(o, &dev.info, depth, bs)?;
         let mut s = Session { o, dev, qs, inflight: None };
-        s.get_inflight()?;
+        s.inflight = s.dev.get_inflight(o)?;
         s.start(|_| 0)?;
         Ok(s)
     }
@@ -41,25 +39,11 @@ impl Session<'_> {
 
     fn start(&mut self, base: impl Fn(&Queue) -> u16) -> io::Result<()> {
         if let Some((d, f)) = &self.inflight {
-            self.dev.fe.set_inflight_fd(d, f.as_raw_fd()).map_err(err("set_inflight_fd"))?;
+            self.dev.set_inflight(d, f)?;
         }
         self.dev.set_mem(&self.qs[0].mem, self.o.mem_slots)?;
         for (i, q) in self.qs.iter().enumerate() {
             self.dev.start_vring(i, q, base(q))?;
-        }
-        Ok(())
-    }
-
-    fn get_inflight(&mut self) -> io::Result<()> {
-        if self.dev.info.inflight() {
-            let want = VhostUserInflight {
-                mmap_size: 0,
-                mmap_offset: 0,
-                num_queues: self.qs.len() as u16,
-                queue_size: self.o.vring,
-            };
-            let got = self.dev.fe.get_inflight_fd(&want);
-            self.inflight = Some(got.map_err(err("get_inflight_fd"))?);
         }
         Ok(())
     }

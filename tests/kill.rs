@@ -1,0 +1,115 @@
+//! kill -9 and restart under load: what was acknowledged is there, what was in flight is completed exactly once.
+//!
+//! The daemon is killed again and again under vubench's verifying load, which keeps rings, memory and inflight region as
+//! a VMM does. `VDBLK_KILLS` says how many times in all (54); `scripts/soak-kill.sh` is the long form.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+/// Kinds of images times ways through the page cache.
+const CONFIGURATIONS: u32 = 6;
+/// Longest time from the end of the killed process's last I/O to its successor's first answer.
+const RESUME_MS: f64 = 1000.0;
+
+/// Time between two kills.
+const PAUSE_S: f64 = 0.6;
+
+/// One load at a time: each wants the CPUs for itself.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn kills() -> u32 {
+    let all: u32 = std::env::var("VDBLK_KILLS").map_or(54, |n| n.parse().expect("VDBLK_KILLS is a number"));
+    all.div_ceil(CONFIGURATIONS)
+}
+
+fn program(name: &str) -> PathBuf {
+    let bins = Path::new(env!("CARGO_BIN_EXE_vdblk")).parent().expect("a folder");
+    let found = if name == "vubench" { bins.join("examples/vubench") } else { bins.join(name) };
+    assert!(found.exists(), "{} is missing: cargo build --bins --examples", found.display());
+    found
+}
+
+fn vdimg(dir: &Path, args: &str) {
+    let mut c = Command::new(program("vdimg"));
+    let done = c.args(args.split_whitespace()).current_dir(dir).output().expect("run vdimg");
+    assert!(done.status.success(), "vdimg {args}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// Runs vubench with a daemon on `image`; its result.
+fn vubench(dir: &Path, image: &str, cache: &str, args: &str) -> serde_json::Value {
+    let daemon = format!(
+        "{} --socket-path @S --blk-file {} --num-queues 2 --cache {cache} --log-level warn",
+        program("vdblk").display(),
+        dir.join(image).display()
+    );
+    let mut c = Command::new(program("vubench"));
+    c.current_dir(dir).arg("--socket").arg(dir.join("s")).arg("--server-cmd").arg(daemon);
+    c.args("--queues 2 --unit 4k --max-units 16 --seed 7 --size 128m --shadow model".split_whitespace());
+    let done = c.args(args.split_whitespace()).stderr(Stdio::inherit()).output().expect("run vubench");
+    let text = String::from_utf8_lossy(&done.stdout);
+    let result = serde_json::from_str(text.lines().last().unwrap_or("")).unwrap_or_default();
+    assert!(done.status.success(), "vubench {args}: {:?} {text}", done.status.code());
+    result
+}
+
+/// Makes the image, and the model of what is in it; returns its name.
+fn make(dir: &Path, kind: &str) -> &'static str {
+    match kind {
+        "raw" => {
+            std::fs::File::create(dir.join("a.raw")).and_then(|f| f.set_len(128 << 20)).expect("make it");
+            "a.raw"
+        }
+        "vdi" => {
+            vdimg(dir, "create --format vdi --size 128M --option AllocationBlockSize=64k a.vdi");
+            "a.vdi"
+        }
+        _ => {
+            vdimg(dir, "create --format vdi --size 128M --option AllocationBlockSize=64k base.vdi");
+            vubench(dir, "base.vdi", "writeback", "--verify --assume-zero --runtime 1");
+            vdimg(dir, "create --format vdi --parent base.vdi top.vdi");
+            "top.vdi"
+        }
+    }
+}
+
+fn kill_and_restart(kind: &str, cache: &str) {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // not in /tmp: that may be memory, which has no O_DIRECT
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let image = make(dir.path(), kind);
+    let n = kills();
+    let run = format!(
+        "--reconnect-kill {n} --assume-zero --iodepth 32 --mix 45,30,8,12,5 --runtime {} --dump-model model.raw --image {image}",
+        f64::from(n + 1) * PAUSE_S
+    );
+    let r = vubench(dir.path(), image, cache, &run);
+    let none = ["duplicates", "lost", "mismatches", "errors", "bad_used_len", "stale_after_crash"];
+    none.iter().for_each(|field| assert_eq!(r[*field], 0, "{field} in {r}"));
+    assert_eq!((&r["kills"], &r["inflight"]), (&n.into(), &true.into()), "{r}");
+    assert!(r["in_flight_at_kills"].as_u64() > Some(0), "{r}");
+    println!(
+        "{kind} {cache}: {n} kills, {} in flight, resumed in {} ms (median), {} ms (longest)",
+        r["in_flight_at_kills"], r["resume_ms"]["p50"], r["resume_ms"]["max"]
+    );
+    assert!(r["resume_ms"]["max"].as_f64().is_some_and(|ms: f64| ms <= RESUME_MS), "{r}");
+    if image.ends_with(".vdi") {
+        vdimg(dir.path(), &format!("check {image}"));
+    }
+    vdimg(dir.path(), &format!("compare {image} model.raw"));
+}
+
+#[test]
+fn a_raw_disk_survives_kills() {
+    ["writeback", "none"].iter().for_each(|cache| kill_and_restart("raw", cache));
+}
+
+#[test]
+fn a_vdi_survives_kills_while_it_grows() {
+    ["writeback", "none"].iter().for_each(|cache| kill_and_restart("vdi", cache));
+}
+
+#[test]
+fn a_diff_survives_kills_while_it_grows() {
+    ["writeback", "none"].iter().for_each(|cache| kill_and_restart("diff", cache));
+}
