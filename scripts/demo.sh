@@ -15,12 +15,21 @@ esac
 
 step() { printf '\n== %s\n' "$*"; }
 
+if [ -z "$BIN" ]; then
+    command -v cargo >/dev/null || PATH=$PATH:$(getent passwd "${SUDO_USER:-$(id -un)}" | cut -d: -f6)/.cargo/bin
+    command -v cargo >/dev/null || { echo "demo: there is no cargo; install Rust first (rustup)" >&2; exit 1; }
+    v=$(cargo --version | cut -d' ' -f2)
+    [ "$(printf '1.88\n%s\n' "$v" | sort -V | head -1)" = 1.88 ] || {
+        echo "demo: cargo $v is too old; Rust 1.88 or newer is needed (rustup has it)" >&2
+        exit 1
+    }
+fi
+
 step "packages"
 "$HERE/guest/deps.sh"
 
 if [ -z "$BIN" ]; then
     step "build"
-    command -v cargo >/dev/null || { echo "demo: there is no cargo; install Rust first (rustup)" >&2; exit 1; }
     cargo build --release --locked --bins --manifest-path "$HERE/../Cargo.toml"
     BIN=${CARGO_TARGET_DIR:-$HERE/../target}/release
     BIN=$(realpath "$BIN")

@@ -91,6 +91,7 @@ pub fn run(config: &Config) -> Result<()> {
     let Told { shutdown, resize } = listen_to_signals(Arc::clone(&opening))?;
     let opened = open(config)?;
     opening.store(false, Ordering::Release);
+    let mut fresh = FreshOverlay(config.overlay.clone());
     if opened.disk.size_bytes() == 0 {
         let what = "is empty, and a disk has at least one sector";
         return Err(Error::new(ErrorKind::InvalidArgument, what)
@@ -103,6 +104,7 @@ pub fn run(config: &Config) -> Result<()> {
     let what = opened.images[0].path.display().to_string();
     let images = opened.images.len();
     serve(device, endpoint, options, &shutdown, || {
+        fresh.0 = None;
         tracing::info!("serving {what} ({} images, {} bytes)", images, opened.disk.size_bytes());
         // Without systemd nobody listens, and nothing depends on it.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -185,12 +187,26 @@ fn open_overlay(how: OpenDisk, overlay: &Path) -> Result<OpenedDisk> {
             .collect()
     };
     let options = DiskOptions { read_only: false, ..how.options };
-    open_disk(&OpenDisk {
+    let opened = open_disk(&OpenDisk {
         image: ImageSpec { path: overlay.to_path_buf(), format: Some(crate::format::Format::Vdi) },
         parents,
         options,
         ..how
-    })
+    });
+    opened.inspect_err(|_| drop(FreshOverlay(Some(overlay.to_path_buf()))))
+}
+
+/// An overlay that nobody has been served from yet. A start that fails takes it away again: left behind, it would keep its
+/// parent from being written to.
+struct FreshOverlay(Option<PathBuf>);
+
+impl Drop for FreshOverlay {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            // What cannot be removed cannot be helped; the error of the start is told.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 fn endpoint(socket: &Socket) -> Result<(Endpoint, Option<SocketFile>)> {

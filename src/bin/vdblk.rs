@@ -43,7 +43,8 @@ struct Args {
     /// A parent of the image, base first [repeatable]; else parents are searched by UUID
     #[arg(long, value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     parent: Vec<ImageSpec>,
-    /// Search parents here, sub-folders too [repeatable; default: the image's folder]
+    /// Search parents here and below first, then in the image's folder, or the one above if that is called
+    /// Snapshots [repeatable]
     #[arg(long, value_name = "DIR")]
     parent_dir: Vec<PathBuf>,
     /// Take a parent although it is not the one the image names

@@ -43,7 +43,8 @@ pub struct OpenDisk {
     pub image: ImageSpec,
     /// Its parents, base first. Empty: they are searched by UUID.
     pub parents: Vec<ImageSpec>,
-    /// Where parents are searched; empty: the image's own folder, and the one above if its name is `Snapshots`.
+    /// Where parents are searched first; then in the image's own folder, or the one above if its name is `Snapshots`, and
+    /// below.
     pub parent_dirs: Vec<PathBuf>,
     /// Past the page cache.
     pub direct: bool,
@@ -178,21 +179,20 @@ fn open_named_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()>
     Ok(())
 }
 
+/// Looks in the folders that were named, then where an image's parents usually are.
 fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()> {
-    let mut search = None;
+    let mut places =
+        [ParentSearch::new(how.parent_dirs.clone()), ParentSearch::new(default_dirs(&how.image.path))];
     while let Some(wanted) = images.last().and_then(|i| i.info.parent_uuid) {
         let child = images.last().expect("the image itself");
-        let search = search.get_or_insert_with(|| {
-            let dirs = if how.parent_dirs.is_empty() {
-                default_dirs(&how.image.path)
-            } else {
-                how.parent_dirs.clone()
-            };
-            ParentSearch::new(dirs)
-        });
-        let Some(path) = search.find(wanted, &child.path)? else {
-            return Err(missing_parent(child));
-        };
+        let mut found = None;
+        for place in &mut places {
+            found = place.find(wanted, &child.path)?;
+            if found.is_some() {
+                break;
+            }
+        }
+        let Some(path) = found else { return Err(missing_parent(child)) };
         let spec = ImageSpec { path, format: None };
         let parent = open_parent(how, &spec, images)?;
         images.push(parent);

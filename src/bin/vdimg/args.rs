@@ -49,8 +49,8 @@ pub(crate) struct Parents {
     /// A parent, base first; repeat for each.
     #[arg(long = "parent", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents: Vec<ImageSpec>,
-    /// A folder to search for parents by UUID; repeatable. Default: the image's own folder, and the one above if its
-    /// name is Snapshots.
+    /// A folder to search for parents by UUID, before the image's own (or the one above, if that is called Snapshots);
+    /// repeatable.
     #[arg(long = "parent-dir", value_name = "DIR")]
     pub(crate) parent_dirs: Vec<PathBuf>,
     /// Take parents whose UUID is not the one the child names.
