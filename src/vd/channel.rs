@@ -15,6 +15,8 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Nobody waits.
+pub(super) const NOBODY: Waiter = Waiter { channel: u16::MAX, slot: 0 };
 /// Slots for the disk's own work, behind those of the requests.
 const INTERNAL_SLOTS: u16 = 3;
 
@@ -108,6 +110,9 @@ impl Channel {
 
     /// Tells a slot, ours or another channel's, that something it waits for has ended.
     pub(super) fn wake(&mut self, who: Waiter, result: std::result::Result<(), Failure>) {
+        if who == NOBODY {
+            return;
+        }
         if who.channel == self.id && self.slot(who.slot).advancing {
             self.slot(who.slot).settle_one(result);
         } else if who.channel == self.id && self.polling {
