@@ -75,7 +75,9 @@ fn run(args: &Args) -> std::io::Result<bool> {
 
 fn one(args: &Args, kind: Option<Kind>, seed: u64) -> std::io::Result<Played> {
     let how = match kind {
-        Some(kind) => Play { exhaustive: args.exhaustive.min(12), ..Play::powercut(kind, seed, args.samples) },
+        Some(kind) => {
+            Play { exhaustive: args.exhaustive.min(12), ..Play::powercut(kind, seed, args.samples) }
+        }
         None => Play::seed(seed),
     };
     let mut played = play(&Play { trace: args.trace, record: args.dm_log.is_some(), ..how });

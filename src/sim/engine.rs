@@ -171,9 +171,7 @@ impl SimEngine {
             (_, file) => {
                 let moved = self.moved(&bufs, None);
                 match file {
-                    Attached::Plain(f) if io.kind != IoKind::Read => {
-                        Self::run_plain(&*f, &io, &bufs, moved)
-                    }
+                    Attached::Plain(f) if io.kind != IoKind::Read => Self::run_plain(&*f, &io, &bufs, moved),
                     _ => self.read(&io, &bufs, moved),
                 }
             }

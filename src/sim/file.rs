@@ -43,11 +43,7 @@ impl SimFile {
     /// A file whose bytes are durable.
     pub fn new(name: impl Into<PathBuf>, bytes: Bytes) -> Arc<SimFile> {
         let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
-        Arc::new(SimFile {
-            contents: Mutex::new(contents),
-            name: name.into(),
-            alignment: Alignment::NONE,
-        })
+        Arc::new(SimFile { contents: Mutex::new(contents), name: name.into(), alignment: Alignment::NONE })
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {

@@ -39,7 +39,13 @@ pub(super) fn block_bytes(b: &Bytes) -> u64 {
 
 /// Adds `block` with these bytes; `after` sees the file after each write, as long as the
 /// place makes it. False: by the count the image is full.
-pub(super) fn append(b: &mut Bytes, block: u32, data: &[u8], order: Order, after: &mut dyn FnMut(&Bytes)) -> bool {
+pub(super) fn append(
+    b: &mut Bytes,
+    block: u32,
+    data: &[u8],
+    order: Order,
+    after: &mut dyn FnMut(&Bytes),
+) -> bool {
     let (table, at) = (u64::from(word(b, TABLE_AT)), u64::from(word(b, DATA_AT)));
     let count = word(b, ALLOCATED);
     if count >= word(b, BLOCKS) {

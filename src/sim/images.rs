@@ -178,8 +178,7 @@ impl Images {
                 let at = usize::try_from(rest.start().0).expect("a small disk");
                 let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
                 if let ExtentKind::Data { file, off } = e.kind {
-                    let bytes =
-                        if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
+                    let bytes = if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
                     if bytes.read(off.0, out) < out.len() {
                         return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
                     }
@@ -196,7 +195,8 @@ fn full_parent(size: u64, block: u64, rng: &mut Rng) -> (Bytes, Vec<Past>) {
     let shape = Shape { kind: Kind::Vdi, size, block };
     let sectors = size / 512;
     let past = vec![Past::known(0); usize::try_from(sectors).expect("a small disk")];
-    let images = Images { shape, top: SimFile::new("parent.vdi", new_vdi(size, block, 1, None)), below: vec![] };
+    let images =
+        Images { shape, top: SimFile::new("parent.vdi", new_vdi(size, block, 1, None)), below: vec![] };
     let setup = (DiskOptions::default(), Faults::default(), Trace::default());
     let mut w = World::new(&images, setup, past, 1).expect("a new image");
     let mut at = 0;

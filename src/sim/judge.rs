@@ -1,11 +1,11 @@
 //! Is what a power cut has left what was promised?
 
+use super::Rng;
 use super::bytes::Bytes;
 use super::cut::Cut;
 use super::foreign::{self, Order};
 use super::images::{Images, Kind};
 use super::past::{Past, fill, value_of};
-use super::Rng;
 use crate::format::vdi::{self, RepairStep};
 
 /// What was looked at.

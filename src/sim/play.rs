@@ -23,6 +23,8 @@ pub struct Play {
     pub requests: u64,
     /// Operations fail.
     pub faults: bool,
+    /// Processes live for a moment, and table pages are what fails: a search for what only closing and starting meet.
+    pub churn: bool,
     /// Copies and comparisons run.
     pub jobs: bool,
     /// All states of a cut with up to so many parts are looked at.
@@ -45,6 +47,7 @@ impl Play {
             kind: None,
             requests: 2000,
             faults: true,
+            churn: false,
             jobs: true,
             exhaustive: 3,
             samples: 4,
@@ -119,8 +122,7 @@ pub fn play(how: &Play) -> Played {
     judge.most_states = how.most_states;
     let out = Played { wrong: None, ..Played::failed(how.seed, String::new()) };
     let trace = Trace::printing(how.trace);
-    let mut game =
-        Game { how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
+    let mut game = Game { how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
     let (mut flushed, mut cut) = (0, true);
     while game.out.wrong.is_none() && game.out.requests < how.requests {
         match game.life(past, flushed, cut) {
@@ -148,7 +150,7 @@ impl Game {
             }
         };
         self.out.lives += 1;
-        w.flushed = flushed;
+        w.inherit(flushed);
         w.look_again(cut);
         w.judge_with(self.judge.take().expect("it comes back after each life"));
         self.work(&mut w);
@@ -158,10 +160,10 @@ impl Game {
     }
 
     fn work(&mut self, w: &mut World) {
-        let steps = 40 + self.rng.below(400);
+        let steps = if self.how.churn { 20 + self.rng.below(30) } else { 40 + self.rng.below(400) };
         w.steps(steps);
         if self.how.faults && self.rng.chance(40) {
-            let common = self.rng.chance(80);
+            let common = !self.how.churn && self.rng.chance(80);
             let fault = if common { random_fault(&mut self.rng) } else { entry_fault() };
             self.trace.event(format_args!("fault planned: {fault:?}"));
             self.faults.add(fault);
@@ -223,7 +225,8 @@ impl Game {
     fn end(&mut self, mut w: World) -> Option<(Vec<Past>, u64, bool)> {
         let failed_sync = w.sync_has_failed();
         let mut closed = false;
-        if self.rng.chance(25) && !failed_sync {
+        let close = if self.how.churn { 60 } else { 25 };
+        if self.rng.chance(close) && !failed_sync {
             self.faults.clear();
             if self.how.faults && self.rng.chance(30) {
                 self.faults.add(entry_fault());

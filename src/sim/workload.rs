@@ -162,7 +162,7 @@ impl Run {
         }
         let mut next = World::new(&self.images, setup(self.options), past, self.rng.draw())
             .map_err(|e| format!("does not open again: {e}"))?;
-        next.flushed = flushed;
+        next.inherit(flushed);
         next.look_again(false);
         next.judge_with(judge.expect("it was given one"));
         self.world = Some(next);

@@ -119,6 +119,12 @@ impl World {
         })
     }
 
+    /// What was answered before `flushed`, by an earlier process, is durable.
+    pub fn inherit(&mut self, flushed: u64) {
+        self.flushed = flushed;
+        self.time = self.time.max(flushed);
+    }
+
     fn tick(&mut self) -> u64 {
         self.time += 1;
         self.time

@@ -241,7 +241,8 @@ impl Channel {
 
     fn sync_ended(&mut self, file: FileId, result: Result<(), Failure>) {
         let retried = result.is_err() && is_broken(Sabotage::RetriedSync);
-        let result = if retried { self.disk.file(file).file.sync().map_err(|e| Failure::from_io(&e)) } else { result };
+        let result =
+            if retried { self.disk.file(file).file.sync().map_err(|e| Failure::from_io(&e)) } else { result };
         let mut told: Vec<Waiter> = Vec::new();
         let again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
         if let Err(f) = result {

@@ -64,7 +64,11 @@ impl Case<'_> {
         for (value, request) in (1000..).zip(script()) {
             let before = faults.hits_and_inline().len();
             let outcome = w.finish(request, value);
-            ran.push(Ran { request: Some(request), hits: faults.hits_and_inline()[before..].to_vec(), outcome });
+            ran.push(Ran {
+                request: Some(request),
+                hits: faults.hits_and_inline()[before..].to_vec(),
+                outcome,
+            });
         }
         let before = faults.hits_and_inline().len();
         let outcome = w.close().map_err(|_| Failure::Os(libc::EIO));
@@ -90,7 +94,11 @@ impl Case<'_> {
             assert!(r.outcome.is_err() || !must_fail, "swallowed: {}", what());
             assert!(r.outcome.is_ok() || may_fail, "failed without a reason: {}", what());
             let reads = matches!(r.request, Some(Request::Read(_)));
-            assert!(!(sync_failed && r.outcome.is_ok() && !reads), "went on behind a failed sync: {}", what());
+            assert!(
+                !(sync_failed && r.outcome.is_ok() && !reads),
+                "went on behind a failed sync: {}",
+                what()
+            );
             sync_failed |= !harmless && r.hits.iter().any(|(op, _)| op.kind == IoKind::Sync);
         }
         assert_eq!(w.wrong.take(), None, "{}", self.name);
@@ -113,7 +121,7 @@ impl Case<'_> {
             images.top.restart_with(left.random_state(&mut Rng(self.seed)));
         }
         let mut w = self.world(images, &Faults::default(), past);
-        w.flushed = flushed;
+        w.inherit(flushed);
         w.look_again(cut);
         w.steps(30);
         w.close().unwrap_or_else(|e| panic!("{}: {e}", self.name));
