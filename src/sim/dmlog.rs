@@ -5,7 +5,7 @@
 
 use super::cut::Change;
 
-const MAGIC: u64 = 0x6a73_6677_7368_72;
+const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
 const SECTOR: usize = 512;
 const FLUSH: u64 = 1;

@@ -165,7 +165,7 @@ impl SimEngine {
             }
             (State::Flying(flight), Attached::Sim(f)) => {
                 let moved = self.moved(&bufs, None);
-                f.land(flight, (io.kind == IoKind::Write).then(|| moved as usize));
+                f.land(flight, (io.kind == IoKind::Write).then_some(moved as usize));
                 Ok(if io.kind == IoKind::Write { moved } else { 0 })
             }
             (_, file) => {

@@ -3,7 +3,7 @@
 
 use crate::error::Failure;
 use crate::io::{IoKind, IoOp};
-use crate::map::{GuestOffset, GuestRange};
+use crate::map::{FileId, GuestOffset, GuestRange};
 use crate::sim::{DATA, Failing, Fault, Faults, Images, Judge, Kind, Past, Rng, Shape, Trace, World};
 use crate::vd::{DiskOptions, Request};
 
@@ -158,9 +158,11 @@ fn every_fault(kind: Kind) {
             }
         }
         for k in 0..20 {
+            let parent = Fault { file: FileId(1), ..Fault::of(&[IoKind::Read], k, hows[0]) };
+            case(format!("{kind:?} seed {seed}, read {k} of the parent")).check(parent);
             let fault = Fault::of(&[IoKind::Sync], k, Failing::Error(libc::EIO));
             case(format!("{kind:?} seed {seed}, failing fsync {k}")).check(fault);
-            cases += 1;
+            cases += 2;
         }
     }
     println!("{}: {cases} faults", kind.name());

@@ -7,11 +7,14 @@ fn workloads(kind: Kind) {
     let mut sum = Stats::default();
     for (seed, ops) in (0..).zip(all_workloads()) {
         let disk = &disks[seed as usize % disks.len()];
-        let played = powercut_workload(disk, &ops, seed, Judge::new(6, 16, seed));
+        let (exhaustive, samples) = if cfg!(debug_assertions) { (8, 40) } else { (12, 200) };
+        let played = powercut_workload(disk, &ops, seed, Judge::new(exhaustive, samples, seed));
         assert!(played.wrong.is_none(), "{kind:?} {ops:?} seed {seed}: {:?}", played.wrong);
         sum.add(played.stats);
     }
     println!("{}: {sum:?}", kind.name());
+    assert!(sum.states > 20_000 || kind == Kind::Raw, "too few states: {sum:?}");
+    assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
 }
 
 #[test]
@@ -44,5 +47,7 @@ fn powercut_random() {
             sum.add(p.stats);
         }
         println!("{}: {sum:?}", kind.name());
+        assert!(sum.states > 20_000, "too few states: {sum:?}");
+        assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
     }
 }
