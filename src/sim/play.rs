@@ -112,13 +112,15 @@ pub fn play(how: &Play) -> Played {
     let mut rng = Rng(how.seed);
     let kind = how.kind.unwrap_or(Kind::ALL[rng.index(4)]);
     // Now and then blocks of the usual size: the files are sparse.
-    let block = if how.jobs && rng.chance(10) { 1 << 20 } else { 4096 << rng.below(4) };
+    let large = how.jobs && rng.chance(4);
+    let block = if large { 1 << 20 } else { 4096 << rng.below(4) };
     let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
     let (images, mut past) = Images::new(Shape { kind, size, block }, &mut rng);
     if how.record {
         images.top.record(super::DmLog::default());
     }
-    let mut judge = Judge::new(how.exhaustive, how.samples, how.seed);
+    let (exhaustive, samples) = if large { (0, 1) } else { (how.exhaustive, how.samples) };
+    let mut judge = Judge::new(exhaustive, samples, how.seed);
     judge.most_states = how.most_states;
     let out = Played { wrong: None, ..Played::failed(how.seed, String::new()) };
     let trace = Trace::printing(how.trace);
