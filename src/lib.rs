@@ -20,6 +20,8 @@ pub mod io;
 pub mod job;
 pub mod limits;
 pub mod map;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod vd;
 pub mod vhost;
 pub mod virtio;

@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "format", "io", "vd"]),
+    ("sim", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
 

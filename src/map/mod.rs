@@ -11,6 +11,7 @@ mod extent;
 mod image;
 mod plan;
 mod range;
+pub mod sabotage;
 mod source;
 
 pub use alloc::{HostBlock, HostBlocks, Taken};

@@ -124,6 +124,13 @@ impl Plan {
         Plan { steps: steps.into_iter().collect(), token: None, clean: false }
     }
 
+    /// The same steps in an order that breaks rule O1, for [`super::sabotage`].
+    pub(crate) fn entries_first(mut self) -> Self {
+        let is_pointer = |s: &Step| matches!(s, Step::Meta { op: MetaOp::Entry { pointer: true, .. }, .. });
+        self.steps.sort_by_key(|s| !is_pointer(s));
+        self
+    }
+
     /// Checks rule O1 (docs/crash-model.md): a pointer is handed to the kernel only if what it names is clean,
     /// or after a sync behind the last write of data.
     ///

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 /// Rounds of [`BlockDevice::poll`] before what has ended is handed out.
 const MAX_ROUNDS: usize = 8;
+/// Nobody waits.
+pub(super) const NOBODY: Waiter = Waiter { channel: u16::MAX, slot: 0 };
 /// Slots for the disk's own work, behind those of the requests.
 const INTERNAL_SLOTS: u16 = 3;
 
@@ -109,6 +111,9 @@ impl Channel {
 
     /// Tells a slot, ours or another channel's, that something it waits for has ended.
     pub(super) fn wake(&mut self, who: Waiter, result: std::result::Result<(), Failure>) {
+        if who == NOBODY {
+            return;
+        }
         if who.channel == self.id && self.slot(who.slot).advancing {
             self.slot(who.slot).settle_one(result);
         } else if who.channel == self.id && self.polling {

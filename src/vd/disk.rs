@@ -199,6 +199,14 @@ impl Disk {
         waiters.pop_front()
     }
 
+    /// Claims, bounce buffers, page writes and waiting slots that are still held: 0 for a disk at rest.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn held(&self) -> usize {
+        let room = self.room.lock().expect("room lock");
+        let waiters = self.bounce_waiters.lock().expect("bounce lock").len() + room.waiters.len();
+        self.claims.held() + self.bounce.in_use() + self.pages.in_flight_count() + waiters
+    }
+
     /// A change may begin.
     pub(crate) fn may_write(&self) -> Result<(), Failure> {
         if self.options.read_only {

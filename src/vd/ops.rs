@@ -10,6 +10,7 @@ use crate::io::{
     AlignedBuf, BufSlice, Completion, HostFile, IoKind, IoOp, Tag, fill_zero, scatter, sub_slices, total_len,
 };
 use crate::limits::{BOUNCE_BYTES, SECTOR_BYTES};
+use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{FileId, HostOffset, Waiter};
 
 impl Channel {
@@ -241,6 +242,9 @@ impl Channel {
     }
 
     fn sync_ended(&mut self, file: FileId, result: Result<(), Failure>) {
+        let retried = result.is_err() && is_broken(Sabotage::RetriedSync);
+        let result =
+            if retried { self.disk.file(file).file.sync().map_err(|e| Failure::from_io(&e)) } else { result };
         let mut told: Vec<Waiter> = Vec::new();
         let again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
         if let Err(f) = result {

@@ -57,6 +57,12 @@ impl Pages {
         self.lock().get(&id).expect("a page with a write in flight").in_flight.ops.clone()
     }
 
+    /// Pages being written.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn in_flight_count(&self) -> usize {
+        self.lock().len()
+    }
+
     /// The write in flight has ended, and `publish` makes its changes visible if it went well: before another write
     /// of the page can be composed, and before those who wait are told. Returns whom to tell, and whether another
     /// write is to be submitted.

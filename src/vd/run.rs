@@ -2,11 +2,14 @@
 
 use super::Request;
 use super::advance::Next;
-use super::channel::Channel;
+use super::channel::{Channel, NOBODY};
+use super::disk::Disk;
+use super::pages::PageId;
 use super::slot::{Copy, CopyFrom, CopyPhase, Job, Owner, Run, Work};
 use crate::error::Failure;
 use crate::io::{IoKind, IoOp, gather, sub_slices};
 use crate::limits::BOUNCE_BYTES;
+use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{FileId, GuestRange, HostOffset, MetaOp, Plan, Settled, Step};
 
 impl Channel {
@@ -90,7 +93,7 @@ impl Channel {
                 Step::Barrier => {}
                 Step::Sync { file } => {
                     run.next += 1;
-                    if !self.disk.options.skip_syncs {
+                    if !self.disk.options.skip_syncs && !is_left_out(self.slot(slot).job) {
                         self.join_sync(slot, file, true);
                     }
                     return Ok(Next::Again);
@@ -129,6 +132,9 @@ impl Channel {
             Step::Meta { key, op } => {
                 run.entry_submitted |= matches!(op, MetaOp::Entry { pointer: true, .. });
                 let id = (self.disk.chain.top().number, key);
+                if self.sabotaged(id, op) {
+                    return;
+                }
                 let me = self.me(slot);
                 self.slot(slot).pending += 1;
                 if self.disk.pages.stage(id, op, me) {
@@ -140,6 +146,26 @@ impl Channel {
             Step::Truncate { file, .. } if self.disk.file(file).traits.is_device => {}
             Step::Truncate { file, to } => self.issue_resize(slot, IoKind::Truncate, file, to, to),
             Step::Barrier | Step::Sync { .. } => unreachable!("barriers are not started"),
+        }
+    }
+
+    /// Breaks a rule about metadata, if that is asked for: true if the change is dealt with.
+    fn sabotaged(&mut self, id: PageId, op: MetaOp) -> bool {
+        let publish = |disk: &Disk| disk.chain.top().map.publish(id.1, &[op]);
+        match op {
+            MetaOp::Count(_) => is_broken(Sabotage::CountNotWritten),
+            MetaOp::Entry { pointer: true, .. } if is_broken(Sabotage::AnsweredBeforeEntry) => {
+                publish(&self.disk);
+                if self.disk.pages.stage(id, op, NOBODY) {
+                    self.submit_page(id, false);
+                }
+                true
+            }
+            MetaOp::Entry { pointer: false, .. } if is_broken(Sabotage::ZeroInMemoryOnly) => {
+                publish(&self.disk);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -269,5 +295,16 @@ impl Channel {
             }
             _ => Next::Finished,
         }
+    }
+}
+
+/// A rule is broken on purpose: the syncs of this sort of work are left out.
+fn is_left_out(job: Job) -> bool {
+    match job {
+        Job::Request(_) => is_broken(Sabotage::NoSyncBeforeEntry),
+        Job::Room => is_broken(Sabotage::RoomWithoutSync),
+        Job::Start => is_broken(Sabotage::CutBeforeSync),
+        Job::End => is_broken(Sabotage::CloseWithoutSync),
+        Job::None => false,
     }
 }

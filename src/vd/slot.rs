@@ -5,6 +5,7 @@ use super::own::Own;
 use super::pages::PageId;
 use crate::error::Failure;
 use crate::io::{BufSlice, IoKind, IoOp};
+use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{Change, ClaimKey, FileId, GuestRange, HostOffset, Plan};
 
 /// What occupies a slot.
@@ -148,6 +149,7 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn new(part: GuestRange, plan: Plan) -> Box<Run> {
         plan.assert_ordered();
+        let plan = if is_broken(Sabotage::EntryBeforeData) { plan.entries_first() } else { plan };
         Box::new(Run { part, plan, next: 0, copy: None, entry_submitted: false })
     }
 }

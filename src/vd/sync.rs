@@ -2,6 +2,7 @@
 //! satisfied only by a sync that was submitted after it came (rule O6).
 
 use crate::map::Waiter;
+use crate::map::sabotage::{Sabotage, is_broken};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -45,7 +46,7 @@ impl SyncGroup {
 
     /// A write has completed. To be called before anyone is told of it.
     pub(crate) fn wrote(&self) {
-        if !self.unsynced.load(Ordering::Relaxed) {
+        if !self.unsynced.load(Ordering::Relaxed) && !is_broken(Sabotage::ForgottenWrite) {
             self.unsynced.store(true, Ordering::Release);
         }
     }
@@ -58,7 +59,8 @@ impl SyncGroup {
             return Joined::Failed;
         }
         if s.running {
-            s.waiting.push(who);
+            let late = is_broken(Sabotage::LateJoin);
+            if late { &mut s.current } else { &mut s.waiting }.push(who);
             return Joined::Wait;
         }
         if !even_if_clean && !self.unsynced.load(Ordering::Acquire) {

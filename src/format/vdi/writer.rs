@@ -6,6 +6,7 @@ use super::map::{VdiMap, set_entry, set_header};
 use super::table::{Used, survey};
 use crate::error::Failure;
 use crate::limits::POOL_STEP_BYTES;
+use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{
     GuestRange, HostBlock, HostBlocks, HostOffset, MetaOp, Miss, Plan, PlanToken, Settled, Step, Taken,
 };
@@ -225,7 +226,7 @@ impl Writer {
                 if entry_submitted {
                     self.doubt(block, true);
                 }
-                if entry_submitted || kept {
+                if (entry_submitted || kept) && !is_broken(Sabotage::EarlyReuse) {
                     self.keep(block, Some(place));
                 } else {
                     self.places.give_back(place);

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Power cuts by the million: all small workloads, then random ones, on each kind of image, until at least that many
+# states of each were looked at. The first violation ends it.
+#   scripts/powercut.sh [STATES]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WANTED=${1:-1000000}
+cargo build --release --features sim --bin sim --locked
+SIM=${CARGO_TARGET_DIR:-target}/release/sim
+
+for KIND in raw vdi diff diff+discard; do
+  STATES=0
+  SEED=0
+  while [ "$STATES" -lt "$WANTED" ]; do
+    if [ $((SEED % 2)) = 0 ]; then
+      OUT=$("$SIM" $((SEED / 2)) --powercut "$KIND" --workloads --exhaustive 12 --samples 200) || { echo "$OUT"; exit 1; }
+    else
+      OUT=$("$SIM" $((SEED * 1000)) --seeds 20 --powercut "$KIND" --exhaustive 8 --samples 100) || { echo "$OUT"; exit 1; }
+    fi
+    STATES=$((STATES + $(sed -n 's/.* \([0-9]*\) states.*/\1/p' <<<"$OUT")))
+    SEED=$((SEED + 1))
+  done
+  printf '%-13s %9d states in %d rounds, no violation (%ds)\n' "$KIND" "$STATES" "$SEED" "$SECONDS"
+done

@@ -1,0 +1,303 @@
+//! A simulated file: what every process sees, what is durable, and what has changed in between.
+
+use super::bytes::Bytes;
+use super::cut::{Change, Cut, apply_whole};
+use super::{DmLog, Rng};
+use crate::io::{Alignment, FileTraits, HostFile};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A file with a page cache that can be lost.
+#[derive(Debug)]
+pub struct SimFile {
+    contents: Mutex<Contents>,
+    name: PathBuf,
+    alignment: Alignment,
+}
+
+#[derive(Debug, Default)]
+struct Contents {
+    durable: Bytes,
+    now: Bytes,
+    /// Changes since; those that a failed sync has dropped are `None`.
+    log: Vec<Option<Change>>,
+    /// Number of the first change in `log`.
+    first: u64,
+    /// Operations that were submitted and have not landed: they may, at any moment.
+    flying: BTreeMap<u64, Change>,
+    next_flight: u64,
+    /// Moments before a sync ended, if they are wanted.
+    cuts: Option<Vec<Cut>>,
+    fail_direct_syncs: bool,
+    dm_log: Option<DmLog>,
+    data_writes: u64,
+}
+
+/// Where the data of a small VDI begins, for [`SimFile::data_writes`].
+pub const DATA: u64 = 2 << 20;
+
+impl SimFile {
+    /// A file whose bytes are durable.
+    pub fn new(name: impl Into<PathBuf>, bytes: Bytes) -> Arc<SimFile> {
+        let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
+        Arc::new(SimFile { contents: Mutex::new(contents), name: name.into(), alignment: Alignment::NONE })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().expect("simulated file lock")
+    }
+
+    /// What every process sees.
+    pub fn bytes(&self) -> Bytes {
+        self.lock().now.clone()
+    }
+
+    /// From now on the moments before each end of a sync are kept for [`Self::take_cuts`].
+    pub fn keep_cuts(&self) {
+        self.lock().cuts = Some(Vec::new());
+    }
+
+    /// The moments since the last call.
+    pub fn take_cuts(&self) -> Vec<Cut> {
+        self.lock().cuts.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// The power goes now.
+    pub fn cut_now(&self) -> Cut {
+        self.lock().cut()
+    }
+
+    /// From now on everything is recorded.
+    pub fn record(&self, log: DmLog) {
+        self.lock().dm_log = Some(log);
+    }
+
+    /// Writes a mark into the record, if there is one.
+    pub fn mark_record(&self, text: &str) {
+        if let Some(log) = &mut self.lock().dm_log {
+            log.mark(text);
+        }
+    }
+
+    /// The record.
+    pub fn take_record(&self) -> Option<DmLog> {
+        self.lock().dm_log.take()
+    }
+
+    /// Syncs that go past the engines fail from now on, or no longer.
+    pub fn fail_direct_syncs(&self, fail: bool) {
+        self.lock().fail_direct_syncs = fail;
+    }
+
+    /// Writes behind [`DATA`] so far.
+    pub fn data_writes(&self) -> u64 {
+        self.lock().data_writes
+    }
+
+    /// Bytes that this write changes, as a change.
+    pub(super) fn write_of(off: u64, bytes: Vec<u8>) -> Change {
+        Change::Write { off, bytes: bytes.into(), size: None }
+    }
+
+    /// Changes the file as every process sees it.
+    pub(super) fn change(&self, change: Change) {
+        self.lock().change(change);
+    }
+
+    /// An operation was submitted; [`Self::land`] or [`Self::kill`] ends it.
+    pub(super) fn fly(&self, change: Change) -> u64 {
+        let c = &mut *self.lock();
+        c.next_flight += 1;
+        c.flying.insert(c.next_flight, change);
+        c.next_flight
+    }
+
+    /// The operation happens, or instead of it a part: `Some(n)` are the first bytes of a write.
+    pub(super) fn land(&self, flight: u64, bytes: Option<usize>) {
+        let c = &mut *self.lock();
+        let change = c.flying.remove(&flight).expect("it flies");
+        c.change(match (change, bytes) {
+            (Change::Write { off, bytes, size }, Some(n)) => {
+                Change::Write { off, bytes: bytes[..n].into(), size }
+            }
+            (change, _) => change,
+        });
+    }
+
+    /// The process is gone. What it had submitted lands or not: all of that before another gets the lock.
+    pub fn kill(&self, rng: &mut Rng) {
+        let c = &mut *self.lock();
+        let mut flying: Vec<_> = std::mem::take(&mut c.flying).into_values().collect();
+        while !flying.is_empty() {
+            let change = flying.swap_remove(rng.index(flying.len()));
+            if rng.chance(50) {
+                c.change(change);
+            }
+        }
+    }
+
+    /// The power goes and comes back with this left.
+    pub fn restart_with(&self, bytes: Bytes) {
+        let c = &mut *self.lock();
+        let dm_log = c.dm_log.take();
+        let cuts = c.cuts.take().map(|_| Vec::new());
+        let now = bytes.clone();
+        *c = Contents { durable: bytes, now, dm_log, cuts, ..Contents::default() };
+    }
+
+    /// Everything that has landed before is what a sync submitted now covers.
+    pub(super) fn mark(&self) -> u64 {
+        let c = self.lock();
+        c.first + c.log.len() as u64
+    }
+
+    /// A sync of everything before `mark` has ended well.
+    pub(super) fn persist(&self, mark: u64) {
+        self.lock().persist(mark);
+    }
+
+    /// It has failed. Of the data it was to write some is durable; the rest will never be, whatever a later sync says,
+    /// and is still in the page cache or no longer. Sizes, extents and holes go through the journal, and wait for the
+    /// next sync.
+    pub(super) fn sync_failed(&self, mark: u64, rng: &mut Rng) {
+        let c = &mut *self.lock();
+        c.keep_cut();
+        let upto = usize::try_from(mark.saturating_sub(c.first)).unwrap_or(0).min(c.log.len());
+        for slot in &mut c.log[..upto] {
+            let Some(Change::Write { off, bytes, size }) = slot.take() else { continue };
+            if rng.chance(50) {
+                c.durable.put(off, &bytes);
+            }
+            *slot = size.map(|size| Change::Allocate { size });
+        }
+        if rng.chance(50) {
+            let len = c.now.len();
+            c.now = c.durable.clone();
+            for change in c.log.iter().flatten() {
+                apply_whole(&mut c.now, change);
+            }
+            c.now.set_len(len);
+        }
+    }
+}
+
+impl Contents {
+    fn change(&mut self, change: Change) {
+        let change = match change {
+            Change::Write { off, bytes, .. } => {
+                self.data_writes += u64::from(off >= DATA);
+                let end = off + bytes.len() as u64;
+                Change::Write { off, bytes, size: (end > self.now.len()).then_some(end) }
+            }
+            // Space inside the file changes nothing that can be seen.
+            Change::Allocate { size } if size <= self.now.len() => return,
+            Change::Zero { off, len } => {
+                let len = self.now.len().min(off.saturating_add(len)).saturating_sub(off);
+                if len == 0 {
+                    return;
+                }
+                Change::Zero { off, len }
+            }
+            other => other,
+        };
+        if let Some(log) = &mut self.dm_log {
+            log.change(&change);
+        }
+        apply_whole(&mut self.now, &change);
+        self.log.push(Some(change));
+    }
+
+    fn cut(&self) -> Cut {
+        let landing = self.flying.values().map(|c| match c {
+            Change::Write { off, bytes, .. } => {
+                let end = off + bytes.len() as u64;
+                let size = (end > self.now.len()).then_some(end);
+                Change::Write { off: *off, bytes: bytes.clone(), size }
+            }
+            other => other.clone(),
+        });
+        Cut::new(self.durable.clone(), self.log.iter().flatten().cloned().chain(landing))
+    }
+
+    fn keep_cut(&mut self) {
+        if self.cuts.is_some() {
+            let cut = self.cut();
+            self.cuts.get_or_insert_default().push(cut);
+        }
+    }
+
+    fn persist(&mut self, mark: u64) {
+        self.keep_cut();
+        let upto = usize::try_from(mark.saturating_sub(self.first)).unwrap_or(0).min(self.log.len());
+        for change in self.log.drain(..upto).flatten() {
+            apply_whole(&mut self.durable, &change);
+        }
+        self.first = self.first.max(mark);
+        if let Some(log) = &mut self.dm_log {
+            log.flush();
+        }
+    }
+}
+
+impl HostFile for SimFile {
+    fn path(&self) -> &Path {
+        &self.name
+    }
+
+    fn traits(&self) -> FileTraits {
+        let identity = (1, std::ptr::from_ref(self) as usize as u64);
+        let direct = self.alignment != Alignment::NONE;
+        FileTraits { writable: true, direct, alignment: self.alignment, is_device: false, identity }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.lock().now.len())
+    }
+
+    fn read_at(&self, off: u64, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(self.lock().now.read(off, buf))
+    }
+
+    fn write_at(&self, off: u64, buf: &[u8]) -> io::Result<()> {
+        self.change(SimFile::write_of(off, buf.to_vec()));
+        Ok(())
+    }
+
+    fn set_len(&self, size: u64) -> io::Result<()> {
+        self.change(Change::Length { size });
+        Ok(())
+    }
+
+    fn allocate(&self, off: u64, len: u64) -> io::Result<()> {
+        self.change(Change::Allocate { size: off + len });
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.lock().fail_direct_syncs {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.persist(self.mark());
+        Ok(())
+    }
+
+    fn next_data(&self, off: u64) -> io::Result<Option<u64>> {
+        Ok(self.lock().now.next_page(off, true))
+    }
+
+    fn next_hole(&self, off: u64) -> io::Result<u64> {
+        let c = self.lock();
+        Ok(c.now.next_page(off, false).unwrap_or(c.now.len()))
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.lock().now.stored())
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}

@@ -1,0 +1,69 @@
+//! Other programs that write to an image of ours: a model of how QEMU and VirtualBox add a block to a VDI. Both
+//! believe the header's count: the new block goes to the place of that number, the count becomes one more.
+
+use super::bytes::Bytes;
+
+const TABLE_AT: u64 = 0x154;
+const DATA_AT: u64 = 0x158;
+const BLOCK_BYTES: u64 = 0x178;
+const BLOCKS: u64 = 0x180;
+const ALLOCATED: u64 = 0x184;
+/// Entries from this one on name no place.
+const NO_PLACE: u32 = 0xffff_fffe;
+
+/// In which order the data, the count and the entry are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Data, count, entry: QEMU 10 writes the header and the table behind the data.
+    DataFirst,
+    /// Entry, count, data: VirtualBox leaves the order to whoever finishes first.
+    EntryFirst,
+}
+
+fn word(b: &Bytes, at: u64) -> u32 {
+    let mut w = [0; 4];
+    b.read(at, &mut w);
+    u32::from_le_bytes(w)
+}
+
+/// The guest blocks without a place.
+pub(super) fn free_blocks(b: &Bytes) -> Vec<u32> {
+    let table = u64::from(word(b, TABLE_AT));
+    (0..word(b, BLOCKS)).filter(|i| word(b, table + u64::from(*i) * 4) >= NO_PLACE).collect()
+}
+
+/// Bytes of a block.
+pub(super) fn block_bytes(b: &Bytes) -> u64 {
+    u64::from(word(b, BLOCK_BYTES))
+}
+
+/// Adds `block` with these bytes; `after` sees the file after each write, as long as the
+/// place makes it. False: by the count the image is full.
+pub(super) fn append(
+    b: &mut Bytes,
+    block: u32,
+    data: &[u8],
+    order: Order,
+    after: &mut dyn FnMut(&Bytes),
+) -> bool {
+    let (table, at) = (u64::from(word(b, TABLE_AT)), u64::from(word(b, DATA_AT)));
+    let count = word(b, ALLOCATED);
+    if count >= word(b, BLOCKS) {
+        return false;
+    }
+    let place = at + u64::from(count) * block_bytes(b);
+    let writes = [
+        (place, data.to_vec()),
+        (ALLOCATED, (count + 1).to_le_bytes().to_vec()),
+        (table + u64::from(block) * 4, count.to_le_bytes().to_vec()),
+    ];
+    let order = if order == Order::DataFirst { [0, 1, 2] } else { [2, 1, 0] };
+    for i in order {
+        let (off, bytes) = &writes[i];
+        b.write(*off, bytes);
+        let mut whole = b.clone();
+        whole.set_len(b.len().max(place + block_bytes(b)));
+        after(&whole);
+    }
+    true
+}

@@ -1,0 +1,232 @@
+//! The images a simulation works on.
+
+use super::bytes::Bytes;
+use super::past::{Past, fill};
+use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
+use crate::format::vdi::{Parent, VdiCreate};
+use crate::format::{self, Format};
+use crate::io::{Host, HostFile};
+use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageMap};
+use crate::vd::{Chain, Disk, DiskOptions, Layer, Request, Scratch};
+use crate::{Error, ErrorKind, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+use uuid::Uuid;
+
+/// What is simulated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A raw file.
+    Raw,
+    /// A VDI without a parent.
+    Vdi,
+    /// A differencing VDI over a parent full of data; discards are turned off.
+    Diff,
+    /// The same with discards.
+    DiffDiscard,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 4] = [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Raw => "raw",
+            Kind::Vdi => "vdi",
+            Kind::Diff => "diff",
+            Kind::DiffDiscard => "diff+discard",
+        }
+    }
+
+    fn has_parent(self) -> bool {
+        matches!(self, Kind::Diff | Kind::DiffDiscard)
+    }
+
+    /// The format of the image that is written.
+    pub fn format(self) -> Format {
+        if self == Kind::Raw { Format::Raw } else { Format::Vdi }
+    }
+}
+
+/// What an image is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// What it is.
+    pub kind: Kind,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes of a block.
+    pub block: u64,
+}
+
+/// A chain of images: the one that is written, and those below it.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// What it is.
+    pub shape: Shape,
+    /// The file that is written.
+    pub top: Arc<SimFile>,
+    /// The files below, which are not.
+    below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
+}
+
+/// Time stands for nothing here, and UUIDs come in order.
+#[derive(Debug, Default)]
+struct SimHost(AtomicU64);
+
+impl Host for SimHost {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn new_uuid(&self) -> Uuid {
+        Uuid::from_u128(0x5eed << 64 | u128::from(self.0.fetch_add(1, Ordering::Relaxed)))
+    }
+}
+
+fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
+    let id = Uuid::from_u128(uuid);
+    let mut c = VdiCreate::new(size, id, id);
+    c.block_bytes = block;
+    c.parent = parent.map(|p| Parent { uuid: Uuid::from_u128(p), modification: Uuid::from_u128(p) });
+    let blueprint = c.blueprint().expect("a shape a VDI can have");
+    let mut b = Bytes::default();
+    b.set_len(blueprint.file_len());
+    for (off, bytes) in blueprint.writes() {
+        b.write(off.0, &bytes);
+    }
+    b
+}
+
+fn open_map(bytes: &Bytes, format: Format, id: FileId, read_only: bool) -> Result<Arc<dyn ImageMap>> {
+    let how = format::OpenHow { read_only, info_only: false };
+    Ok(format::open(format, bytes, id, how)?.into())
+}
+
+impl Images {
+    /// New images, and what the guest sees in them: nothing, or what the parent has.
+    pub fn new(shape: Shape, rng: &mut Rng) -> (Images, Vec<Past>) {
+        let Shape { kind, size, block } = shape;
+        let sectors = usize::try_from(size / 512).expect("a small disk");
+        let mut past = vec![Past::known(0); sectors];
+        let mut below = Vec::new();
+        if kind.has_parent() {
+            let (bytes, values) = full_parent(size, 4096 << rng.below(4), rng);
+            let map = open_map(&bytes, Format::Vdi, FileId(1), true).expect("a new parent");
+            below.push((SimFile::new("parent.vdi", bytes), map));
+            past = values;
+        }
+        let bytes = match kind {
+            Kind::Raw => {
+                let mut b = Bytes::default();
+                b.set_len(size);
+                b
+            }
+            _ => new_vdi(size, block, 2, kind.has_parent().then_some(1)),
+        };
+        (Images { shape, top: SimFile::new("top", bytes), below }, past)
+    }
+
+    /// A copy whose top file is its own.
+    pub fn copy(&self) -> Images {
+        Images { top: SimFile::new("top", self.top.bytes()), ..self.clone() }
+    }
+
+    /// The files an engine has to know.
+    pub fn files(&self) -> Vec<Arc<SimFile>> {
+        std::iter::once(&self.top).chain(self.below.iter().map(|(f, _)| f)).cloned().collect()
+    }
+
+    /// Opens the disk. `marks` counts the syncs that failed for good.
+    ///
+    /// # Errors
+    /// What the format says of the top image.
+    pub fn open(&self, options: DiskOptions, marks: &Arc<AtomicU32>) -> Result<Arc<Disk>> {
+        let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
+        let chain = Chain::new(self.layers(map));
+        let files = self.files().into_iter().map(|f| f as Arc<dyn HostFile>).collect();
+        let marks = marks.clone();
+        let on_failure = Box::new(move || {
+            marks.fetch_add(1, Ordering::SeqCst);
+        });
+        Ok(Disk::new(chain, files, options, Arc::new(SimHost::default()), on_failure))
+    }
+
+    fn layers(&self, top: Arc<dyn ImageMap>) -> Vec<Layer> {
+        let below = self.below.iter().map(|(_, map)| map.clone());
+        let layers = std::iter::once(top).chain(below).zip(0..);
+        layers.map(|(map, number)| Layer { number, map }).collect()
+    }
+
+    /// What a guest sees if `top` are the bytes of the file on top.
+    ///
+    /// # Errors
+    /// What the format says of them.
+    pub fn view(&self, top: &Bytes) -> Result<Vec<u8>> {
+        let map = open_map(top, self.shape.kind.format(), FileId(0), false)?;
+        let chain = Chain::new(self.layers(map));
+        let (mut scratch, mut list) = (Scratch::for_chain(&chain), ExtentList::new());
+        let parents: Vec<_> = self.below.iter().map(|(f, _)| f.bytes()).collect();
+        let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];
+        let mut rest = GuestRange::between(GuestOffset(0), GuestOffset(chain.size_bytes()));
+        while !rest.is_empty() {
+            chain.map(rest, &mut list, &mut scratch)?;
+            for e in list.as_slice() {
+                let at = usize::try_from(rest.start().0).expect("a small disk");
+                let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
+                if let ExtentKind::Data { file, off } = e.kind {
+                    let bytes = if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
+                    if bytes.read(off.0, out) < out.len() {
+                        return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                    }
+                }
+                rest = rest.skip(e.len);
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// A parent full of data: values by block, some of it zeros.
+fn full_parent(size: u64, block: u64, rng: &mut Rng) -> (Bytes, Vec<Past>) {
+    let shape = Shape { kind: Kind::Vdi, size, block };
+    let sectors = size / 512;
+    let past = vec![Past::known(0); usize::try_from(sectors).expect("a small disk")];
+    let images =
+        Images { shape, top: SimFile::new("parent.vdi", new_vdi(size, block, 1, None)), below: vec![] };
+    let setup = (DiskOptions::default(), Faults::default(), Trace::default());
+    let mut w = World::new(&images, setup, past, 1).expect("a new image");
+    let mut at = 0;
+    while at < sectors {
+        let n = (1 + rng.below(block / 512 * 2)).min(sectors - at);
+        if rng.chance(70) {
+            let r = GuestRange::new(GuestOffset(at * 512), n * 512).expect("inside the disk");
+            w.finish(Request::Write(r), 1 + rng.below(1000)).expect("nothing fails");
+        }
+        at += n;
+    }
+    w.close().expect("nothing fails");
+    let past = w.past.iter().map(|p| Past::known(p.may[0])).collect();
+    (images.top.bytes(), past)
+}
+
+/// A disk of zeros in a VDI of its own, for copies.
+pub(super) fn copy_target(size: u64) -> Images {
+    let shape = Shape { kind: Kind::Vdi, size, block: 8192 };
+    Images { shape, top: SimFile::new("copy.vdi", new_vdi(size, 8192, 3, None)), below: vec![] }
+}
+
+/// An engine with habits of its own.
+pub(super) fn engine_for(images: &Images, faults: &Faults, trace: &Trace, rng: &mut Rng) -> SimEngine {
+    SimEngine::over(&images.files(), faults, trace, rng.draw())
+}
+
+/// The bytes of a request that writes `value`.
+pub(super) fn bytes_for(range: GuestRange, value: u64) -> Vec<u8> {
+    let mut b = vec![0; usize::try_from(range.len()).expect("a small request")];
+    fill(&mut b, range.start().0 / 512, value);
+    b
+}

@@ -1,0 +1,41 @@
+//! The simulator: the third [`crate::io::IoEngine`], files whose power can go, and everything around them, on one thread
+//! and from one seed. docs/crash-model.md says what is simulated and what is promised.
+//!
+//! A [`World`] is the life of one process: a disk, its channels, its guest and its jobs. Its guest knows what each
+//! sector may hold ([`Past`]). A [`SimFile`] remembers what no sync has made durable; a [`Cut`] is a moment at which the
+//! power may go, and a [`Judge`] looks at what it can leave. [`play`] puts all of that together for a seed.
+
+mod bytes;
+mod cut;
+mod dmlog;
+mod engine;
+mod fault;
+mod file;
+mod foreign;
+mod images;
+mod judge;
+mod past;
+mod play;
+mod rng;
+#[cfg(test)]
+mod tests;
+mod trace;
+mod workload;
+mod world;
+
+pub use bytes::Bytes;
+pub use cut::{Change, Cut};
+pub use dmlog::DmLog;
+pub use engine::SimEngine;
+pub use fault::{Failing, Fault, Faults};
+pub use file::{DATA, SimFile};
+pub use images::{Images, Kind, Shape};
+pub use judge::{Judge, Stats};
+pub use past::{Past, fill, value_of};
+pub use play::{Play, Played, play};
+pub use rng::Rng;
+pub use trace::Trace;
+pub use workload::{Op, all_workloads, powercut_workload, small_disk};
+pub use world::World;
+
+pub use crate::map::sabotage::{Sabotage, sabotage};

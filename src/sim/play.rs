@@ -1,0 +1,330 @@
+//! A whole simulation from one seed: lives of processes on the same image, with faults, jobs, kills and power cuts.
+
+use super::cut::Cut;
+use super::fault::{Failing, Fault, Faults};
+use super::images::{Images, Kind, Shape, copy_target};
+use super::judge::{Judge, Stats};
+use super::past::Past;
+use super::workload::options;
+use super::{Rng, Trace, World};
+use crate::io::IoKind;
+use crate::job::{CompareJob, CopyJob, Job, Step};
+use crate::vd::{Channel, DiskOptions};
+use std::sync::Arc;
+
+/// What is played.
+#[derive(Clone, Copy, Debug)]
+pub struct Play {
+    /// The seed.
+    pub seed: u64,
+    /// The image; `None`: the seed decides.
+    pub kind: Option<Kind>,
+    /// Requests, at least.
+    pub requests: u64,
+    /// Operations fail.
+    pub faults: bool,
+    /// Processes live for a moment, and table pages are what fails: a search for what only closing and starting meet.
+    pub churn: bool,
+    /// Copies and comparisons run.
+    pub jobs: bool,
+    /// All states of a cut with up to so many parts are looked at.
+    pub exhaustive: u32,
+    /// States by chance of the other cuts.
+    pub samples: u64,
+    /// No more states than these.
+    pub most_states: u64,
+    /// Everything is printed.
+    pub trace: bool,
+    /// Everything is recorded for dm-log-writes.
+    pub record: bool,
+}
+
+impl Play {
+    /// The whole thing, as the daemon of `sim SEED` plays it.
+    pub fn seed(seed: u64) -> Play {
+        Play {
+            seed,
+            kind: None,
+            requests: 2000,
+            faults: true,
+            churn: false,
+            jobs: true,
+            exhaustive: 3,
+            samples: 4,
+            most_states: u64::MAX,
+            trace: false,
+            record: false,
+        }
+    }
+
+    /// Power cuts on small images of one kind.
+    pub fn powercut(kind: Kind, seed: u64, samples: u64) -> Play {
+        let (exhaustive, requests) = (5, 300);
+        Play { kind: Some(kind), requests, jobs: false, exhaustive, samples, ..Play::seed(seed) }
+    }
+}
+
+/// How a simulation went.
+#[derive(Debug)]
+pub struct Played {
+    /// The seed.
+    pub seed: u64,
+    /// States looked at.
+    pub stats: Stats,
+    /// Requests of the guest.
+    pub requests: u64,
+    /// Processes that served the image.
+    pub lives: u64,
+    /// A number for the order of all events: equal for two runs of a seed.
+    pub digest: u64,
+    /// The first thing that was not as promised.
+    pub wrong: Option<String>,
+    /// What was recorded.
+    pub record: Option<super::DmLog>,
+}
+
+impl Played {
+    pub(super) fn failed(seed: u64, why: String) -> Played {
+        let (stats, wrong) = (Stats::default(), Some(why));
+        Played { seed, stats, requests: 0, lives: 0, digest: 0, wrong, record: None }
+    }
+
+    pub(super) fn of(seed: u64, w: &mut World) -> Played {
+        let judge = w.judge.take();
+        let stats = judge.as_ref().map(|j| j.stats).unwrap_or_default();
+        let wrong = w.wrong.take().or(judge.and_then(|j| j.violation));
+        Played { seed, stats, requests: w.posted, lives: 1, digest: 0, wrong, record: None }
+    }
+}
+
+struct Game {
+    how: Play,
+    images: Images,
+    rng: Rng,
+    faults: Faults,
+    trace: Trace,
+    judge: Option<Judge>,
+    out: Played,
+}
+
+/// Plays a seed to its end, or to the first thing that is not as promised.
+pub fn play(how: &Play) -> Played {
+    let mut rng = Rng(how.seed);
+    let kind = how.kind.unwrap_or(Kind::ALL[rng.index(4)]);
+    // Now and then blocks of the usual size: the files are sparse.
+    let large = how.jobs && rng.chance(4);
+    let block = if large { 1 << 20 } else { 4096 << rng.below(4) };
+    let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
+    let (images, mut past) = Images::new(Shape { kind, size, block }, &mut rng);
+    if how.record {
+        images.top.record(super::DmLog::default());
+    }
+    let (exhaustive, samples) = if large { (0, 1) } else { (how.exhaustive, how.samples) };
+    let mut judge = Judge::new(exhaustive, samples, how.seed);
+    judge.most_states = how.most_states;
+    let out = Played { wrong: None, ..Played::failed(how.seed, String::new()) };
+    let trace = Trace::printing(how.trace);
+    let mut game = Game { how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
+    let (mut flushed, mut cut) = (0, true);
+    while game.out.wrong.is_none() && game.out.requests < how.requests {
+        match game.life(past, flushed, cut) {
+            Some(next) => (past, flushed, cut) = next,
+            None => break,
+        }
+    }
+    let mut out = game.out;
+    out.digest = game.trace.digest();
+    out.record = game.images.top.take_record();
+    out
+}
+
+impl Game {
+    /// One process; what the guest knows after it, what of that is durable, and whether the power went.
+    fn life(&mut self, past: Vec<Past>, flushed: u64, cut: bool) -> Option<(Vec<Past>, u64, bool)> {
+        self.faults.clear();
+        let options = options(self.images.shape.kind, self.rng.chance(15));
+        let setup = (options, self.faults.clone(), self.trace.clone());
+        let mut w = match World::new(&self.images, setup, past, self.rng.draw()) {
+            Ok(w) => w,
+            Err(e) => {
+                self.out.wrong = Some(format!("does not open: {e}"));
+                return None;
+            }
+        };
+        self.out.lives += 1;
+        w.inherit(flushed);
+        w.look_again(cut);
+        w.judge_with(self.judge.take().expect("it comes back after each life"));
+        self.work(&mut w);
+        let next = self.end(w);
+        let done = self.judge.as_ref().is_some_and(Judge::is_done);
+        next.filter(|_| !done)
+    }
+
+    fn work(&mut self, w: &mut World) {
+        let steps = if self.how.churn { 20 + self.rng.below(30) } else { 40 + self.rng.below(400) };
+        w.steps(steps);
+        if self.how.faults && self.rng.chance(40) {
+            let common = !self.how.churn && self.rng.chance(80);
+            let fault = if common { random_fault(&mut self.rng) } else { entry_fault() };
+            self.trace.event(format_args!("fault planned: {fault:?}"));
+            self.faults.add(fault);
+            w.steps(steps);
+        }
+        let quiet = self.faults.hits().is_empty();
+        if self.how.jobs && quiet && self.rng.chance(20) {
+            self.faults.clear();
+            self.copy(w);
+        }
+        self.check_failures(w);
+    }
+
+    /// Nothing fails but by a fault.
+    fn check_failures(&mut self, w: &mut World) {
+        let hit = !self.faults.hits().is_empty();
+        if !hit && let Some((request, why)) = w.failures.first() {
+            w.wrong.get_or_insert(format!("{request:?} failed without a fault: {why}"));
+        }
+    }
+
+    /// A copy under the guest's requests, and one without: that one has to be equal.
+    fn copy(&mut self, w: &mut World) {
+        let size = w.disk.size_bytes();
+        let (busy, _) = self.copy_job(w, size);
+        w.add_job(Box::new(busy));
+        w.steps(100);
+        w.drain();
+        let (mut job, target) = self.copy_job(w, size);
+        run_job(&mut job, w);
+        if let Err(e) = job.close_target() {
+            w.wrong.get_or_insert(format!("cannot close the copy: {e}"));
+        }
+        drop(job);
+        let a = w.job_channel(CompareJob::slots());
+        let b = self.target_channel(&target, CompareJob::slots(), true);
+        let mut compare = CompareJob::new(a, b).expect("two channels");
+        run_job(&mut compare, w);
+        if let Some(at) = compare.result().difference {
+            w.wrong.get_or_insert(format!("a copy differs at byte {at}"));
+        }
+    }
+
+    fn copy_job(&mut self, w: &mut World, size: u64) -> (CopyJob, Images) {
+        let target = copy_target(size);
+        let to = self.target_channel(&target, CopyJob::slots(), false);
+        let from = w.job_channel(CopyJob::slots());
+        (CopyJob::new(from, to).expect("it is large enough"), target)
+    }
+
+    fn target_channel(&mut self, target: &Images, slots: u16, read_only: bool) -> Channel {
+        let options = DiskOptions { skip_syncs: true, read_only, ..DiskOptions::default() };
+        let disk = target.open(options, &Arc::default()).expect("a sound image");
+        let engine = super::images::engine_for(target, &Faults::default(), &self.trace, &mut self.rng);
+        Channel::new(disk, Box::new(engine), slots).expect("a descriptor is left")
+    }
+
+    /// The end of a life: a clean close, a kill, or a power cut at the same moment.
+    fn end(&mut self, mut w: World) -> Option<(Vec<Past>, u64, bool)> {
+        let failed_sync = w.sync_has_failed();
+        let mut closed = false;
+        let close = if self.how.churn { 60 } else { 25 };
+        if self.rng.chance(close) && !failed_sync {
+            self.faults.clear();
+            if self.how.faults && self.rng.chance(30) {
+                self.faults.add(entry_fault());
+            }
+            match w.close() {
+                Ok(()) => closed = true,
+                Err(e) if self.faults.hits().is_empty() && w.failures.is_empty() => {
+                    w.wrong.get_or_insert(format!("cannot close: {e}"));
+                }
+                Err(_) => {}
+            }
+        }
+        // Within this boot, the mark keeps others from opening what a sync has failed on.
+        let cut = failed_sync || self.rng.chance(50);
+        w.look_now();
+        let at_once = cut.then(|| self.images.top.cut_now());
+        w.kill();
+        if closed && !cut && w.failures.is_empty() {
+            self.check_clean(&mut w);
+        }
+        self.judge = w.judge.take();
+        self.out.requests += w.posted;
+        let wrong = w.wrong.take();
+        let (past, flushed) = w.afterwards(cut);
+        self.out.stats = self.judge.as_ref().map(|j| j.stats).unwrap_or_default();
+        let violation = self.judge.as_ref().and_then(|j| j.violation.clone());
+        self.out.wrong = wrong.or(violation);
+        if let Some(cut) = at_once {
+            self.power_cut(&cut);
+        }
+        Some((past, flushed, cut))
+    }
+
+    fn power_cut(&mut self, cut: &Cut) {
+        self.trace.event("power cut");
+        let state = cut.random_state(&mut self.rng);
+        self.images.top.restart_with(state);
+    }
+
+    fn check_clean(&self, w: &mut World) {
+        if self.images.shape.kind == Kind::Raw {
+            return;
+        }
+        match crate::format::vdi::check(&self.images.top.bytes()) {
+            Ok(report) if report.is_clean() => {}
+            other => {
+                w.wrong.get_or_insert(format!("not clean after a close: {other:?}"));
+            }
+        }
+    }
+}
+
+fn run_job(job: &mut dyn Job, w: &mut World) {
+    for _ in 0..1_000_000 {
+        match job.step() {
+            Ok(Step::Done) => return,
+            Ok(Step::More) => (0..w.channels.len()).for_each(|c| w.poll(c)),
+            Err(e) => {
+                w.wrong.get_or_insert(format!("a job failed: {e}"));
+                return;
+            }
+        }
+    }
+    w.wrong.get_or_insert("a job hangs".into());
+}
+
+/// A table page that is written although its write fails: what memory and disk say differs afterwards.
+fn entry_fault() -> Fault {
+    let place = 1 << 20..super::DATA;
+    Fault { place, ..Fault::of(&[IoKind::Write], 0, Failing::ErrorAfterEffect(libc::EIO)) }
+}
+
+/// A fault by chance.
+fn random_fault(rng: &mut Rng) -> Fault {
+    let kinds: [&[IoKind]; 9] = [
+        &[],
+        &[IoKind::Write],
+        &[IoKind::Write],
+        &[IoKind::Read],
+        &[IoKind::Allocate],
+        &[IoKind::Sync],
+        &[IoKind::Sync],
+        &[IoKind::Punch, IoKind::ZeroRange],
+        &[IoKind::Truncate],
+    ];
+    let errno = [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EOPNOTSUPP][rng.index(4)];
+    let how = match rng.below(6) {
+        0 => Failing::Short,
+        1 => Failing::Interrupted,
+        2 => Failing::ErrorAfterEffect(errno),
+        _ => Failing::Error(errno),
+    };
+    let mut f = Fault::of(kinds[rng.index(9)], rng.below(30), how);
+    f.sticky = rng.chance(30);
+    if rng.chance(30) && f.kinds == [IoKind::Write] {
+        f.place = 0..super::DATA;
+    }
+    f
+}

@@ -1,0 +1,6 @@
+//! The simulator at work.
+
+mod failing;
+mod powercut;
+mod sabotaged;
+mod seeds;

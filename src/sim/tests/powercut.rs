@@ -1,0 +1,53 @@
+//! Power cuts at every moment of small workloads, and of random ones.
+
+use crate::sim::{Judge, Kind, Play, Stats, all_workloads, play, powercut_workload, small_disk};
+
+fn workloads(kind: Kind) {
+    let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
+    let mut sum = Stats::default();
+    for (seed, ops) in (0..).zip(all_workloads()) {
+        let disk = &disks[seed as usize % disks.len()];
+        let (exhaustive, samples) = if cfg!(debug_assertions) { (8, 40) } else { (12, 200) };
+        let played = powercut_workload(disk, &ops, seed, Judge::new(exhaustive, samples, seed));
+        assert!(played.wrong.is_none(), "{kind:?} {ops:?} seed {seed}: {:?}", played.wrong);
+        sum.add(played.stats);
+    }
+    println!("{}: {sum:?}", kind.name());
+    assert!(sum.states > 20_000 || kind == Kind::Raw, "too few states: {sum:?}");
+    assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
+}
+
+#[test]
+fn powercut_in_small_workloads_raw() {
+    workloads(Kind::Raw);
+}
+
+#[test]
+fn powercut_in_small_workloads_vdi() {
+    workloads(Kind::Vdi);
+}
+
+#[test]
+fn powercut_in_small_workloads_diff() {
+    workloads(Kind::Diff);
+}
+
+#[test]
+fn powercut_in_small_workloads_diff_discard() {
+    workloads(Kind::DiffDiscard);
+}
+
+#[test]
+fn powercut_random() {
+    for kind in Kind::ALL {
+        let mut sum = Stats::default();
+        for seed in 0..40 {
+            let p = play(&Play::powercut(kind, seed, 30));
+            assert!(p.wrong.is_none(), "{kind:?} seed {seed}: {:?}", p.wrong);
+            sum.add(p.stats);
+        }
+        println!("{}: {sum:?}", kind.name());
+        assert!(sum.states > 20_000, "too few states: {sum:?}");
+        assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
+    }
+}

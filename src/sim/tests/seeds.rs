@@ -1,0 +1,50 @@
+//! Whole simulations: thousands of requests each, with faults, kills, power cuts and jobs.
+
+use crate::sim::{Play, play};
+
+#[test]
+fn a_seed_replays_to_the_byte() {
+    for seed in [1, 7, 23] {
+        let (a, b) = (play(&Play::seed(seed)), play(&Play::seed(seed)));
+        assert_eq!((a.digest, a.requests, a.stats), (b.digest, b.requests, b.stats), "seed {seed}");
+        assert_ne!(a.digest, play(&Play::seed(seed + 1)).digest);
+    }
+}
+
+/// Seeds of this run: as many as VDBLK_SEEDS says.
+fn seeds() -> u64 {
+    let default = if cfg!(debug_assertions) { 500 } else { 2000 };
+    std::env::var("VDBLK_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(default)
+}
+
+/// A quarter of the seeds each, for as many threads.
+fn find_nothing(quarter: u64) {
+    let (mut requests, mut lives) = (0, 0);
+    for seed in (quarter..seeds()).step_by(4) {
+        let p = play(&Play::seed(seed));
+        assert!(p.wrong.is_none(), "seed {seed}: {:?}", p.wrong);
+        requests += p.requests;
+        lives += p.lives;
+    }
+    println!("{requests} requests to {lives} processes");
+}
+
+#[test]
+fn simulations_find_nothing_0() {
+    find_nothing(0);
+}
+
+#[test]
+fn simulations_find_nothing_1() {
+    find_nothing(1);
+}
+
+#[test]
+fn simulations_find_nothing_2() {
+    find_nothing(2);
+}
+
+#[test]
+fn simulations_find_nothing_3() {
+    find_nothing(3);
+}
