@@ -254,7 +254,8 @@ class Case:
     def crash(self, folder, n):
         """Serves the images of the folder under load and kills vdblk; what is there then must be allowed."""
         path, shadow = f"{folder}/{os.path.basename(self.top)}", f"{folder}/shadow"
-        delay = 0.002 * 1.5 ** gen.Random(self.seed * 100 + n).below(15)  # up to 0.6 s
+        random = gen.Random(self.seed * 100 + n + sum(map(ord, self.kind.name)) * 1000)
+        delay = 0.005 * 1.5 ** random.below(13)  # up to 0.65 s
         self.ours.killed_under_load(path, shadow, delay, *self.load_options(n))
         found, shadow = self.ours.content(path), Shadow(shadow)
         shadow.judge(self.model, found)
