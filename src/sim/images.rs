@@ -7,7 +7,7 @@ use crate::format::vdi::{Parent, VdiCreate};
 use crate::format::{self, Format};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageMap};
-use crate::vd::{Chain, Disk, DiskOptions, Layer, Request, Scratch};
+use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -173,15 +173,26 @@ impl Images {
         let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];
         let mut rest = GuestRange::between(GuestOffset(0), GuestOffset(chain.size_bytes()));
         while !rest.is_empty() {
-            chain.map(rest, &mut list, &mut scratch)?;
+            let bytes_of = |file: FileId| if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
+            match chain.map(rest, &mut list, &mut scratch) {
+                Ok(()) => {}
+                Err(Lack::Failed(f)) => return Err(f.into()),
+                Err(Lack::Page { layer, key }) => {
+                    let map = &chain.layer(layer).map;
+                    let place = map.page_place(key)?;
+                    let mut page = vec![0; place.len];
+                    bytes_of(place.file).read(place.off.0, &mut page);
+                    map.page_read(key, &page)?;
+                    continue;
+                }
+            }
             for e in list.as_slice() {
                 let at = usize::try_from(rest.start().0).expect("a small disk");
                 let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
-                if let ExtentKind::Data { file, off } = e.kind {
-                    let bytes = if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
-                    if bytes.read(off.0, out) < out.len() {
-                        return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
-                    }
+                if let ExtentKind::Data { file, off } = e.kind
+                    && bytes_of(file).read(off.0, out) < out.len()
+                {
+                    return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
                 }
                 rest = rest.skip(e.len);
             }

@@ -11,6 +11,7 @@ mod bounce;
 mod chain;
 mod channel;
 mod disk;
+mod loads;
 mod mailbox;
 mod marker;
 mod open;
@@ -26,7 +27,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{Chain, Layer, Scratch};
+pub use chain::{Chain, Lack, Layer, Scratch};
 pub use channel::Channel;
 pub use disk::{CacheMode, Disk, DiskOptions};
 pub use open::{ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};

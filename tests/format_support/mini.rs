@@ -277,6 +277,7 @@ impl Mini {
                 }
                 Err(Miss::Fail(f)) => return Err(f),
                 Err(Miss::NeedsPlan) => panic!("a plan that needs a plan"),
+                Err(Miss::NeedsPage(key)) => panic!("the table is in memory, {key:?} included"),
             }
         }
     }

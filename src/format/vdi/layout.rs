@@ -96,7 +96,7 @@ impl Layout {
     }
 
     pub(super) fn page_of(&self, block: u32) -> MetaKey {
-        MetaKey::Table(block / PAGE_ENTRIES)
+        MetaKey::Page { table: 0, number: u64::from(block / PAGE_ENTRIES) }
     }
 
     /// The entries of a page: first one, and one behind the last.
@@ -110,8 +110,13 @@ impl Layout {
         self.table_at.plus(u64::from(block) * 4)
     }
 
+    /// The block around `at`; behind the last one for an offset behind the disk.
+    pub(super) fn block_or_end(&self, at: GuestOffset) -> u32 {
+        self.block_at(at).unwrap_or(self.blocks)
+    }
+
     pub(super) fn claim(&self, at: GuestOffset) -> BlockIndex {
-        BlockIndex(self.block_at(at).unwrap_or(self.blocks))
+        BlockIndex(u64::from(self.block_or_end(at)))
     }
 }
 
