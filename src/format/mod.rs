@@ -3,6 +3,7 @@
 //! A format sees the words of [`crate::map`] and nothing of files, engines or guests. It is opened from a
 //! [`ByteSource`], answers from memory, and says as plans what shall be written.
 
+mod blocks;
 mod detect;
 pub mod raw;
 pub mod vdi;

@@ -85,6 +85,12 @@ impl Layout {
         self.start_of(place.0).plus(self.extra_bytes)
     }
 
+    /// The place whose data begins there.
+    pub(super) fn place_of(&self, data: HostOffset) -> HostBlock {
+        let into = data.0.checked_sub(self.data_at.0).expect("data lies in the data area");
+        HostBlock(u32::try_from(into / self.stride()).expect("places have 32-bit numbers"))
+    }
+
     /// End of a file that has `places` places.
     pub(super) fn end_of(&self, places: u32) -> HostOffset {
         self.start_of(places)

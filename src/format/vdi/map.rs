@@ -182,25 +182,27 @@ impl ImageMap for VdiMap {
         };
         let block = self.layout.block_at(at).ok_or(Miss::Fail(Failure::OutOfRange))?;
         let plan = match change {
-            Change::Write { part, beneath_zero } => writer.plan_write(self, block, part, beneath_zero)?,
-            Change::Zero { .. } => writer.plan_zero(self, block)?,
+            Change::Write { part, beneath_zero } => {
+                writer.blocks.plan_write(self, u64::from(block), part, beneath_zero)?
+            }
+            Change::Zero { .. } => writer.blocks.plan_zero(self, u64::from(block))?,
         };
         plan.assert_ordered();
         Ok(plan)
     }
 
     fn room(&self, urgent: bool) -> Option<Plan> {
-        self.writer.as_ref()?.room(self, urgent)
+        self.writer.as_ref()?.blocks.room(self, urgent)
     }
 
     fn settle(&self, token: PlanToken, how: Settled) {
         if let Some(writer) = &self.writer {
-            writer.settle(token, how);
+            writer.blocks.settle(self, token, how);
         }
     }
 
     fn must_write(&self, at: GuestOffset) -> bool {
-        self.writer.as_ref().is_some_and(|w| w.doubts(self.layout.block_or_end(at)))
+        self.writer.as_ref().is_some_and(|w| w.blocks.doubts(u64::from(self.layout.block_or_end(at))))
     }
 
     fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
