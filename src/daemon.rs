@@ -1,14 +1,15 @@
 //! The daemon: opens a disk, listens, serves, and leaves everything in order.
 
+mod overlay;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{EngineKind, make_engine};
-use crate::job::create_overlay;
 use crate::limits;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use crate::vhost::{Device, Endpoint, Resize, ServeOptions, SocketFile, SocketOptions, serve};
 use crate::virtio::{DeviceShape, Geometry};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -56,7 +57,7 @@ pub struct Config {
     pub allow_parent_mismatch: bool,
     /// An image may be written although another is based on it.
     pub allow_write_to_parent: bool,
-    /// A new diff that takes the writes.
+    /// A diff that takes the writes; made if it is not there.
     pub overlay: Option<PathBuf>,
     /// No changes.
     pub read_only: bool,
@@ -89,9 +90,8 @@ pub struct Config {
 pub fn run(config: &Config) -> Result<()> {
     let opening = Arc::new(AtomicBool::new(true));
     let Told { shutdown, resize } = listen_to_signals(Arc::clone(&opening))?;
-    let opened = open(config)?;
+    let (opened, mut overlay) = open(config)?;
     opening.store(false, Ordering::Release);
-    let mut fresh = FreshOverlay(config.overlay.clone());
     if opened.disk.size_bytes() == 0 {
         let what = "is empty, and a disk has at least one sector";
         return Err(Error::new(ErrorKind::InvalidArgument, what)
@@ -104,7 +104,7 @@ pub fn run(config: &Config) -> Result<()> {
     let what = opened.images[0].path.display().to_string();
     let images = opened.images.len();
     serve(device, endpoint, options, &shutdown, || {
-        fresh.0 = None;
+        overlay.keep();
         tracing::info!("serving {what} ({} images, {} bytes)", images, opened.disk.size_bytes());
         // Without systemd nobody listens, and nothing depends on it.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -151,7 +151,7 @@ fn listen_to_signals(opening: Arc<AtomicBool>) -> Result<Told> {
     Ok(told)
 }
 
-fn open(config: &Config) -> Result<OpenedDisk> {
+fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
     let options = DiskOptions {
         read_only: config.read_only || config.overlay.is_some(),
         skip_syncs: config.cache == CacheMode::Unsafe,
@@ -169,43 +169,8 @@ fn open(config: &Config) -> Result<OpenedDisk> {
         options,
     };
     match &config.overlay {
-        None => open_disk(&how),
-        Some(overlay) => open_overlay(how, overlay),
-    }
-}
-
-/// Opens a new diff on top of the image, whose chain is looked up once more as its parents.
-fn open_overlay(how: OpenDisk, overlay: &Path) -> Result<OpenedDisk> {
-    let parents = {
-        let below = open_disk(&how)?;
-        create_overlay(overlay, &below.images[0].info)?;
-        below
-            .images
-            .iter()
-            .rev()
-            .map(|i| ImageSpec { path: i.path.clone(), format: Some(i.format) })
-            .collect()
-    };
-    let options = DiskOptions { read_only: false, ..how.options };
-    let opened = open_disk(&OpenDisk {
-        image: ImageSpec { path: overlay.to_path_buf(), format: Some(crate::format::Format::Vdi) },
-        parents,
-        options,
-        ..how
-    });
-    opened.inspect_err(|_| drop(FreshOverlay(Some(overlay.to_path_buf()))))
-}
-
-/// An overlay that nobody has been served from yet. A start that fails takes it away again: left behind, it would keep its
-/// parent from being written to.
-struct FreshOverlay(Option<PathBuf>);
-
-impl Drop for FreshOverlay {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            // What cannot be removed cannot be helped; the error of the start is told.
-            let _ = std::fs::remove_file(path);
-        }
+        None => open_disk(&how).map(|opened| (opened, overlay::Fresh::none())),
+        Some(overlay) => overlay::open(how, overlay),
     }
 }
 

@@ -149,13 +149,67 @@ fn create_leaves_what_exists_alone() {
     let dir = scratch();
     let d = dir.path();
     fs::write(d.join("a.vdi"), "precious").expect("write");
-    for args in ["create --format vdi --size 1M a.vdi", "create --format raw --size 1M a.vdi"] {
-        assert!(fails(d, 1, args).contains("a.vdi: cannot create it: File exists"), "{args}");
+    fs::write(d.join("a.raw"), "precious").expect("write");
+    for name in ["a.vdi", "a.raw"] {
+        let format = &name[2..];
+        let line = fails(d, 1, &format!("create --format {format} --size 1M {name}"));
+        assert!(line.starts_with(&format!("{name}: cannot create it: File exists")), "{line}");
+        assert!(!line.contains("remove"), "{line}");
     }
     fs::write(d.join("s.raw"), [1; 4096]).expect("write");
     assert!(fails(d, 1, "convert --output-format vdi s.raw a.vdi").contains("File exists"));
     assert!(fails(d, 1, "convert --output-format raw s.raw s.raw").contains("File exists"));
     assert_eq!(fs::read(d.join("a.vdi")).expect("read"), b"precious");
+}
+
+/// The name decides how a file is opened: what would be taken for something else is not made.
+#[test]
+fn names_that_contradict_the_format_are_refused() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format vdi --size 1M a.vdi");
+    for (args, better) in [
+        ("create --format vdi --size 1M y.raw", "y.vdi"),
+        ("create --format vdi --size 1M y.QCOW2", "y.vdi"),
+        ("create --format raw --size 1M y.vdi", "y.raw"),
+        ("create --format vdi --parent a.vdi y.raw", "y.vdi"),
+        ("convert --output-format vdi a.vdi y.raw", "y.vdi"),
+        ("convert --output-format raw a.vdi y.vdi", "y.raw"),
+    ] {
+        let line = fails(d, 1, args);
+        assert!(line.contains("its name says") && line.contains(&format!("call it {better}")), "{line}");
+    }
+    assert_eq!(fs::read_dir(d).expect("folder").count(), 1, "something was left");
+    for name in ["y.img", "y", "y.backup", "Y.VDI"] {
+        ok(d, &format!("create --format vdi --size 1M {name}"));
+    }
+    ok(d, "convert --output-format raw a.vdi z.img");
+}
+
+#[test]
+fn parents_are_searched_where_it_was_said() {
+    let dir = scratch();
+    let d = dir.path();
+    ["vm", "vm/Snapshots", "else", "tops"].iter().for_each(|f| fs::create_dir(d.join(f)).expect("folder"));
+    ok(d, "create --format vdi --size 1M vm/base.vdi");
+    ok(d, "create --format vdi --parent vm/base.vdi vm/Snapshots/m.vdi");
+    ok(d, "create --format vdi --parent vm/Snapshots/m.vdi tops/top.vdi");
+    fails(d, 1, "map tops/top.vdi");
+    // A folder called Snapshots stands for the one above too, as it does where an image lies in it.
+    ok(d, "map --parent-dir vm/Snapshots tops/top.vdi");
+    ok(d, "map --parent-dir vm/Snapshots/ tops/top.vdi");
+    ok(d, "map --parent-dir vm tops/top.vdi");
+    // The first parent is named, those beneath it are searched.
+    fails(d, 1, "map --parent vm/Snapshots/m.vdi tops/top.vdi");
+    ok(d, "map --parent vm/Snapshots/m.vdi --parent-dir vm tops/top.vdi");
+    let line = fails(d, 1, "map --parent vm/Snapshots/m.vdi --parent-dir else tops/top.vdi");
+    assert!(line.contains("m.vdi") && line.contains("was not found"), "{line}");
+    for command in ["map", "info", "check", "convert --output-format raw", "io"] {
+        let line = fails(d, 2, &format!("{command} --parent-dir gone tops/top.vdi new.raw"));
+        assert!(line.contains("--parent-dir") && line.contains("no such folder"), "{line}");
+    }
+    assert!(fails(d, 2, "map --parent-dir vm/base.vdi tops/top.vdi").contains("not a folder"));
+    assert!(fails(d, 2, "compare tops/top.vdi --parent-dir2 gone tops/top.vdi").contains("no such folder"));
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! The daemon: arguments into library calls, nothing else.
 
+#[path = "common/usage.rs"]
+mod usage;
+
 use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -11,8 +14,8 @@ use vdblk::io::EngineKind;
 use vdblk::limits;
 use vdblk::vd::{CacheMode, ImageSpec};
 
-/// The exit status of a command line that makes no sense.
-const WRONG_USAGE: u8 = 2;
+/// The name in messages.
+const PROGRAM: &str = "vdblk";
 
 /// Serves a virtual disk image, with its snapshots, as a vhost-user-blk device.
 #[derive(Debug, Parser)]
@@ -45,7 +48,7 @@ struct Args {
     parent: Vec<ImageSpec>,
     /// Search parents here and below first, then in the image's folder, or the one above if that is called
     /// Snapshots [repeatable]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = usage::existing_dir)]
     parent_dir: Vec<PathBuf>,
     /// Take a parent although it is not the one the image names
     #[arg(long)]
@@ -220,7 +223,7 @@ fn main() -> ExitCode {
     }
     let args = match arguments() {
         Ok(args) => args,
-        Err(e) => return refuse(&e),
+        Err(e) => return usage::refuse(PROGRAM, &e),
     };
     args.start_logging();
     ended(daemon::run(&args.config()))
@@ -230,15 +233,10 @@ fn ended(result: vdblk::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            tell(&e.to_string());
+            usage::tell(PROGRAM, &e.to_string());
             ExitCode::FAILURE
         }
     }
-}
-
-/// One line for people. Where nobody can read it, the exit status has to do: `eprintln` would panic.
-fn tell(what: &str) {
-    let _ = writeln!(std::io::stderr(), "vdblk: {what}");
 }
 
 fn print_capabilities() -> vdblk::Result<()> {
@@ -255,19 +253,4 @@ fn arguments() -> Result<Args, clap::Error> {
         return Err(Args::command().error(clap::error::ErrorKind::MissingRequiredArgument, what));
     }
     Ok(args)
-}
-
-/// Help and version as they come; what is wrong in one line, as every other error: it ends up in logs.
-fn refuse(e: &clap::Error) -> ExitCode {
-    if !e.use_stderr() {
-        // Whoever does not read it to its end has read enough.
-        let _ = e.print();
-        return ExitCode::SUCCESS;
-    }
-    let text = e.to_string();
-    let lines =
-        text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
-    let line = lines.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
-    tell(&format!("{} (vdblk --help tells all options)", line.trim_start_matches("error: ")));
-    ExitCode::from(WRONG_USAGE)
 }

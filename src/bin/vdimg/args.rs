@@ -1,5 +1,6 @@
 //! The command line.
 
+use super::usage::existing_dir;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,7 +52,7 @@ pub(crate) struct Parents {
     pub(crate) parents: Vec<ImageSpec>,
     /// A folder to search for parents by UUID, before the image's own (or the one above, if that is called Snapshots);
     /// repeatable.
-    #[arg(long = "parent-dir", value_name = "DIR")]
+    #[arg(long = "parent-dir", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs: Vec<PathBuf>,
     /// Take parents whose UUID is not the one the child names.
     #[arg(long)]
@@ -185,7 +186,7 @@ pub(crate) struct Compare {
     #[arg(long = "parent2", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents2: Vec<ImageSpec>,
     /// A folder to search for parents of the second image; repeatable.
-    #[arg(long = "parent-dir2", value_name = "DIR")]
+    #[arg(long = "parent-dir2", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs2: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) lock: Lock,
