@@ -4,6 +4,7 @@ mod overlay;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{EngineKind, make_engine};
+use crate::job::human_bytes;
 use crate::limits;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use crate::vhost::{Device, Endpoint, Resize, ServeOptions, SocketFile, SocketOptions, serve};
@@ -99,13 +100,13 @@ pub fn run(config: &Config) -> Result<()> {
             .hint("vdimg create makes one"));
     }
     let (endpoint, _name) = endpoint(&config.socket)?;
-    let device = device(config, &opened, resize)?;
+    let engine = engine(config.engine)?;
+    let device = device(config, &opened, resize, engine.kind);
+    let line = describe(config, &opened, &device.shape, &engine);
     let options = ServeOptions { once: config.once };
-    let what = opened.images[0].path.display().to_string();
-    let images = opened.images.len();
     serve(device, endpoint, options, &shutdown, || {
         overlay.keep();
-        tracing::info!("serving {what} ({} images, {} bytes)", images, opened.disk.size_bytes());
+        tracing::info!("serving {line}");
         // Without systemd nobody listens, and nothing depends on it.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     })?;
@@ -215,7 +216,7 @@ fn group_number(group: &str) -> Result<u32> {
     })
 }
 
-fn device(config: &Config, opened: &OpenedDisk, resize: EventFd) -> Result<Device<Channel>> {
+fn device(config: &Config, opened: &OpenedDisk, resize: EventFd, kind: EngineKind) -> Device<Channel> {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let per_cpu = u16::try_from(cpus).unwrap_or(u16::MAX).min(limits::MAX_QUEUES);
     let shape = DeviceShape {
@@ -226,15 +227,14 @@ fn device(config: &Config, opened: &OpenedDisk, resize: EventFd) -> Result<Devic
         queue_size: config.queue_size,
         ..DeviceShape::new(opened.disk.size_bytes())
     };
-    let kind = engine_kind(config.engine)?;
     let (disk, growing) = (opened.disk.clone(), opened.disk.clone());
-    Ok(Device {
+    Device {
         shape,
         serial: config.serial.clone().unwrap_or_else(|| default_serial(opened)),
         poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
         make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
         resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing)) }),
-    })
+    }
 }
 
 fn look_at_size(disk: &Disk) -> Option<u64> {
@@ -254,13 +254,44 @@ fn default_serial(opened: &OpenedDisk) -> String {
     format!("VB{first:08x}-{:08x}", u32::from_le_bytes(last))
 }
 
-/// Which engine it is going to be; said once, not by every queue.
-fn engine_kind(wanted: EngineKind) -> Result<EngineKind> {
+/// Which engine it is going to be.
+struct Engine {
+    kind: EngineKind,
+    /// Why it is not the better one.
+    fallback: Option<String>,
+}
+
+fn engine(wanted: EngineKind) -> Result<Engine> {
     let chosen = make_engine(wanted, 1)?;
-    if let Some(why) = chosen.fallback {
-        tracing::warn!("{why}");
+    Ok(Engine { kind: chosen.kind, fallback: chosen.fallback })
+}
+
+/// What is served and how, for the log.
+fn describe(config: &Config, opened: &OpenedDisk, shape: &DeviceShape, engine: &Engine) -> String {
+    let top = &opened.images[0];
+    let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    let version = top.info.version.as_ref().map_or_else(String::new, |v| format!(" {v}"));
+    let mut parts = vec![
+        format!("{}: {}{version}, {}", top.path.display(), top.format, top.info.variant),
+        human_bytes(opened.disk.size_bytes()),
+        count(opened.images.len(), "image"),
+        format!("{} of up to {}", count(shape.num_queues.into(), "queue"), shape.queue_size),
+        format!("cache {}", config.cache),
+        format!("discard {}", if config.discard { "unmap" } else { "ignore" }),
+        match &engine.fallback {
+            Some(why) => format!("{}, not io_uring: {why}", engine.kind),
+            None => engine.kind.to_string(),
+        },
+        match &config.socket {
+            Socket::Path { path, .. } => format!("socket {}", path.display()),
+            Socket::Inherited(number) => format!("descriptor {number}"),
+            Socket::Activated => "socket of systemd".to_string(),
+        },
+    ];
+    if config.read_only {
+        parts.insert(1, "read-only".to_string());
     }
-    Ok(chosen.kind)
+    parts.join("; ")
 }
 
 fn channel(disk: &Arc<Disk>, kind: EngineKind, slots: u16) -> Result<Channel> {

@@ -133,7 +133,10 @@ fn the_wait_for_a_lock_ends() {
     let mut c = vdblk(&["--lock-wait", "1", "--blk-file"]);
     c.arg(&image).arg("--socket-path").arg(dir.path().join("s"));
     let ended = run(c);
-    ended.assert_refused(&[text(&image), "for 1 s"]);
+    let (waits, refused) = ended.err.split_once('\n').expect("a line on the wait");
+    assert!(waits.contains(text(&image)) && waits.contains("waiting for up to 1 s"), "{waits}");
+    assert!(refused.starts_with("vdblk: ") && refused.contains("for 1 s"), "{refused}");
+    assert_eq!((ended.status.code(), refused.lines().count()), (Some(1), 1), "{refused}");
     assert!(ended.took >= Duration::from_secs(1), "{ended:?}");
     holder.stop();
 }

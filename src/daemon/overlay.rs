@@ -22,11 +22,6 @@ pub(super) fn open(how: OpenDisk, overlay: &Path) -> Result<(OpenedDisk, Fresh)>
             Ok(()) => fresh.0 = Some(overlay.to_path_buf()),
             Err(e) if e.kind() == ErrorKind::Exists => {
                 refuse_unless_based_on(overlay, image, uuid, how.allow_parent_mismatch)?;
-                tracing::info!(
-                    "{}: exists and is an overlay of {}; its contents are kept, further writes go into it",
-                    overlay.display(),
-                    image.path.display()
-                );
             }
             Err(e) => return Err(e),
         }
@@ -40,6 +35,12 @@ pub(super) fn open(how: OpenDisk, overlay: &Path) -> Result<(OpenedDisk, Fresh)>
         options: DiskOptions { read_only: false, ..how.options },
         ..how
     })?;
+    if fresh.0.is_none() {
+        let (overlay, image) = (overlay.display(), opened.images[1].path.display());
+        tracing::info!(
+            "{overlay}: is an overlay of {image} already; its contents are kept, writes go into it"
+        );
+    }
     Ok((opened, fresh))
 }
 

@@ -122,9 +122,9 @@ fn raw_writes(new: &CreateImage) -> Result<Make> {
     };
     let size = new.size_bytes;
     Ok(Box::new(move |file| {
-        file.set_len(size).map_err(|e| Error::io("set its length", e))?;
+        file.set_len(size).map_err(|e| Error::io(format!("set its length to {size} bytes"), e))?;
         if fixed {
-            file.allocate(0, size).map_err(|e| Error::io("reserve its space", e))?;
+            file.allocate(0, size).map_err(|e| Error::io(format!("reserve its {size} bytes"), e))?;
         }
         Ok(())
     }))
@@ -166,12 +166,15 @@ fn vdi_writes(new: &CreateImage) -> Result<Make> {
     });
     let blueprint = c.blueprint()?;
     Ok(Box::new(move |file| {
-        file.set_len(blueprint.file_len()).map_err(|e| Error::io("set its length", e))?;
+        let len = blueprint.file_len();
+        file.set_len(len).map_err(|e| Error::io(format!("set its length to {len} bytes"), e))?;
         if let Some((off, len)) = blueprint.preallocate() {
-            file.allocate(off.0, len).map_err(|e| Error::io("reserve its space", e))?;
+            let tried = || format!("reserve its {len} bytes at {off}");
+            file.allocate(off.0, len).map_err(|e| Error::io(tried(), e))?;
         }
         for (off, bytes) in blueprint.writes() {
-            file.write_at(off.0, &bytes).map_err(|e| Error::io("write its header and table", e))?;
+            let tried = || format!("write its header and table at {off}");
+            file.write_at(off.0, &bytes).map_err(|e| Error::io(tried(), e))?;
         }
         Ok(())
     }))
