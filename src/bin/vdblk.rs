@@ -49,12 +49,12 @@ struct Args {
     /// Its format: raw or vdi [default: what extension and contents agree on; the extension .raw says raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
-    /// A parent of the image, base first [repeatable]. Those that are not named are searched by UUID: in the folders of
+    /// A parent of the image, base first (repeatable). Those that are not named are searched by UUID: in the folders of
     /// --parent-dir, then, if none was named, in the image's own; each with the folders below it, and of one called
     /// Snapshots the one above too
     #[arg(long, value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     parent: Vec<ImageSpec>,
-    /// A folder to search parents in that are not named; see --parent [repeatable]
+    /// A folder to search parents in that are not named; see --parent (repeatable)
     #[arg(long, value_name = "DIR", value_parser = usage::existing_dir)]
     parent_dir: Vec<PathBuf>,
     /// Take a parent although it is not the one the image names

@@ -67,12 +67,12 @@ impl Command {
 /// Where the parents of an image are.
 #[derive(Debug, Args)]
 pub(crate) struct Parents {
-    /// A parent, base first [repeatable]. Those that are not named are searched by UUID: in the folders of --parent-dir,
+    /// A parent, base first (repeatable). Those that are not named are searched by UUID: in the folders of --parent-dir,
     /// then, if none was named, in the image's own; each with the folders below it, and of one called Snapshots the one
     /// above too.
     #[arg(long = "parent", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents: Vec<ImageSpec>,
-    /// A folder to search parents in that are not named; see --parent [repeatable].
+    /// A folder to search parents in that are not named; see --parent (repeatable).
     #[arg(long = "parent-dir", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs: Vec<PathBuf>,
     /// Take parents although their UUID is not the one the child names.
@@ -168,7 +168,7 @@ pub(crate) struct Create {
     /// A comment, where the format keeps one; vdi: at most 255 bytes.
     #[arg(long)]
     pub(crate) comment: Option<String>,
-    /// An option of the format [repeatable]; vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
+    /// An option of the format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
     /// [default: 1M].
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
@@ -190,7 +190,7 @@ pub(crate) struct Convert {
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
-    /// An option of the new image's format [repeatable]; vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
+    /// An option of the new image's format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
     /// [default: 1M].
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
@@ -209,10 +209,10 @@ pub(crate) struct Compare {
     /// Format of the second image, as --format.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format2: Option<Format>,
-    /// A parent of the second image, base first, as --parent [repeatable].
+    /// A parent of the second image, base first, as --parent (repeatable).
     #[arg(long = "parent2", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents2: Vec<ImageSpec>,
-    /// A folder to search parents of the second image in, as --parent-dir [repeatable].
+    /// A folder to search parents of the second image in, as --parent-dir (repeatable).
     #[arg(long = "parent-dir2", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs2: Vec<PathBuf>,
     /// Take parents of the second image although their UUID is not the one the child names.
@@ -276,7 +276,7 @@ pub(crate) struct Io {
     /// Write to an image although a diff in its folder has it as its parent.
     #[arg(long)]
     pub(crate) allow_write_to_parent: bool,
-    /// A command, see below [repeatable; default: those of standard input].
+    /// A command, see below (repeatable) [default: those of standard input].
     #[arg(short = 'c', long = "command", value_name = "COMMAND")]
     pub(crate) commands: Vec<job::Command>,
     #[command(flatten)]
