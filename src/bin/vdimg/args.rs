@@ -15,17 +15,24 @@ const ENDS: &str = "Sizes are bytes, or have a suffix for powers of 1024: 512M, 
 
 /// The script language of `vdimg io`.
 const SCRIPT: &str = "\
-Commands, one a line of standard input or one each --command; empty lines and lines that begin with # are passed over:
-  read [-P PATTERN] [-v] OFFSET LENGTH    reads; -P: every byte must be PATTERN; -v: prints the bytes
-  write [-P PATTERN] OFFSET LENGTH        writes PATTERN (default 0xcd)
-  write -z [-u] OFFSET LENGTH             writes zeros; -u: their space may go back to the file system
-  discard OFFSET LENGTH                   the range is not needed any more, and reads as zeros or as it was
-  flush                                   makes durable what was written
-  sleep MS                                waits, in milliseconds
-read, write, discard and flush can be shortened to r, w, d, f. OFFSET and LENGTH are multiples of 512, in bytes or with
-a suffix (k, M, G, T, P); PATTERN is a byte, 0 to 255 or 0x00 to 0xff.
+Commands, one a line of standard input or one each --command. Empty lines
+and lines that begin with # are passed over.
+  read [-P PATTERN] [-v] OFFSET LENGTH
+                     reads; -P: every byte must be PATTERN; -v: prints the bytes
+  write [-P PATTERN] OFFSET LENGTH
+                     writes PATTERN (default 0xcd)
+  write -z [-u] OFFSET LENGTH
+                     writes zeros; -u: their space may go back
+  discard OFFSET LENGTH
+                     the range is not needed: it reads as zeros or as before
+  flush              makes durable what was written
+  sleep MS           waits, in milliseconds
+r, w, d and f are short for read, write, discard and flush.
+OFFSET and LENGTH are multiples of 512, in bytes or with a suffix (k, M, G, T,
+P). PATTERN is a byte, 0 to 255 or 0x00 to 0xff.
 The first command that fails ends the script; what was written before stays.
-Exit status: 0 all done, 1 an error or a pattern that is not there, 2 wrong usage, also of a --command.";
+Exit status: 0 all done, 1 an error or a pattern that is not there, 2 wrong
+usage, also of a --command.";
 
 /// Makes, converts, compares, checks, repairs and looks at disk images.
 #[derive(Debug, Parser)]
