@@ -63,6 +63,8 @@ pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
 pub const MAX_IOVECS: usize = 1024;
 /// A piece of a table read or written at a time while opening, creating or checking.
 pub const TABLE_PIECE_BYTES: usize = 256 << 10;
+/// Bytes that belong to no block and are looked at by a repair, to say whether they are zeros.
+pub const MAX_ORPHAN_LOOK_BYTES: u64 = 1 << 30;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.

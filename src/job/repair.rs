@@ -72,6 +72,18 @@ impl<'a> RepairJob<'a> {
         RepairJob { file, steps, next: 0, copied: 0 }
     }
 
+    /// What the present step does, behind "cannot".
+    fn tried(&self) -> String {
+        match self.steps.get(self.next) {
+            Some(RepairStep::Write { at, bytes }) => format!("repair its {} bytes at {at}", bytes.len()),
+            Some(RepairStep::Copy { from, to, .. }) => {
+                format!("copy its bytes at {} to {}", from.plus(self.copied), to.plus(self.copied))
+            }
+            Some(RepairStep::SetLen { to }) => format!("set its length to {} bytes", to.0),
+            Some(RepairStep::Sync) | None => "make its repair durable".to_string(),
+        }
+    }
+
     /// Moves the next piece of a copy. True: that was the last.
     fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> std::io::Result<bool> {
         let n = (len - self.copied).min(LANE_BYTES);
@@ -99,7 +111,7 @@ impl Job for RepairJob<'_> {
             RepairStep::Sync => self.file.sync().map(|()| true),
             RepairStep::Copy { from, to, len } => self.copy_piece(from, to, len),
         };
-        if complete.map_err(|e| Error::io("write its repair", e).at(self.file.path()))? {
+        if complete.map_err(|e| Error::io(self.tried(), e).at(self.file.path()))? {
             self.next += 1;
             self.copied = 0;
         }

@@ -2,7 +2,7 @@
 
 use super::chain::{Chain, Layer};
 use super::marker::SyncFailureMarker;
-use super::parents::{ParentSearch, default_dirs};
+use super::parents::{ParentSearch, above_snapshots, default_dirs};
 use super::source::open_map;
 use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -43,8 +43,8 @@ pub struct OpenDisk {
     pub image: ImageSpec,
     /// Its parents, base first. Empty: they are searched by UUID.
     pub parents: Vec<ImageSpec>,
-    /// Where parents are searched first; then in the image's own folder, or the one above if its name is `Snapshots`, and
-    /// below.
+    /// Where parents are searched first, and below; then, if none was named, in the image's own folder and below. Of a
+    /// folder called `Snapshots` the one above is searched too.
     pub parent_dirs: Vec<PathBuf>,
     /// Past the page cache.
     pub direct: bool,
@@ -106,7 +106,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let write = !how.options.read_only;
     let mut images = vec![open_image(&how.image, how, write, &[])?];
     if how.parents.is_empty() {
-        search_parents(how, &mut images)?;
+        let mut places = named_places(how);
+        places.push(ParentSearch::new(default_dirs(&how.image.path)));
+        search_parents(how, &mut images, &mut places)?;
     } else {
         open_named_parents(how, &mut images)?;
     }
@@ -172,6 +174,10 @@ fn open_named_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()>
         let parent = open_parent(how, spec, images)?;
         images.push(parent);
     }
+    if !how.parent_dirs.is_empty() {
+        // Those beneath the ones that were named.
+        return search_parents(how, images, &mut named_places(how));
+    }
     let base = images.last().expect("the image itself");
     if needs_parent(&base.info) && !how.allow_parent_mismatch {
         return Err(missing_parent(base));
@@ -179,14 +185,18 @@ fn open_named_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()>
     Ok(())
 }
 
-/// Looks in the folders that were named, then where an image's parents usually are.
-fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()> {
-    let mut places =
-        [ParentSearch::new(how.parent_dirs.clone()), ParentSearch::new(default_dirs(&how.image.path))];
+/// The folders that were named.
+fn named_places(how: &OpenDisk) -> Vec<ParentSearch> {
+    let above = how.parent_dirs.iter().filter_map(|d| above_snapshots(d)).collect();
+    vec![ParentSearch::new(how.parent_dirs.clone()), ParentSearch::new(above)]
+}
+
+/// Looks in these places, one after the other, for each parent that is missing.
+fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>, places: &mut [ParentSearch]) -> Result<()> {
     while let Some(wanted) = images.last().and_then(|i| i.info.parent_uuid) {
         let child = images.last().expect("the image itself");
         let mut found = None;
-        for place in &mut places {
+        for place in &mut *places {
             found = place.find(wanted, &child.path)?;
             if found.is_some() {
                 break;

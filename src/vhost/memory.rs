@@ -13,6 +13,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+/// What to do about memory that cannot be mapped here.
+pub(super) const SHARE_IT: &str = "guest memory has to be shared: share=on of QEMU's memory-backend-memfd or -file, \
+                                   shared=on of cloud-hypervisor's --memory";
 /// The smallest unit the kernel maps in.
 const PAGE_BYTES: u64 = 4096;
 /// Larger "block sizes" of a file are no huge pages.
@@ -159,7 +162,7 @@ impl Region {
             info.len.checked_add(skew).and_then(|n| n.checked_next_multiple_of(page)).ok_or_else(wraps)?;
         let len = usize::try_from(len).map_err(|_| wraps())?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, start), len)
-            .map_err(|e| io::Error::other(format!("cannot map a memory region: {e}")))?;
+            .map_err(|e| io::Error::other(format!("cannot map a memory region: {e} ({SHARE_IT})")))?;
         let mapping = Arc::new(mapping);
         // SAFETY: `skew + info.len` bytes are mapped, readable and writable, and stay so as long as this Region, which
         // holds `mapping`; whoever uses the slice holds a Memory with this Region. The memory is shared with a guest:
@@ -198,7 +201,7 @@ fn check(info: &RegionInfo, file: &File) -> io::Result<(u64, u64)> {
         )));
     }
     if !meta.is_file() && !meta.file_type().is_char_device() {
-        return Err(invalid("the descriptor of a memory region is not a file".to_string()));
+        return Err(invalid(format!("the descriptor of a memory region is not a file ({SHARE_IT})")));
     }
     // hugetlbfs tells its page size here and maps from multiples of it only; on others, a larger unit does no harm
     let unit = meta.blksize();

@@ -5,6 +5,7 @@
 //! arrived and its reply fits the socket, so a front-end that stops in the middle of one holds up nobody but itself.
 
 use super::handler::Handler;
+use super::memory::SHARE_IT;
 use super::poller::Poller;
 use super::socket::Endpoint;
 use super::sys;
@@ -35,6 +36,9 @@ const RESIZE: u64 = 3;
 
 /// The message that brings the channel for messages to the front-end.
 const SET_BACKEND_REQ_FD: u32 = 21;
+/// Messages that bring the guest's memory.
+const SET_MEM_TABLE: u32 = 5;
+const ADD_MEM_REG: u32 = 37;
 
 /// A disk to serve.
 pub struct Device<D> {
@@ -254,20 +258,20 @@ impl Server {
             }
             busy = true;
             for _ in 0..MESSAGES_A_TURN {
-                match readiness(socket)? {
-                    Readiness::Message(SET_BACKEND_REQ_FD) => {
-                        let channel = sys::peek_descriptor(socket)?;
-                        handler.lock().unwrap_or_else(PoisonError::into_inner).expect_back_channel(channel);
-                    }
-                    Readiness::Message(_) => {}
+                let request = match readiness(socket)? {
+                    Readiness::Message(request) => request,
                     Readiness::NotYet => {
                         busy = false;
                         break;
                     }
                     Readiness::Gone => return Ok(if silent { End::Silent } else { End::Gone }),
+                };
+                if request == SET_BACKEND_REQ_FD {
+                    let channel = sys::peek_descriptor(socket)?;
+                    handler.lock().unwrap_or_else(PoisonError::into_inner).expect_back_channel(channel);
                 }
                 silent = false;
-                if !goes_on(requests.handle_request()) {
+                if !goes_on(request, requests.handle_request()) {
                     return Ok(End::Gone);
                 }
             }
@@ -276,7 +280,7 @@ impl Server {
 }
 
 /// Whether a connection goes on after a message; says why not.
-fn goes_on(handled: std::result::Result<(), VhostError>) -> bool {
+fn goes_on(request: u32, handled: std::result::Result<(), VhostError>) -> bool {
     match handled {
         Ok(()) | Err(VhostError::SocketRetry(_)) => true,
         Err(VhostError::InvalidOperation(why)) => {
@@ -286,6 +290,11 @@ fn goes_on(handled: std::result::Result<(), VhostError>) -> bool {
         Err(VhostError::Disconnected | VhostError::PartialMessage | VhostError::SocketBroken(_)) => false,
         Err(VhostError::ReqHandlerError(why)) => {
             tracing::warn!("front-end's message is not acceptable: {why}; connection closed");
+            false
+        }
+        // regions without a descriptor each, for one
+        Err(e) if matches!(request, SET_MEM_TABLE | ADD_MEM_REG) => {
+            tracing::warn!("front-end's memory cannot be used: {e} ({SHARE_IT}); connection closed");
             false
         }
         Err(e) => {
