@@ -49,6 +49,11 @@ impl GuestRegion {
         }
     }
 
+    /// Takes the memory from this address on away, as a front-end can. Nobody on this side may touch it afterwards.
+    pub fn shorten(&self, gpa: u64) {
+        self.file.set_len(self.offset + (gpa - self.gpa)).unwrap();
+    }
+
     pub fn put(&self, gpa: u64, data: &[u8]) {
         self.memory.write_slice(data, GuestAddress(gpa)).unwrap();
     }
@@ -231,6 +236,11 @@ impl GuestQueue {
         }
         parts.push((at + 16, 1, true));
         self.push(&parts)
+    }
+
+    /// Where the data of slot `n` is.
+    pub fn data_at(&self, n: u64) -> u64 {
+        self.slot(n) + DATA
     }
 
     pub fn status(&self, n: u64) -> u8 {
