@@ -27,6 +27,7 @@ const UNSAFE: &[&str] = &[
     "io/threads.rs",
     "io/uring.rs",
     "vd/own.rs",
+    "vhost/lost.rs",
     "vhost/memory.rs",
     "vhost/ring.rs",
     "vhost/shared.rs",

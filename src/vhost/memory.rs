@@ -3,6 +3,7 @@
 //! A snapshot with one more region shares the mappings of the former, so a region can be added while requests run. One
 //! with a region less can only take effect once no request holds memory of it: see `handler.rs`.
 
+use super::lost::Watched;
 use crate::io::BufSlice;
 use crate::limits;
 use crate::virtio::GuestMemory;
@@ -39,6 +40,8 @@ pub struct RegionInfo {
 struct Region {
     info: RegionInfo,
     bytes: BufSlice,
+    /// Before the mapping: dropping it ends the watch over it.
+    watched: Watched,
     /// What `bytes` and `guest` point into.
     _mapping: Arc<MmapRegion<()>>,
     guest: Arc<GuestRegionMmap<()>>,
@@ -113,6 +116,11 @@ impl Memory {
         self.regions.len()
     }
 
+    /// A part of it was taken away by the front-end, and is zeros now.
+    pub(super) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|r| r.watched.is_lost())
+    }
+
     /// True without memory.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
@@ -164,6 +172,7 @@ impl Region {
         let mapping = MmapRegion::from_file(FileOffset::new(file, start), len)
             .map_err(|e| io::Error::other(format!("cannot map a memory region: {e} ({SHARE_IT})")))?;
         let mapping = Arc::new(mapping);
+        let watched = Watched::new(mapping.as_ptr(), len, index(page))?;
         // SAFETY: `skew + info.len` bytes are mapped, readable and writable, and stay so as long as this Region, which
         // holds `mapping`; whoever uses the slice holds a Memory with this Region. The memory is shared with a guest:
         // no reference to it exists.
@@ -174,7 +183,7 @@ impl Region {
             unsafe { MmapRegion::build_raw(bytes.as_ptr(), bytes.len(), mapping.prot(), mapping.flags()) };
         let view = view.map_err(|e| invalid(e.to_string()))?;
         let guest = GuestRegionMmap::new(view, GuestAddress(info.guest_addr)).ok_or_else(wraps)?;
-        Ok(Region { info, bytes, _mapping: mapping, guest: Arc::new(guest) })
+        Ok(Region { info, bytes, watched, _mapping: mapping, guest: Arc::new(guest) })
     }
 }
 
@@ -192,8 +201,8 @@ fn check(info: &RegionInfo, file: &File) -> io::Result<(u64, u64)> {
         )));
     }
     let meta = file.metadata()?;
-    // Touching a mapping behind the end of its file is a SIGBUS. (A front-end that shortens the file later can still
-    // cause that; it could as well kill its guest.) A device checks its bounds when it is mapped.
+    // Touching a mapping behind the end of its file is a SIGBUS; for a file that is shortened later see `lost.rs`. A
+    // device checks its bounds when it is mapped.
     if meta.is_file() && file_end > meta.len() {
         return Err(invalid(format!(
             "a memory region ends at {file_end:#x} in a file of {:#x} bytes",

@@ -54,6 +54,8 @@ pub enum RingError {
     Head(u16),
     /// What is said to be in flight cannot be.
     InFlight(&'static str),
+    /// The front-end has taken memory away.
+    MemoryLost,
 }
 
 impl fmt::Display for RingError {
@@ -69,6 +71,9 @@ impl fmt::Display for RingError {
             RingError::AvailJump(n) => write!(f, "the available index jumped by {n}"),
             RingError::Head(n) => write!(f, "the chain head {n} is outside the descriptor table"),
             RingError::InFlight(why) => write!(f, "what is in flight is unknown: {why}"),
+            RingError::MemoryLost => {
+                f.write_str("guest memory has gone: its file was shortened, or the host has none left for it")
+            }
         }
     }
 }
