@@ -14,9 +14,13 @@ use vdblk::vd::{CacheMode, ImageSpec};
 /// The exit status of a command line that makes no sense.
 const WRONG_USAGE: u8 = 2;
 
+const SIGNALS: &str = "\
+Signals: SIGTERM and SIGINT end it, SIGKILL loses nothing that was acknowledged. SIGHUP: the file of a raw image has
+been made longer; the guest is told the disk's new size.";
+
 /// Serves a virtual disk image, with its snapshots, as a vhost-user-blk device.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110)]
+#[command(version, about, max_term_width = 110, after_help = SIGNALS)]
 struct Args {
     /// Listen on this unix socket
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
