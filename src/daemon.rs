@@ -3,6 +3,7 @@
 mod overlay;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
 use crate::io::{EngineKind, make_engine};
 use crate::job::human_bytes;
 use crate::limits;
@@ -227,17 +228,23 @@ fn device(config: &Config, opened: &OpenedDisk, resize: EventFd, kind: EngineKin
         queue_size: config.queue_size,
         ..DeviceShape::new(opened.disk.size_bytes())
     };
-    let (disk, growing) = (opened.disk.clone(), opened.disk.clone());
+    let (disk, growing, format) = (opened.disk.clone(), opened.disk.clone(), opened.images[0].format);
     Device {
         shape,
         serial: config.serial.clone().unwrap_or_else(|| default_serial(opened)),
         poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
         make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
-        resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing)) }),
+        resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing, format)) }),
     }
 }
 
-fn look_at_size(disk: &Disk) -> Option<u64> {
+/// Only a raw image has its size from its file's length. Any other has it in its header, with a table that was made for it.
+fn look_at_size(disk: &Disk, format: Format) -> Option<u64> {
+    if format != Format::Raw {
+        let size = disk.size_bytes();
+        tracing::warn!("the disk's size stays, {size} bytes: only a raw image can grow while it is served");
+        return None;
+    }
     let grown = disk.grow().inspect_err(|e| tracing::warn!("{e}")).ok()?;
     if grown.is_none() {
         tracing::info!("the disk's size stays: {} bytes", disk.size_bytes());

@@ -14,8 +14,9 @@ use vdblk::io::EngineKind;
 use vdblk::limits;
 use vdblk::vd::{CacheMode, ImageSpec};
 
-const ENDS: &str = "Signals: SIGTERM and SIGINT end it in order, SIGHUP makes it look at the size of the image's file \
-                    again.\nExit status: 0 it ended as it was asked to, 1 an error, with one line on standard error, \
+const ENDS: &str = "Signals: SIGTERM and SIGINT end it in order, SIGKILL loses nothing that was \
+                    acknowledged. SIGHUP: the file of a raw image has been made longer; the guest is told the disk's \
+                    new size.\nExit status: 0 it ended as it was asked to, 1 an error, with one line on standard error, \
                     2 wrong usage.\nSizes and offsets in messages are bytes. README.md has the commands of the \
                     virtual machine monitors.";
 

@@ -1,0 +1,246 @@
+//! Real virtual machine monitors attach: each boots a guest of a few KiB (`scripts/guest/nano`) on a disk of ours, which
+//! reads, writes, discards and flushes it. QEMU interprets the guest; the two others need /dev/kvm, and are found on the
+//! PATH or named by `CLOUD_HYPERVISOR` and `FIRECRACKER`.
+
+mod daemon_support;
+
+use daemon_support::images::{diff, first_difference};
+use daemon_support::process::{Daemon, Guarded, run};
+use daemon_support::{comes_true, scratch};
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const DISK: usize = 16 << 20;
+const SECTOR: usize = 512;
+/// Where the guest tries things; it leaves zeros there if it may.
+const TRIED: usize = 8;
+/// Where the guest finds the pattern.
+const FOUND: usize = 8192;
+/// Where it leaves it: over the second half of what it found.
+const LEFT: usize = 8200;
+const PATTERN_BYTES: usize = 8192;
+
+/// What the guest writes and expects; as `nano.c` makes it.
+fn pattern() -> Vec<u8> {
+    (0..PATTERN_BYTES).map(|i| (i * 7 + (i >> 9)) as u8).collect()
+}
+
+/// Where tests leave word that they did not run: past the test harness, which shows nothing of a test that passes.
+fn skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "skipped: {why}");
+}
+
+/// A monitor that can be run here; says so if there is none. One that is named and is not there is a failure.
+fn monitor(name: &str, variable: &str) -> Option<PathBuf> {
+    if let Some(named) = std::env::var_os(variable) {
+        let named = PathBuf::from(named);
+        assert!(is_program(&named), "{variable} names no program: {}", named.display());
+        return Some(named);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|p| is_program(p));
+    if found.is_none() {
+        skipped(&format!("{name} is not on the PATH, nor named by {variable}"));
+    }
+    found
+}
+
+fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+/// A monitor that needs /dev/kvm.
+fn monitor_on_kvm(name: &str, variable: &str) -> Option<PathBuf> {
+    let program = monitor(name, variable)?;
+    if let Err(e) = File::options().read(true).write(true).open("/dev/kvm") {
+        skipped(&format!("{name} needs /dev/kvm: {e}"));
+        return None;
+    }
+    Some(program)
+}
+
+/// The guest's program, built for this test; says so where there is no compiler.
+fn payload(dir: &Path) -> Option<PathBuf> {
+    if !daemon_support::has("gcc") || !daemon_support::has("objcopy") {
+        skipped("the guest's program needs gcc and binutils");
+        return None;
+    }
+    let out = dir.join("nano.elf");
+    let mut c = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/guest/nano/mk.sh"));
+    c.arg(&out).stdin(Stdio::null());
+    let ended = run(c);
+    assert!(ended.status.success(), "{ended:?}");
+    Some(out)
+}
+
+/// Everything a monitor has to be told.
+struct Boot<'a> {
+    program: &'a Path,
+    payload: &'a Path,
+    socket: &'a Path,
+    /// A folder for what it leaves.
+    dir: &'a Path,
+    /// The payload's command line.
+    words: &'a str,
+}
+
+/// One of those who drive us.
+#[derive(Clone, Copy)]
+struct Monitor {
+    /// Boots the guest until it has turned its machine off; what it said.
+    boot: fn(&Boot<'_>) -> String,
+    /// Hands discards and write-zeroes on.
+    discards: bool,
+}
+
+fn qemu(boot: &Boot<'_>) -> String {
+    let mut c = Command::new(boot.program);
+    c.args(
+        "-M q35,memory-backend=mem -accel tcg -m 64M -nodefaults -no-user-config -display none".split(' '),
+    )
+    .args(["-object", "memory-backend-memfd,id=mem,size=64M,share=on", "-no-reboot", "-serial", "stdio"])
+    .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel"])
+    .arg(boot.payload)
+    .args(["-append", &format!("exit=qemu {}", boot.words), "-chardev"])
+    .arg(format!("socket,id=c,path={}", boot.socket.display()))
+    .args(["-device", "vhost-user-blk-pci,chardev=c,num-queues=1"]);
+    said(c, boot)
+}
+
+fn cloud_hypervisor(boot: &Boot<'_>) -> String {
+    let mut c = Command::new(boot.program);
+    c.arg("--kernel")
+        .arg(boot.payload)
+        .args(["--cmdline", &format!("exit=ch {}", boot.words), "--cpus", "boot=1"])
+        .args(["--memory", "size=64M,shared=on", "--console", "off", "--serial", "tty", "--disk"])
+        .arg(format!("vhost_user=true,socket={},num_queues=1,queue_size=128", boot.socket.display()));
+    said(c, boot)
+}
+
+fn firecracker(boot: &Boot<'_>) -> String {
+    let config = serde_json::json!({
+        "boot-source": {"kernel_image_path": boot.payload, "boot_args": format!("exit=fc {}", boot.words)},
+        "drives": [{
+            "drive_id": "disk", "is_root_device": false, "cache_type": "Writeback", "socket": boot.socket
+        }],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
+    });
+    let file = boot.dir.join("firecracker.json");
+    fs::write(&file, config.to_string()).expect("write the configuration");
+    let mut c = Command::new(boot.program);
+    c.args(["--no-api", "--id", "vdblk-test", "--config-file"]).arg(file);
+    said(c, boot)
+}
+
+/// What the guest says on its console, which is the monitor's standard output. The guest's last words end the wait as well
+/// as the monitor's end, which is not the same in each of them.
+fn said(mut command: Command, boot: &Boot<'_>) -> String {
+    let (console, errors) = (boot.dir.join("console"), boot.dir.join("errors"));
+    let create = |path: &Path| File::create(path).expect("a file for what it says");
+    command.stdin(Stdio::null()).stdout(create(&console)).stderr(create(&errors));
+    let mut running = Guarded(command.spawn().expect("start the monitor"));
+    let ended = comes_true(|| running.0.try_wait().expect("wait").is_some());
+    let text = |path: &Path| String::from_utf8_lossy(&fs::read(path).expect("what it said")).into_owned();
+    let said = text(&console);
+    assert!(ended, "the monitor does not end: {said}{}", text(&errors));
+    assert!(said.contains("NANO-OK"), "{said}{}", text(&errors));
+    said
+}
+
+/// An image to serve.
+struct Served {
+    image: PathBuf,
+    read_only: bool,
+}
+
+/// One of each kind, with the pattern where the guest looks for it; the diff has it from its parent.
+fn images(dir: &Path) -> Vec<Served> {
+    let source = dir.join("source.raw");
+    let mut bytes = vec![0; DISK];
+    put_pattern(&mut bytes, FOUND);
+    fs::write(&source, bytes).expect("write the source");
+    let copy = |name: &str, format: &str| {
+        vdimg(&["convert", "--output-format", format], &[&source, &dir.join(name)]);
+        dir.join(name)
+    };
+    let base = copy("base.vdi", "vdi");
+    let served = |image: PathBuf, read_only| Served { image, read_only };
+    vec![
+        served(copy("disk.raw", "raw"), false),
+        served(copy("disk.vdi", "vdi"), false),
+        served(diff(&dir.join("diff.vdi"), &base, None), false),
+        served(base, true),
+    ]
+}
+
+fn put_pattern(disk: &mut [u8], sector: usize) {
+    disk[sector * SECTOR..][..PATTERN_BYTES].copy_from_slice(&pattern());
+}
+
+fn vdimg(args: &[&str], files: &[&Path]) {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_vdimg"));
+    c.args(args).args(files).stdin(Stdio::null());
+    let ended = run(c);
+    assert!(ended.status.success(), "{args:?}: {ended:?}");
+}
+
+/// The guest has used the disk, everything it left is in the image, and the image is in order.
+fn serve_to(monitor: Monitor, program: &Path, payload: &Path, served: &Served, dir: &Path) {
+    let Served { image, read_only } = served;
+    let daemon = Daemon::serve(image, if *read_only { &["--read-only"] } else { &[] });
+    let words =
+        if *read_only { format!("has={FOUND}") } else { format!("has={FOUND} keep={LEFT} loops=200 qd=8") };
+    let said = (monitor.boot)(&Boot { program, payload, socket: &daemon.socket, dir, words: &words });
+    daemon.wait_for_log("front-end disconnected");
+    let log = daemon.stop().err;
+    assert_eq!(log.matches("front-end connected").count(), 1, "{log}");
+    for bad in ["WARN", "ERROR", "panicked"] {
+        assert!(!log.contains(bad), "{log}\n{said}");
+    }
+    assert!(said.contains(&format!(" sectors=0x{:x}", DISK / SECTOR)), "{said}");
+    let mut wanted = vec![0; DISK];
+    put_pattern(&mut wanted, FOUND);
+    if !read_only {
+        put_pattern(&mut wanted, LEFT);
+        assert_eq!(said.contains("\nwrite zeroes status=0x0"), monitor.discards, "{said}");
+        if !monitor.discards {
+            put_pattern(&mut wanted, TRIED);
+        }
+    }
+    let copy = dir.join("copy.raw");
+    vdimg(&["convert", "--output-format", "raw"], &[image, &copy]);
+    let found = fs::read(&copy).expect("the copy");
+    fs::remove_file(&copy).expect("remove");
+    assert_eq!(first_difference(&found, &wanted), None, "{}: {said}", image.display());
+    vdimg(&["check"], &[image]);
+}
+
+fn attaches(monitor: Monitor, program: Option<PathBuf>) {
+    let Some(program) = program else { return };
+    let dir = scratch();
+    let Some(payload) = payload(dir.path()) else { return };
+    for served in images(dir.path()) {
+        serve_to(monitor, &program, &payload, &served, dir.path());
+    }
+}
+
+#[test]
+fn qemu_attaches() {
+    attaches(Monitor { boot: qemu, discards: true }, monitor("qemu-system-x86_64", "QEMU"));
+}
+
+#[test]
+fn cloud_hypervisor_attaches() {
+    attaches(
+        Monitor { boot: cloud_hypervisor, discards: true },
+        monitor_on_kvm("cloud-hypervisor", "CLOUD_HYPERVISOR"),
+    );
+}
+
+#[test]
+fn firecracker_attaches() {
+    attaches(Monitor { boot: firecracker, discards: false }, monitor_on_kvm("firecracker", "FIRECRACKER"));
+}
