@@ -4,14 +4,17 @@
 
 mod daemon_support;
 
-use daemon_support::images::{diff, first_difference};
-use daemon_support::process::{Daemon, Guarded, run};
-use daemon_support::{comes_true, scratch};
+use daemon_support::images::{diff, first_difference, raw};
+use daemon_support::process::{Daemon, Guarded, run, vdblk};
+use daemon_support::{PATIENCE, comes_true, scratch};
+use std::cell::RefCell;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 const DISK: usize = 16 << 20;
 const SECTOR: usize = 512;
@@ -85,6 +88,8 @@ struct Boot<'a> {
     dir: &'a Path,
     /// The payload's command line.
     words: &'a str,
+    /// What to do when the guest has said this.
+    meanwhile: Option<(&'a str, &'a dyn Fn())>,
 }
 
 /// One of those who drive us.
@@ -114,9 +119,9 @@ fn cloud_hypervisor(boot: &Boot<'_>) -> String {
     let mut c = Command::new(boot.program);
     c.arg("--kernel")
         .arg(boot.payload)
-        .args(["--cmdline", &format!("exit=ch {}", boot.words), "--cpus", "boot=1"])
+        .args(["--cmdline", &format!("exit=ch {}", boot.words), "--cpus", "boot=2"])
         .args(["--memory", "size=64M,shared=on", "--console", "off", "--serial", "tty", "--disk"])
-        .arg(format!("vhost_user=true,socket={},num_queues=1,queue_size=128", boot.socket.display()));
+        .arg(format!("vhost_user=true,socket={},num_queues=2,queue_size=256", boot.socket.display()));
     said(c, boot)
 }
 
@@ -130,9 +135,31 @@ fn firecracker(boot: &Boot<'_>) -> String {
     });
     let file = boot.dir.join("firecracker.json");
     fs::write(&file, config.to_string()).expect("write the configuration");
+    let api = boot.dir.join("api");
+    // left behind by the boot before
+    let _ = fs::remove_file(&api);
     let mut c = Command::new(boot.program);
-    c.args(["--no-api", "--id", "vdblk-test", "--config-file"]).arg(file);
-    said(c, boot)
+    c.args(["--id", "vdblk-test", "--config-file"]).arg(file).arg("--api-sock").arg(&api);
+    let Some((when, what)) = boot.meanwhile else { return said(c, boot) };
+    let told = || {
+        what();
+        // it asks for the disk's size when it is told to, and at no other time
+        patch(&api, "/drives/disk", r#"{"drive_id": "disk"}"#);
+    };
+    said(c, &Boot { meanwhile: Some((when, &told)), ..*boot })
+}
+
+/// A request to a monitor that is driven by HTTP over a unix socket.
+fn patch(socket: &Path, what: &str, body: &str) {
+    let mut stream = UnixStream::connect(socket).expect("the monitor's socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("time-out");
+    let length = body.len();
+    write!(stream, "PATCH {what} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
+        .expect("ask");
+    let mut answer = [0; 256];
+    let n = stream.read(&mut answer).expect("an answer");
+    let answer = String::from_utf8_lossy(&answer[..n]);
+    assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
 }
 
 /// What the guest says on its console, which is the monitor's standard output. The guest's last words end the wait as well
@@ -142,8 +169,14 @@ fn said(mut command: Command, boot: &Boot<'_>) -> String {
     let create = |path: &Path| File::create(path).expect("a file for what it says");
     command.stdin(Stdio::null()).stdout(create(&console)).stderr(create(&errors));
     let mut running = Guarded(command.spawn().expect("start the monitor"));
-    let ended = comes_true(|| running.0.try_wait().expect("wait").is_some());
     let text = |path: &Path| String::from_utf8_lossy(&fs::read(path).expect("what it said")).into_owned();
+    let mut meanwhile = boot.meanwhile;
+    let ended = comes_true(|| {
+        if let Some((_, what)) = meanwhile.take_if(|(when, _)| text(&console).contains(*when)) {
+            what();
+        }
+        running.0.try_wait().expect("wait").is_some()
+    });
     let said = text(&console);
     assert!(ended, "the monitor does not end: {said}{}", text(&errors));
     assert!(said.contains("NANO-OK"), "{said}{}", text(&errors));
@@ -190,10 +223,18 @@ fn vdimg(args: &[&str], files: &[&Path]) {
 /// The guest has used the disk, everything it left is in the image, and the image is in order.
 fn serve_to(monitor: Monitor, program: &Path, payload: &Path, served: &Served, dir: &Path) {
     let Served { image, read_only } = served;
-    let daemon = Daemon::serve(image, if *read_only { &["--read-only"] } else { &[] });
+    let options = ["--num-queues", "2", "--read-only"];
+    let daemon = Daemon::serve(image, if *read_only { &options } else { &options[..2] });
     let words =
         if *read_only { format!("has={FOUND}") } else { format!("has={FOUND} keep={LEFT} loops=200 qd=8") };
-    let said = (monitor.boot)(&Boot { program, payload, socket: &daemon.socket, dir, words: &words });
+    let said = (monitor.boot)(&Boot {
+        program,
+        payload,
+        socket: &daemon.socket,
+        dir,
+        words: &words,
+        meanwhile: None,
+    });
     daemon.wait_for_log("front-end disconnected");
     let log = daemon.stop().err;
     assert_eq!(log.matches("front-end connected").count(), 1, "{log}");
@@ -225,6 +266,97 @@ fn attaches(monitor: Monitor, program: Option<PathBuf>) {
     for served in images(dir.path()) {
         serve_to(monitor, &program, &payload, &served, dir.path());
     }
+}
+
+/// The disk grows while the guest looks: it sees the new size, and what it writes at the new end is in the image.
+fn sees_growth(monitor: Monitor, program: Option<PathBuf>) {
+    let Some(program) = program else { return };
+    let dir = scratch();
+    let Some(payload) = payload(dir.path()) else { return };
+    let image = raw(&dir.path().join("disk.raw"), DISK as u64);
+    let daemon = Daemon::serve(&image, &[]);
+    let grow = || {
+        let file = File::options().write(true).open(&image).expect("open");
+        file.set_len(2 * DISK as u64).expect("lengthen");
+        daemon.signal(libc::SIGHUP);
+        daemon.wait_for_log("the disk has grown");
+    };
+    let (socket, words) = (&daemon.socket, "grows=20");
+    let meanwhile = Some(("waiting for growth", &grow as &dyn Fn()));
+    let boot = Boot { program: &program, payload: &payload, socket, dir: dir.path(), words, meanwhile };
+    let said = (monitor.boot)(&boot);
+    assert!(said.contains(&format!(" sectors=0x{:x}", 2 * DISK / SECTOR)), "{said}");
+    let log = daemon.stop().err;
+    assert!(!log.contains("WARN"), "{log}");
+    let (at, bytes) = (2 * DISK - PATTERN_BYTES, fs::read(&image).expect("the image"));
+    assert_eq!(first_difference(&bytes[at..], &pattern()), None);
+}
+
+/// The daemon is killed while requests are in flight, and another takes its place: the guest gets every answer.
+fn survives_a_kill(monitor: Monitor, program: Option<PathBuf>) {
+    let Some(program) = program else { return };
+    let dir = scratch();
+    let Some(payload) = payload(dir.path()) else { return };
+    let image = raw(&dir.path().join("disk.raw"), DISK as u64);
+    let socket = dir.path().join("s");
+    let start = || {
+        let mut c = vdblk(&["--num-queues", "2", "--blk-file"]);
+        c.arg(&image).arg("--socket-path").arg(&socket);
+        let daemon = Daemon::spawn(c, socket.clone(), scratch());
+        daemon.wait_until_serving();
+        daemon
+    };
+    let daemon = RefCell::new(start());
+    let kill = || {
+        // into the reads that follow
+        std::thread::sleep(Duration::from_millis(200));
+        daemon.borrow().signal(libc::SIGKILL);
+        daemon.replace(start());
+    };
+    let words = format!("loops=3000 qd=8 keep={LEFT}");
+    let meanwhile = Some(("unknown type status=0x2", &kill as &dyn Fn()));
+    (monitor.boot)(&Boot {
+        program: &program,
+        payload: &payload,
+        socket: &socket,
+        dir: dir.path(),
+        words: &words,
+        meanwhile,
+    });
+    let log = daemon.into_inner().stop().err;
+    assert_eq!(log.matches("front-end connected").count(), 1, "it came back: {log}");
+    let mut wanted = vec![0; DISK];
+    put_pattern(&mut wanted, LEFT);
+    assert_eq!(first_difference(&fs::read(&image).expect("the image"), &wanted), None, "{log}");
+}
+
+#[test]
+fn a_guest_of_cloud_hypervisor_survives_a_kill_of_the_daemon() {
+    let program = monitor_on_kvm("cloud-hypervisor", "CLOUD_HYPERVISOR");
+    survives_a_kill(Monitor { boot: cloud_hypervisor, discards: true }, program);
+}
+
+/// From this version on QEMU tells its guest.
+const QEMU_TELLS: u32 = 10;
+
+#[test]
+fn a_guest_of_qemu_sees_the_disk_grow() {
+    let Some(program) = monitor("qemu-system-x86_64", "QEMU") else { return };
+    let mut c = Command::new(&program);
+    c.arg("--version").stdin(Stdio::null());
+    let version = run(c).out;
+    let major = version.split("version ").nth(1).and_then(|v| v.split('.').next()?.parse::<u32>().ok());
+    if major.expect("a version") < QEMU_TELLS {
+        return skipped(&format!(
+            "QEMU tells its guest of a new size from version {QEMU_TELLS} on; QEMU names another"
+        ));
+    }
+    sees_growth(Monitor { boot: qemu, discards: true }, Some(program));
+}
+
+#[test]
+fn a_guest_of_firecracker_sees_the_disk_grow() {
+    sees_growth(Monitor { boot: firecracker, discards: false }, monitor_on_kvm("firecracker", "FIRECRACKER"));
 }
 
 #[test]

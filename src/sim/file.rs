@@ -71,8 +71,9 @@ impl SimFile {
     }
 
     /// From now on everything is recorded.
-    pub fn record(&self, log: DmLog) {
-        self.lock().dm_log = Some(log);
+    pub fn record(&self) {
+        let c = &mut *self.lock();
+        c.dm_log = Some(DmLog::of(&c.now));
     }
 
     /// Writes a mark into the record, if there is one.
@@ -82,9 +83,12 @@ impl SimFile {
         }
     }
 
-    /// The record.
+    /// The record, with a last mark of what the file holds.
     pub fn take_record(&self) -> Option<DmLog> {
-        self.lock().dm_log.take()
+        let c = &mut *self.lock();
+        let mut log = c.dm_log.take()?;
+        log.mark_contents("end", &c.now);
+        Some(log)
     }
 
     /// Syncs that go past the engines fail from now on, or no longer.
@@ -142,7 +146,10 @@ impl SimFile {
     /// The power goes and comes back with this left.
     pub fn restart_with(&self, bytes: Bytes) {
         let c = &mut *self.lock();
-        let dm_log = c.dm_log.take();
+        let mut dm_log = c.dm_log.take();
+        if let Some(log) = &mut dm_log {
+            log.replaced(&c.now, &bytes, "power cut");
+        }
         let cuts = c.cuts.take().map(|_| Vec::new());
         let now = bytes.clone();
         *c = Contents { durable: bytes, now, dm_log, cuts, ..Contents::default() };
@@ -175,11 +182,14 @@ impl SimFile {
         }
         if rng.chance(50) {
             let len = c.now.len();
-            c.now = c.durable.clone();
+            let before = std::mem::replace(&mut c.now, c.durable.clone());
             for change in c.log.iter().flatten() {
                 apply_whole(&mut c.now, change);
             }
             c.now.set_len(len);
+            if let Some(log) = &mut c.dm_log {
+                log.replaced(&before, &c.now, "sync failed");
+            }
         }
     }
 }
@@ -203,10 +213,11 @@ impl Contents {
             }
             other => other,
         };
-        if let Some(log) = &mut self.dm_log {
-            log.change(&change);
-        }
+        let before = self.now.len();
         apply_whole(&mut self.now, &change);
+        if let Some(log) = &mut self.dm_log {
+            log.change(&change, before, &self.now);
+        }
         self.log.push(Some(change));
     }
 
@@ -237,7 +248,7 @@ impl Contents {
         }
         self.first = self.first.max(mark);
         if let Some(log) = &mut self.dm_log {
-            log.flush();
+            log.flush(&self.now);
         }
     }
 }

@@ -117,7 +117,7 @@ pub fn play(how: &Play) -> Played {
     let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
     let (images, mut past) = Images::new(Shape { kind, size, block }, &mut rng);
     if how.record {
-        images.top.record(super::DmLog::default());
+        images.top.record();
     }
     let (exhaustive, samples) = if large { (0, 1) } else { (how.exhaustive, how.samples) };
     let mut judge = Judge::new(exhaustive, samples, how.seed);
