@@ -4,7 +4,7 @@
 //! a VMM does. `VDBLK_KILLS` says how many times in all (54); `scripts/soak-kill.sh` is the long form.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
 
 /// Kinds of images times ways through the page cache.
@@ -37,7 +37,7 @@ fn vdimg(dir: &Path, args: &str) {
 }
 
 /// Runs vubench with a daemon on `image`; its result.
-fn vubench(dir: &Path, image: &str, cache: &str, args: &str) -> serde_json::Value {
+fn try_vubench(dir: &Path, image: &str, cache: &str, args: &str) -> (Output, serde_json::Value) {
     let daemon = format!(
         "{} --socket-path @S --blk-file {} --num-queues 2 --cache {cache} --log-level warn",
         program("vdblk").display(),
@@ -46,10 +46,16 @@ fn vubench(dir: &Path, image: &str, cache: &str, args: &str) -> serde_json::Valu
     let mut c = Command::new(program("vubench"));
     c.current_dir(dir).arg("--socket").arg(dir.join("s")).arg("--server-cmd").arg(daemon);
     c.args("--queues 2 --unit 4k --max-units 16 --seed 7 --size 128m --shadow model".split_whitespace());
-    let done = c.args(args.split_whitespace()).stderr(Stdio::inherit()).output().expect("run vubench");
+    let done = c.args(args.split_whitespace()).output().expect("run vubench");
     let text = String::from_utf8_lossy(&done.stdout);
     let result = serde_json::from_str(text.lines().last().unwrap_or("")).unwrap_or_default();
-    assert!(done.status.success(), "vubench {args}: {:?} {text}", done.status.code());
+    (done, result)
+}
+
+/// As [`try_vubench`], and nothing is found to be wrong.
+fn vubench(dir: &Path, image: &str, cache: &str, args: &str) -> serde_json::Value {
+    let (done, result) = try_vubench(dir, image, cache, args);
+    assert!(done.status.success(), "vubench {args}: {done:?}");
     result
 }
 
@@ -112,4 +118,19 @@ fn a_vdi_survives_kills_while_it_grows() {
 #[test]
 fn a_diff_survives_kills_while_it_grows() {
     ["writeback", "none"].iter().for_each(|cache| kill_and_restart("diff", cache));
+}
+
+/// The check itself: one request missing in the record of what was in flight, or one too many, is noticed.
+#[test]
+fn a_lost_and_a_doubled_request_are_noticed() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    for (spoil, field) in [("lose", "lost"), ("double", "duplicates")] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let image = make(dir.path(), "raw");
+        let run = "--reconnect-kill 4 --assume-zero --iodepth 32 --runtime 2 --stall 2 --spoil-inflight";
+        let (done, r) = try_vubench(dir.path(), image, "none", &format!("{run} {spoil}"));
+        assert_eq!(done.status.code(), Some(1), "{done:?}");
+        assert!(r[field].as_u64() > Some(0), "{field} in {r}");
+        println!("{spoil}: {} lost, {} doubled in {} kills", r["lost"], r["duplicates"], r["kills"]);
+    }
 }

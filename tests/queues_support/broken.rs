@@ -40,7 +40,7 @@ pub const FAULTS: [(Fault, u32); 6] = [
     (Fault::StalePage, 10_000),
     (Fault::LateWrite, 10_000),
     (Fault::LateDiscard, 100),
-    (Fault::StaleRead, 300),
+    (Fault::StaleRead, 60),
     (Fault::HalfSector, 10_000),
     (Fault::Misplaced, 10_000),
 ];
