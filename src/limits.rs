@@ -63,6 +63,9 @@ pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
 pub const MAX_IOVECS: usize = 1024;
 /// A piece of a table read or written at a time while opening, creating or checking.
 pub const TABLE_PIECE_BYTES: usize = 256 << 10;
+/// Bytes a repair copies for blocks that share their places, if that is more than the file has: a table of 1 MiB can
+/// name one place a quarter of a million times.
+pub const MAX_SEPARATED_BYTES: u64 = 64 << 20;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.
