@@ -73,14 +73,14 @@ fn smoke(target: &str, cases: u64, max: usize, change: Change, body: &dyn Fn(&[u
 #[test]
 fn any_chain_is_answered_once_and_within_its_buffers() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("chains", 10_000, chains::MAX_BYTES, mutate::bytes, &chains::run);
+    smoke("chains", 20_000, chains::MAX_BYTES, mutate::bytes, &chains::run);
 }
 
 #[test]
 fn any_messages_leave_the_server_as_it_was() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let meeting = Meeting::new();
-    smoke("messages", 3_000, fuzz_support::messages::MAX_BYTES, mutate::bytes, &|case| meeting.run(case));
+    smoke("messages", 5_000, fuzz_support::messages::MAX_BYTES, mutate::bytes, &|case| meeting.run(case));
     drop(meeting);
     assert_eq!(queue_threads(), 0, "a thread is left");
 }
@@ -88,7 +88,7 @@ fn any_messages_leave_the_server_as_it_was() {
 #[test]
 fn any_image_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("vdi", 5_000, 64 << 10, mutate::image, &image::run);
+    smoke("vdi", 8_000, 64 << 10, mutate::image, &image::run);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use vdblk::io::{
 use vdblk::map::FileId;
 
 const PAGE: u64 = 4096;
+const HOLE_SEARCH: u64 = 256;
 
 #[derive(Debug, Default)]
 struct Contents {
@@ -66,18 +67,17 @@ impl Contents {
         n
     }
 
-    /// Start of the first page from `off` on that is there (`true`) or is not.
-    fn next(&self, off: u64, there: bool) -> Option<u64> {
-        let mut page = off / PAGE;
-        loop {
-            if page * PAGE >= self.len {
-                return None;
-            }
-            if self.pages.contains_key(&page) == there {
-                return Some((page * PAGE).max(off));
-            }
-            page = if there { *self.pages.range(page..).next()?.0 } else { page + 1 };
-        }
+    fn next_data(&self, off: u64) -> Option<u64> {
+        let page = *self.pages.range(off / PAGE..).next()?.0;
+        Some((page * PAGE).max(off)).filter(|at| *at < self.len)
+    }
+
+    /// Looks [`HOLE_SEARCH`] pages ahead and calls what comes then a hole: a search through all of a file each time would
+    /// cost more than the file's user.
+    fn next_hole(&self, off: u64) -> u64 {
+        let first = off / PAGE;
+        let data = (first..first + HOLE_SEARCH).take_while(|p| self.pages.contains_key(p)).count() as u64;
+        ((first + data) * PAGE).max(off).min(self.len.max(off))
     }
 }
 
@@ -155,12 +155,11 @@ impl HostFile for SparseFile {
     }
 
     fn next_data(&self, off: u64) -> io::Result<Option<u64>> {
-        Ok(self.lock().next(off, true))
+        Ok(self.lock().next_data(off))
     }
 
     fn next_hole(&self, off: u64) -> io::Result<u64> {
-        let c = self.lock();
-        Ok(c.next(off, false).unwrap_or(c.len))
+        Ok(self.lock().next_hole(off))
     }
 
     fn allocated(&self) -> io::Result<u64> {
