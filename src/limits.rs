@@ -65,6 +65,9 @@ pub const MAX_IOVECS: usize = 1024;
 pub const TABLE_PIECE_BYTES: usize = 256 << 10;
 /// Bytes that belong to no block and are looked at by a repair, to say whether they are zeros.
 pub const MAX_ORPHAN_LOOK_BYTES: u64 = 1 << 30;
+/// Bytes a repair copies for blocks that share their places, if that is more than the file has: a table of 1 MiB can
+/// name one place a quarter of a million times.
+pub const MAX_SEPARATED_BYTES: u64 = 64 << 20;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.

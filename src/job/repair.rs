@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::vdi::{CheckReport, RepairStep};
 use crate::format::{Format, vdi};
 use crate::io::HostFile;
+use crate::limits::SECTOR_BYTES;
 use crate::map::HostOffset;
 use crate::vd::{FileSource, ImageSpec};
 use std::time::Duration;
@@ -84,21 +85,36 @@ impl<'a> RepairJob<'a> {
         }
     }
 
-    /// Moves the next piece of a copy. True: that was the last.
+    /// Moves the next piece of a copy. True: that was the last. What is a hole on both sides is passed over: a block may be
+    /// far larger than what a small file has of it.
     fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> std::io::Result<bool> {
-        let n = (len - self.copied).min(LANE_BYTES);
+        let (from, to, left) = (from.plus(self.copied).0, to.plus(self.copied).0, len - self.copied);
+        let (source, target) = (self.hole_at(from)?, self.hole_at(to)?);
+        let hole = source.min(target).min(left);
+        if hole > 0 {
+            self.copied += hole;
+            return Ok(self.copied == len);
+        }
+        let data = if source == 0 { from } else { to };
+        let run = self.file.next_hole(data)?.saturating_sub(data).max(SECTOR_BYTES);
+        let n = left.min(run).min(LANE_BYTES);
         let mut piece = vec![0; usize::try_from(n).expect("1 MiB at most")];
         let mut got = 0;
         while got < piece.len() {
-            match self.file.read_at(from.plus(self.copied).0 + got as u64, &mut piece[got..])? {
+            match self.file.read_at(from + got as u64, &mut piece[got..])? {
                 // The place is cut off in the middle: the rest of it reads as zeros.
                 0 => break,
                 more => got += more,
             }
         }
-        self.file.write_at(to.plus(self.copied).0, &piece)?;
+        self.file.write_at(to, &piece)?;
         self.copied += n;
         Ok(self.copied == len)
+    }
+
+    /// Bytes of the hole at `off`, 0 where there is none; all there are where no data follow.
+    fn hole_at(&self, off: u64) -> std::io::Result<u64> {
+        Ok(self.file.next_data(off)?.map_or(u64::MAX, |data| data.saturating_sub(off)))
     }
 }
 

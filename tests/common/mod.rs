@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 pub mod guest;
+pub mod hostile;
 pub mod ram;
 
 use guest::GuestQueue;

@@ -18,7 +18,9 @@ use super::dense::relocations;
 use super::layout::{Entry, FREE, PAGE_ENTRIES, idx};
 use super::table::survey;
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{MAX_CHECK_LINES, MAX_ORPHAN_LOOK_BYTES, TABLE_PIECE_BYTES};
+use crate::limits::{
+    MAX_CHECK_LINES, MAX_ORPHAN_LOOK_BYTES, MAX_SEPARATED_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES,
+};
 use crate::map::{Bitmap, ByteSource, HostBlock, HostOffset};
 use std::collections::BTreeSet;
 
@@ -64,8 +66,8 @@ pub struct Repair {
 /// Plans the repair of an image. Nothing is written.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] where the header itself is wrong, with the first reason; otherwise as
-/// [`super::check()`].
+/// [`ErrorKind::Corrupt`] where the header itself is wrong, with the first reason; [`ErrorKind::Limit`] where more would
+/// have to be copied than any crash explains; otherwise as [`super::check()`].
 pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
     let hopeless = |report: &CheckReport| {
         let first = report.findings.iter().find(|f| !f.repairable).map_or("unknown", |f| &f.text);
@@ -81,6 +83,7 @@ pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
     }
     let mut work = Work::new(examined);
     work.free_what_is_gone();
+    work.refuse_flood()?;
     if !work.image.is_fixed() {
         work.name_orphans(source)?;
     }
@@ -224,6 +227,22 @@ impl Work {
                 self.displaced.push((block, place));
             }
         }
+    }
+
+    /// A small file can ask for copies without end.
+    fn refuse_flood(&self) -> Result<()> {
+        let layout = self.image.layout;
+        let there = |from: HostBlock| self.file_bytes.saturating_sub(layout.start_of(from.0).0);
+        let cost = |from| there(from).min(layout.stride()).max(META_PAGE_BYTES);
+        let bytes = self.displaced.iter().map(|(_, from)| cost(*from)).fold(0, u64::saturating_add);
+        if bytes <= MAX_SEPARATED_BYTES.max(self.file_bytes) {
+            return Ok(());
+        }
+        let what = format!(
+            "cannot be repaired: {} blocks lie where another does, and copies for them would take {bytes} bytes",
+            self.displaced.len()
+        );
+        Err(Error::new(ErrorKind::Limit, what).hint("no crash does that: take another copy of the image"))
     }
 
     /// A place behind all others, or a hole.
