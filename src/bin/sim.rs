@@ -67,8 +67,8 @@ fn run(args: &Args) -> std::io::Result<bool> {
         }
     }
     println!(
-        "{} seeds, {requests} requests, {} moments, {} states, {} not opened, {} repaired, {} written by others",
-        args.seeds, sum.cuts, sum.states, sum.unopened, sum.repaired, sum.foreign
+        "{} seeds, {requests} requests, {} moments, {} states, {} repaired, {} written by others",
+        args.seeds, sum.cuts, sum.states, sum.repaired, sum.foreign
     );
     Ok(sound)
 }

@@ -15,8 +15,6 @@ pub struct Stats {
     pub cuts: u64,
     /// States of the file after that.
     pub states: u64,
-    /// States that did not open without a repair.
-    pub unopened: u64,
     /// States that were repaired, opened and compared.
     pub repaired: u64,
     /// States to which other programs wrote.
@@ -28,7 +26,6 @@ impl Stats {
     pub fn add(&mut self, other: Stats) {
         self.cuts += other.cuts;
         self.states += other.states;
-        self.unopened += other.unopened;
         self.repaired += other.repaired;
         self.foreign += other.foreign;
     }
@@ -93,16 +90,7 @@ impl Judge {
     fn state(&mut self, images: &Images, state: &Bytes, allowed: &[Vec<u64>]) -> Result<(), String> {
         self.stats.states += 1;
         let is_vdi = images.shape.kind != Kind::Raw;
-        let seen = match images.view(state) {
-            Ok(view) => view,
-            Err(_) if is_vdi => {
-                self.stats.unopened += 1;
-                let repaired = self.repair(state)?;
-                let view = images.view(&repaired).map_err(|e| format!("does not open after repair: {e}"))?;
-                return compare(&view, allowed);
-            }
-            Err(e) => return Err(format!("does not open: {e}")),
-        };
+        let seen = images.view(state).map_err(|e| format!("does not open: {e}"))?;
         compare(&seen, allowed)?;
         if !is_vdi {
             return Ok(());

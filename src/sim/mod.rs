@@ -32,7 +32,7 @@ pub use file::{DATA, SimFile};
 pub use images::{Images, Kind, Shape};
 pub use judge::{Judge, Stats};
 pub use past::{Past, fill, value_of};
-pub use play::{Play, Played, play};
+pub use play::{Habit, Play, Played, play};
 pub use rng::Rng;
 pub use trace::Trace;
 pub use workload::{Op, all_workloads, powercut_workload, small_disk};

@@ -9,8 +9,21 @@ use super::workload::options;
 use super::{Rng, Trace, World};
 use crate::io::IoKind;
 use crate::job::{CompareJob, CopyJob, Job, Step};
-use crate::vd::{Channel, DiskOptions};
+use crate::map::{GuestOffset, GuestRange};
+use crate::vd::{Channel, DiskOptions, Request};
 use std::sync::Arc;
+
+/// What guests and processes of a simulation are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Habit {
+    /// All sorts of requests to processes that live for a while.
+    Usual,
+    /// Processes live for a moment, and table pages are what fails: a search for what only closing and starting meet.
+    Churn,
+    /// Processes are killed that leave places at the end of the file which the table no longer names, as far as anybody
+    /// can read, but as far as is durable still does.
+    Tails,
+}
 
 /// What is played.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +36,8 @@ pub struct Play {
     pub requests: u64,
     /// Operations fail.
     pub faults: bool,
-    /// Processes live for a moment, and table pages are what fails: a search for what only closing and starting meet.
-    pub churn: bool,
+    /// What guests and processes are like.
+    pub habit: Habit,
     /// Copies and comparisons run.
     pub jobs: bool,
     /// All states of a cut with up to so many parts are looked at.
@@ -47,7 +60,7 @@ impl Play {
             kind: None,
             requests: 2000,
             faults: true,
-            churn: false,
+            habit: Habit::Usual,
             jobs: true,
             exhaustive: 3,
             samples: 4,
@@ -162,10 +175,14 @@ impl Game {
     }
 
     fn work(&mut self, w: &mut World) {
-        let steps = if self.how.churn { 20 + self.rng.below(30) } else { 40 + self.rng.below(400) };
+        let steps = match self.how.habit {
+            Habit::Usual => 40 + self.rng.below(400),
+            Habit::Churn => 20 + self.rng.below(30),
+            Habit::Tails => self.rng.below(16).saturating_sub(10),
+        };
         w.steps(steps);
         if self.how.faults && self.rng.chance(40) {
-            let common = !self.how.churn && self.rng.chance(80);
+            let common = self.how.habit != Habit::Churn && self.rng.chance(80);
             let fault = if common { random_fault(&mut self.rng) } else { entry_fault() };
             self.trace.event(format_args!("fault planned: {fault:?}"));
             self.faults.add(fault);
@@ -176,7 +193,28 @@ impl Game {
             self.faults.clear();
             self.copy(w);
         }
+        if self.how.habit == Habit::Tails {
+            self.leave_a_tail(w);
+        }
         self.check_failures(w);
+    }
+
+    /// A block is written, as a rule flushed, and zeroed: what its entry named lies behind everything the table names now,
+    /// but only the page cache knows. It is one block, for each further write of a table page makes it less likely
+    /// that a power cut leaves an old one.
+    fn leave_a_tail(&mut self, w: &mut World) {
+        w.drain();
+        let (block, size) = (self.images.shape.block, w.disk.size_bytes());
+        let from = self.rng.below(size.div_ceil(block)) * block;
+        let range = GuestRange::between(GuestOffset(from), GuestOffset(size.min(from + block)));
+        let flush = self.rng.chance(70).then_some(Request::Flush);
+        for request in [Some(Request::Write(range)), flush, Some(Request::WriteZeroes { range, unmap: true })]
+        {
+            if let Some(request) = request {
+                w.post(0, request, w.posted + 1);
+                w.drain();
+            }
+        }
     }
 
     /// Nothing fails but by a fault.
@@ -227,7 +265,11 @@ impl Game {
     fn end(&mut self, mut w: World) -> Option<(Vec<Past>, u64, bool)> {
         let failed_sync = w.sync_has_failed();
         let mut closed = false;
-        let close = if self.how.churn { 60 } else { 25 };
+        let (close, power) = match self.how.habit {
+            Habit::Usual => (25, 50),
+            Habit::Churn => (60, 50),
+            Habit::Tails => (10, 20),
+        };
         if self.rng.chance(close) && !failed_sync {
             self.faults.clear();
             if self.how.faults && self.rng.chance(30) {
@@ -242,7 +284,7 @@ impl Game {
             }
         }
         // Within this boot, the mark keeps others from opening what a sync has failed on.
-        let cut = failed_sync || self.rng.chance(50);
+        let cut = failed_sync || self.rng.chance(power);
         w.look_now();
         let at_once = cut.then(|| self.images.top.cut_now());
         w.kill();

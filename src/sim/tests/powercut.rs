@@ -14,7 +14,6 @@ fn workloads(kind: Kind) {
     }
     println!("{}: {sum:?}", kind.name());
     assert!(sum.states > 20_000 || kind == Kind::Raw, "too few states: {sum:?}");
-    assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
 }
 
 #[test]
@@ -48,6 +47,5 @@ fn powercut_random() {
         }
         println!("{}: {sum:?}", kind.name());
         assert!(sum.states > 20_000, "too few states: {sum:?}");
-        assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
     }
 }
