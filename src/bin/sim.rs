@@ -3,7 +3,9 @@
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use vdblk::sim::{Judge, Kind, Play, Played, Stats, all_workloads, play, powercut_workload, small_disk};
+use vdblk::sim::{
+    Judge, Kills, Kind, Play, Played, Stats, all_workloads, play, powercut_workload, small_disk,
+};
 
 /// Plays simulations of processes, power cuts and failing disks
 #[derive(Debug, Parser)]
@@ -94,7 +96,7 @@ fn workloads(args: &Args, kind: Kind, seed: u64) -> Played {
     for (n, ops) in (0..).zip(all_workloads()) {
         let own = seed << 16 | n;
         let judge = Judge::new(args.exhaustive.min(12), args.samples, own);
-        let mut played = powercut_workload(&disk, &ops, own, judge);
+        let mut played = powercut_workload(&disk, &ops, &Kills::default(), own, judge);
         played.wrong = played.wrong.map(|w| format!("{ops:?} (workload {n}): {w}"));
         match &mut all {
             None => all = Some(Played { seed, ..played }),

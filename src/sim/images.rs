@@ -11,7 +11,7 @@ use crate::vd::{Chain, Disk, DiskOptions, Layer, Request, Scratch};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// What is simulated.
@@ -45,6 +45,11 @@ impl Kind {
         matches!(self, Kind::Diff | Kind::DiffDiscard)
     }
 
+    /// What its user has decided.
+    pub fn options(self, write_through: bool) -> DiskOptions {
+        DiskOptions { write_through, discard: self != Kind::Diff, ..DiskOptions::default() }
+    }
+
     /// The format of the image that is written.
     pub fn format(self) -> Format {
         if self == Kind::Raw { Format::Raw } else { Format::Vdi }
@@ -73,17 +78,28 @@ pub struct Images {
     below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
 }
 
-/// Time stands for nothing here, and UUIDs come in order.
-#[derive(Debug, Default)]
-struct SimHost(AtomicU64);
+/// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order.
+#[derive(Debug)]
+pub(super) struct SimHost {
+    start: Instant,
+    looks: AtomicU64,
+    uuids: AtomicU64,
+}
+
+impl Default for SimHost {
+    fn default() -> Self {
+        SimHost { start: Instant::now(), looks: AtomicU64::new(0), uuids: AtomicU64::new(0) }
+    }
+}
 
 impl Host for SimHost {
     fn now(&self) -> Instant {
-        Instant::now()
+        let n = self.looks.fetch_add(1, Ordering::Relaxed);
+        self.start + Duration::from_micros(n * 17 + n % 7)
     }
 
     fn new_uuid(&self) -> Uuid {
-        Uuid::from_u128(0x5eed << 64 | u128::from(self.0.fetch_add(1, Ordering::Relaxed)))
+        Uuid::from_u128(0x5eed << 64 | u128::from(self.uuids.fetch_add(1, Ordering::Relaxed)))
     }
 }
 
@@ -116,7 +132,7 @@ impl Images {
         if kind.has_parent() {
             let (bytes, values) = full_parent(size, 4096 << rng.below(4), rng);
             let map = open_map(&bytes, Format::Vdi, FileId(1), true).expect("a new parent");
-            below.push((SimFile::new("parent.vdi", bytes), map));
+            below.push((SimFile::sealed("parent.vdi", bytes), map));
             past = values;
         }
         let bytes = match kind {
@@ -133,6 +149,11 @@ impl Images {
     /// A copy whose top file is its own.
     pub fn copy(&self) -> Images {
         Images { top: SimFile::new("top", self.top.bytes()), ..self.clone() }
+    }
+
+    /// Nobody writes to the files below the top.
+    pub(super) fn parents_are_untouched(&self) -> bool {
+        self.below.iter().all(|(f, _)| !f.was_touched())
     }
 
     /// The files an engine has to know.

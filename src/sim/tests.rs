@@ -2,5 +2,7 @@
 
 mod failing;
 mod powercut;
+mod repairing;
+mod rings;
 mod sabotaged;
 mod seeds;

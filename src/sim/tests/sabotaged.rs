@@ -3,7 +3,7 @@
 use crate::sim::{Habit, Kind, Play, Sabotage, play, sabotage};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-const HABITS: [Habit; 3] = [Habit::Usual, Habit::Churn, Habit::Tails];
+const HABITS: [Habit; 4] = [Habit::Usual, Habit::Churn, Habit::Syncs, Habit::Tails];
 /// States within which a broken rule has to be noticed.
 const MOST_STATES: u64 = 1000;
 
