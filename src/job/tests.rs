@@ -4,9 +4,9 @@ use super::{CompareJob, CopyJob, Job, Piece, PieceKind, Step, Survey};
 use crate::error::Failure;
 use crate::format::vdi::{self, Parent, Variant, VdiCreate};
 use crate::format::{self, Format};
-use crate::io::sim::{Rng, SimEngine};
 use crate::io::{AlignedBuf, HostFile, MemFile, OsHost};
 use crate::map::{ByteSource, FileId, GuestOffset, GuestRange};
+use crate::sim::{Rng, SimEngine};
 use crate::vd::{Chain, Channel, Disk, DiskOptions, Layer, Request};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -46,7 +46,7 @@ fn open(files: &[(Format, Arc<MemFile>)], read_only: bool) -> Arc<Disk> {
 }
 
 fn channel(disk: &Arc<Disk>, rng: &mut Rng) -> Channel {
-    let mut e = SimEngine::new(rng.next());
+    let mut e = SimEngine::new(rng.draw());
     e.inline_percent = rng.below(100);
     e.depth = 1 + rng.below(20) as usize;
     Channel::new(disk.clone(), Box::new(e), CompareJob::slots()).unwrap()
@@ -262,7 +262,7 @@ fn both_engines_copy_and_compare() {
     let dir = tempfile::tempdir_in(exe.parent().unwrap()).unwrap();
     let mut rng = Rng(4);
     let mut bytes = vec![0; 20 << 20];
-    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.next() as u8);
+    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.draw() as u8);
     std::fs::write(dir.path().join("s.raw"), bytes).unwrap();
     for kind in [EngineKind::IoUring, EngineKind::Threads] {
         let target = dir.path().join(format!("{kind}.vdi"));

@@ -34,6 +34,7 @@ pub use dmlog::DmLog;
 pub use engine::SimEngine;
 pub use fault::{Failing, Fault, Faults};
 pub use file::{DATA, Landing, SimFile};
+pub use foreign::take_away;
 pub use images::{Images, Kind, Shape};
 pub use judge::{Judge, Stats};
 pub use life::Life;

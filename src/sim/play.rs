@@ -2,6 +2,7 @@
 
 use super::cut::Cut;
 use super::fault::{Failing, Fault, Faults};
+use super::foreign;
 use super::images::{Images, Kind, Shape, copy_target};
 use super::judge::{Judge, Stats};
 use super::{Left, Rng, Through, Trace, World};
@@ -143,6 +144,8 @@ impl Played {
 }
 
 struct Game {
+    /// What shows where the image on top has nothing.
+    beneath: Vec<u64>,
     how: Play,
     images: Images,
     rng: Rng,
@@ -160,7 +163,13 @@ pub fn play(how: &Play) -> Played {
     let large = how.jobs && rng.chance(4);
     let block = if large { 1 << 20 } else { 4096 << rng.below(4) };
     let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
-    let (images, past) = Images::new(Shape { kind, size, block }, &mut rng);
+    let parents = if rng.chance(25) { 1 + rng.index(4) } else { 1 };
+    let shape = Shape { kind, size, block };
+    let (images, past) = match kind {
+        Kind::Diff | Kind::DiffDiscard => Images::with_parents(shape, parents, &mut rng),
+        _ => Images::new(shape, &mut rng),
+    };
+    let beneath = past.iter().map(|p| p.may[0]).collect();
     if how.record {
         images.top.record(super::DmLog::default());
     }
@@ -169,7 +178,8 @@ pub fn play(how: &Play) -> Played {
     judge.most_states = how.most_states;
     let out = Played { wrong: None, ..Played::failed(how.seed, String::new()) };
     let trace = Trace::printing(how.trace);
-    let mut game = Game { how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
+    let mut game =
+        Game { beneath, how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
     let mut next = Some((Left::new(past), true));
     while let Some((left, cut)) = next.take() {
         if game.out.wrong.is_none() && game.out.requests < how.requests {
@@ -334,7 +344,10 @@ impl Game {
         self.out.repeated += w.repeated;
         self.out.stops += w.stops;
         let wrong = w.wrong.take();
-        let left = w.afterwards(cut);
+        let mut left = w.afterwards(cut);
+        if self.how.through == Through::Channels && !cut && self.rng.chance(20) {
+            self.others_take_blocks_away(&mut left);
+        }
         self.out.stats = self.judge.as_ref().map(|j| j.stats).unwrap_or_default();
         let violation = self.judge.as_ref().and_then(|j| j.violation.clone());
         self.out.wrong = wrong.or(violation);
@@ -342,6 +355,20 @@ impl Game {
             self.power_cut(&cut);
         }
         Some((left, cut))
+    }
+
+    fn others_take_blocks_away(&mut self, left: &mut Left) {
+        let Shape { kind, block, .. } = self.images.shape;
+        if kind == Kind::Raw {
+            return;
+        }
+        let sectors = usize::try_from(block / 512).expect("a small block");
+        for b in foreign::take_away(&self.images.top, &mut self.rng) {
+            let from = b as usize * sectors;
+            let values = self.beneath.iter().copied();
+            let own = left.past.iter_mut().zip(values).skip(from).take(sectors);
+            own.for_each(|(p, value)| p.changed_by_another(value));
+        }
     }
 
     fn power_cut(&mut self, cut: &Cut) {
