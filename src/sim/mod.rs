@@ -1,9 +1,10 @@
 //! The simulator: the third [`crate::io::IoEngine`], files whose power can go, and everything around them, on one thread
 //! and from one seed. docs/crash-model.md says what is simulated and what is promised.
 //!
-//! A [`World`] is the life of one process: a disk, its channels, its guest and its jobs. Its guest knows what each
-//! sector may hold ([`Past`]). A [`SimFile`] remembers what no sync has made durable; a [`Cut`] is a moment at which the
-//! power may go, and a [`Judge`] looks at what it can leave. [`play`] puts all of that together for a seed.
+//! A [`World`] is the life of one process: a disk, its channels, its guest and its jobs. The guest calls the channels, or
+//! posts chains into rings in its memory, which real queue workers serve. It knows what each sector may hold ([`Past`]).
+//! A [`Life`] says when the process dies. A [`SimFile`] remembers what no sync has made durable; a [`Cut`] is a moment at
+//! which the power may go, and a [`Judge`] looks at what it can leave. [`play`] puts all of that together for a seed.
 
 mod bytes;
 mod cut;

@@ -1,6 +1,10 @@
 //! A process that serves a disk, its guest, and its jobs: all on one thread, stepped in the order of a seed.
 
-use super::driver::{DATA_BYTES, Driver, ENTRIES, Seen};
+mod rings;
+
+pub use rings::Guest;
+
+use super::driver::{DATA_BYTES, Driver, ENTRIES};
 use super::file::Landing;
 use super::images::{Images, SimHost, bytes_for, engine_for};
 use super::judge::Judge;
@@ -12,10 +16,8 @@ use super::{Faults, Rng, Trace};
 use crate::error::Failure;
 use crate::io::{AlignedBuf, Host};
 use crate::job::Job;
-use crate::map::moment::listen;
 use crate::map::{GuestOffset, GuestRange};
 use crate::vd::{BlockDevice, Channel, Disk, DiskOptions, Done, Outcome, Own, Request};
-use crate::virtio::{STATUS_OK, STATUS_UNSUPP};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -34,24 +36,6 @@ struct Under {
 impl Under {
     fn ranges(&self) -> impl Iterator<Item = GuestRange> {
         std::iter::once(range_of(self.request)).chain(self.more.iter().copied())
-    }
-}
-
-/// A guest that goes on while the process that serves it is another one.
-#[derive(Debug)]
-pub struct Guest {
-    ram: Ram,
-    drivers: Vec<Driver>,
-    under: Vec<Vec<Option<Under>>>,
-}
-
-impl Guest {
-    /// A guest with one to three queues, in which nothing is in flight.
-    fn new(rng: &mut Rng) -> Guest {
-        let queues = 1 + u16::try_from(rng.below(3)).expect("few");
-        let drivers = (0..queues).map(|q| Driver::new(q, rng.chance(50))).collect();
-        let under = (0..queues).map(|_| (0..ENTRIES).map(|_| None).collect()).collect();
-        Guest { ram: Ram::new(queues).expect("memory for a guest"), drivers, under }
     }
 }
 
@@ -231,27 +215,6 @@ impl World {
         Ok(world)
     }
 
-    /// The rings are there already; their workers begin where the last ones ended.
-    fn take_guest_up(&mut self) {
-        let Some((ram, drivers)) = &mut self.rings else { return };
-        for file in ram.files().expect("descriptors for files in memory") {
-            self.life.share(file);
-        }
-        drivers.iter_mut().for_each(|d| d.new_process(ram));
-        self.start_rings();
-    }
-
-    fn start_rings(&mut self) {
-        let Some((ram, drivers)) = &self.rings else { return };
-        for ((queue, port), driver) in (0..).zip(&mut self.ports).zip(drivers) {
-            if let Port::Ring(r) = port
-                && let Err(e) = r.start(queue, driver, ram)
-            {
-                self.wrong.get_or_insert(e);
-            }
-        }
-    }
-
     /// Queues.
     pub fn queues(&self) -> usize {
         self.ports.len()
@@ -335,15 +298,6 @@ impl World {
         match self.rings.is_some() && self.rng.chance(3) {
             true => self.identify(c),
             false => drop(self.post_all(c, request, more, value)),
-        }
-    }
-
-    /// The guest asks for the disk's serial number.
-    fn identify(&mut self, c: usize) {
-        if let Some((ram, drivers)) = &mut self.rings
-            && drivers[c].identify(ram, &mut self.rng).is_some()
-        {
-            self.posted += 1;
         }
     }
 
@@ -521,77 +475,6 @@ impl World {
             if !self.life.is_dead() {
                 self.ended(c, slot, outcome, &[]);
             }
-        }
-    }
-
-    fn step_worker(&mut self, c: usize) {
-        let (Port::Ring(port), Some((_, drivers))) = (&mut self.ports[c], &mut self.rings) else { return };
-        let life = self.life.clone();
-        listen(Some(Arc::new(move || {
-            life.event();
-        })));
-        let seen = port.step(&mut drivers[c]);
-        listen(None);
-        self.look_at_cuts();
-        if let Err(wrong) = seen.and_then(|seen| self.check_worker(c, &seen)) {
-            self.wrong.get_or_insert(wrong);
-        }
-        if !self.life.is_dead() {
-            self.hear(c);
-        }
-    }
-
-    /// Did the worker do what the chains in the ring ask for?
-    fn check_worker(&mut self, c: usize, seen: &[Seen]) -> Result<(), String> {
-        let Some((_, drivers)) = &mut self.rings else { return Ok(()) };
-        for s in seen {
-            self.trace.event(format_args!("{c} {s:?}"));
-            self.repeated += u64::from(drivers[c].check(*s)?);
-        }
-        Ok(())
-    }
-
-    /// The guest looks into its used ring.
-    fn hear(&mut self, c: usize) {
-        loop {
-            let Some((ram, drivers)) = &mut self.rings else { return };
-            let answer = match drivers[c].answer(ram) {
-                Ok(None) => return,
-                Ok(Some(answer)) => answer,
-                Err(wrong) => {
-                    self.wrong.get_or_insert(wrong);
-                    return;
-                }
-            };
-            let outcome = match answer.status {
-                STATUS_OK => Ok(()),
-                STATUS_UNSUPP => Err(Failure::Unsupported),
-                _ => Err(Failure::Os(libc::EIO)),
-            };
-            if answer.identified {
-                self.trace.event(format_args!("{c}.{} identified: {outcome:?}", answer.head));
-            } else {
-                self.ended(c, answer.head, outcome, &answer.data);
-            }
-        }
-    }
-
-    /// A front-end stops a ring in the midst of things, or starts it again.
-    fn stop_or_start(&mut self, c: usize) {
-        let (Port::Ring(port), Some((ram, drivers))) = (&mut self.ports[c], &self.rings) else { return };
-        if !port.rests() {
-            self.stops += 1;
-            self.trace.event(format_args!("{c} is stopped"));
-            return port.stop();
-        }
-        let driver = &drivers[c];
-        self.trace.event(format_args!("{c} goes on at {}", driver.base));
-        if driver.base != driver.answered() {
-            let what = format!("queue {c} stopped at {}, {} were answered", driver.base, driver.answered());
-            self.wrong.get_or_insert(what);
-        }
-        if let Err(e) = port.start(u16::try_from(c).expect("few"), driver, ram) {
-            self.wrong.get_or_insert(e);
         }
     }
 
@@ -815,19 +698,6 @@ impl World {
             self.flushed = self.tick();
         }
         closed
-    }
-
-    /// As a front-end does before it lets its back-end go.
-    fn stop_rings(&mut self) {
-        for c in 0..self.ports.len() {
-            for _ in 0..10_000 {
-                match &mut self.ports[c] {
-                    Port::Ring(port) if !port.rests() && !self.life.is_dead() => port.stop(),
-                    _ => break,
-                }
-                self.poll(c);
-            }
-        }
     }
 }
 
