@@ -73,6 +73,16 @@ impl<'a> RepairJob<'a> {
         RepairJob { file, steps, next: 0, copied: 0 }
     }
 
+    /// A file that grows by truncation may, after a power cut, show there what it held before it was once cut, and that
+    /// would be a part of a block. What is allocated reads as zeros.
+    fn set_len(&self, to: HostOffset) -> std::io::Result<()> {
+        let now = self.file.len()?;
+        if to.0 > now && self.file.allocate(now, to.0 - now).is_ok() {
+            return Ok(());
+        }
+        self.file.set_len(to.0)
+    }
+
     /// What the present step does, behind "cannot".
     fn tried(&self) -> String {
         match self.steps.get(self.next) {
@@ -123,7 +133,7 @@ impl Job for RepairJob<'_> {
         let Some(step) = self.steps.get(self.next).cloned() else { return Ok(Step::Done) };
         let complete = match step {
             RepairStep::Write { at, bytes } => self.file.write_at(at.0, &bytes).map(|()| true),
-            RepairStep::SetLen { to } => self.file.set_len(to.0).map(|()| true),
+            RepairStep::SetLen { to } => self.set_len(to).map(|()| true),
             RepairStep::Sync => self.file.sync().map(|()| true),
             RepairStep::Copy { from, to, len } => self.copy_piece(from, to, len),
         };

@@ -4,10 +4,10 @@ use super::{CompareJob, CopyJob, Job, Piece, PieceKind, RepairJob, Step, Survey,
 use crate::error::{ErrorKind, Failure};
 use crate::format::vdi::{self, Parent, Variant, VdiCreate};
 use crate::format::{self, Format};
-use crate::io::sim::{Rng, SimEngine};
 use crate::io::testing::scratch_dir;
 use crate::io::{AlignedBuf, HostFile, MemFile, OpenHow, OsFile, OsHost};
 use crate::map::{ByteSource, FileId, GuestOffset, GuestRange};
+use crate::sim::{Rng, SimEngine};
 use crate::vd::{Chain, Channel, Disk, DiskOptions, FileSource, Layer, Request};
 use std::path::Path;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ fn open(files: &[(Format, Arc<MemFile>)], read_only: bool) -> Arc<Disk> {
 }
 
 fn channel(disk: &Arc<Disk>, rng: &mut Rng) -> Channel {
-    let mut e = SimEngine::new(rng.next());
+    let mut e = SimEngine::new(rng.draw());
     e.inline_percent = rng.below(100);
     e.depth = 1 + rng.below(20) as usize;
     Channel::new(disk.clone(), Box::new(e), CompareJob::slots()).unwrap()
@@ -264,7 +264,7 @@ fn both_engines_copy_and_compare() {
     let dir = tempfile::tempdir_in(exe.parent().unwrap()).unwrap();
     let mut rng = Rng(4);
     let mut bytes = vec![0; 20 << 20];
-    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.next() as u8);
+    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.draw() as u8);
     std::fs::write(dir.path().join("s.raw"), bytes).unwrap();
     for kind in [EngineKind::IoUring, EngineKind::Threads] {
         let target = dir.path().join(format!("{kind}.vdi"));

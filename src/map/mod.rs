@@ -9,6 +9,7 @@ mod bitmap;
 mod claims;
 mod extent;
 mod image;
+pub mod moment;
 mod plan;
 mod range;
 pub mod sabotage;

@@ -86,6 +86,15 @@ impl Memory {
         Ok(Memory { regions, guest })
     }
 
+    /// A file for the memory of a simulated guest.
+    ///
+    /// # Errors
+    /// From the operating system.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn file(len: u64) -> io::Result<File> {
+        super::shared::SharedFile::create(c"vdblk-guest", len)
+    }
+
     /// This and one more region.
     ///
     /// # Errors

@@ -18,8 +18,10 @@ use super::lost::losses;
 use super::memory::{Memory, MemoryView};
 use super::ring::{Ring, RingError};
 use crate::error::Failure;
-use crate::io::{BufSlice, scatter};
+use crate::io::{BufSlice, Host, OsHost, scatter};
 use crate::limits;
+use crate::map::moment::moment;
+use crate::map::sabotage::{Sabotage, is_broken};
 use crate::vd::{BlockDevice, Done, Outcome, Request};
 use crate::virtio::{Action, ChainParser, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, Segment, Verdict};
 use std::fs::File;
@@ -119,6 +121,7 @@ pub struct QueueWorker<D> {
     device: D,
     rules: Rules,
     serial: [u8; SERIAL_BYTES],
+    host: Arc<dyn Host>,
     memory: MemoryView,
     active: Option<Active>,
     slots: Vec<Slot>,
@@ -144,6 +147,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             device,
             rules: options.rules,
             serial,
+            host: Arc::new(OsHost),
             memory: MemoryView::new(Arc::new(Memory::empty())),
             active: None,
             slots: (0..options.slots).map(|_| Slot::default()).collect(),
@@ -155,6 +159,13 @@ impl<D: BlockDevice> QueueWorker<D> {
             memory_lost: false,
             counters: QueueCounters::default(),
         }
+    }
+
+    /// The same with another clock.
+    #[must_use]
+    pub fn with_host(mut self, host: Arc<dyn Host>) -> Self {
+        self.host = host;
+        self
     }
 
     /// The device.
@@ -285,7 +296,8 @@ impl<D: BlockDevice> QueueWorker<D> {
         if device_ready || self.in_flight > 0 || !self.device.is_idle() {
             moved |= self.reap();
         }
-        let popped = self.repeat() || self.pop_batch();
+        let repeated = self.repeat() && !is_broken(Sabotage::RepeatedBesideNew);
+        let popped = repeated || self.pop_batch();
         if popped || moved || self.retry {
             self.hand_over();
         }
@@ -380,7 +392,10 @@ impl<D: BlockDevice> QueueWorker<D> {
 
     /// Takes chains that are announced by now: those that come meanwhile are the next batch.
     fn pop_batch(&mut self) -> bool {
-        let Some(a) = self.active.as_mut().filter(|a| a.popping && !a.repeating) else { return false };
+        let Some(a) = self.active.as_mut().filter(|a| a.popping) else { return false };
+        if a.repeating && !is_broken(Sabotage::RepeatedBesideNew) {
+            return false;
+        }
         let available = a.ring.available();
         if !self.memory_is_there() {
             return true;
@@ -580,11 +595,11 @@ impl<D: BlockDevice> QueueWorker<D> {
         // the clock is not looked at for every short request: four of them are far below the limit
         let late = match a.since {
             None => {
-                a.since = Some(Instant::now());
+                a.since = Some(self.host.now());
                 false
             }
             Some(t) if a.unpublished.is_multiple_of(4) || written > LONG_REQUEST_BYTES => {
-                t.elapsed() >= Duration::from_micros(limits::PUBLISH_MICROS)
+                self.host.now().duration_since(t) >= Duration::from_micros(limits::PUBLISH_MICROS)
             }
             Some(_) => false,
         };
@@ -599,10 +614,13 @@ impl<D: BlockDevice> QueueWorker<D> {
         if let Some(t) = &mut a.inflight {
             t.before_publish();
         }
+        moment();
         a.ring.publish();
+        moment();
         if let Some(t) = &mut a.inflight {
             t.after_publish(a.ring.next_used());
         }
+        moment();
         a.unpublished = 0;
         a.since = None;
         let signal = a.ring.should_signal();
