@@ -9,8 +9,14 @@ use std::sync::{Mutex, PoisonError};
 
 /// Kinds of images times ways through the page cache.
 const CONFIGURATIONS: u32 = 6;
-/// Longest time from the end of the killed process's last I/O to its successor's first answer.
+/// Longest time from the end of the killed process's last I/O to its successor's first answer: the promise, and for half of
+/// them in any build.
 const RESUME_MS: f64 = 1000.0;
+/// What a debug build is allowed at most: it is run on machines that do much else.
+const RESUME_DEBUG_MS: f64 = 5000.0;
+
+/// How `vdimg check` ends for an image with nothing but leaks.
+const LEAKS: i32 = 3;
 
 /// Time between two kills.
 const PAUSE_S: f64 = 0.6;
@@ -33,7 +39,16 @@ fn program(name: &str) -> PathBuf {
 fn vdimg(dir: &Path, args: &str) {
     let mut c = Command::new(program("vdimg"));
     let done = c.args(args.split_whitespace()).current_dir(dir).output().expect("run vdimg");
-    assert!(done.status.success(), "vdimg {args}: {}", String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "vdimg {args}: {done:?}");
+}
+
+/// Of what the killed ones had prepared something may be left, if nothing was written after the last of them.
+fn assert_not_corrupt(dir: &Path, image: &str) {
+    let check =
+        Command::new(program("vdimg")).args(["check", image]).current_dir(dir).output().expect("run vdimg");
+    assert!([Some(0), Some(LEAKS)].contains(&check.status.code()), "{check:?}");
+    vdimg(dir, &format!("repair {image}"));
+    vdimg(dir, &format!("check {image}"));
 }
 
 /// Runs vubench with a daemon on `image`; its result.
@@ -98,9 +113,12 @@ fn kill_and_restart(kind: &str, cache: &str) {
         "{kind} {cache}: {n} kills, {} in flight, resumed in {} ms (median), {} ms (longest)",
         r["in_flight_at_kills"], r["resume_ms"]["p50"], r["resume_ms"]["max"]
     );
-    assert!(r["resume_ms"]["max"].as_f64().is_some_and(|ms: f64| ms <= RESUME_MS), "{r}");
+    let at_most = if cfg!(debug_assertions) { RESUME_DEBUG_MS } else { RESUME_MS };
+    for (field, limit) in [("p50", RESUME_MS), ("max", at_most)] {
+        assert!(r["resume_ms"][field].as_f64().is_some_and(|ms: f64| ms <= limit), "{field} in {r}");
+    }
     if image.ends_with(".vdi") {
-        vdimg(dir.path(), &format!("check {image}"));
+        assert_not_corrupt(dir.path(), image);
     }
     vdimg(dir.path(), &format!("compare {image} model.raw"));
 }
