@@ -6,7 +6,7 @@ pub const SECTOR_BYTES: u64 = 512;
 
 /// Virtqueues one device offers at most (the crates underneath use 64-bit queue masks).
 pub const MAX_QUEUES: u16 = 64;
-/// Entries of one virtqueue at most (QEMU's own limit; larger is never asked for).
+/// Entries of one virtqueue at most: QEMU's own limit. crosvm asks for more unless told not to (README).
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// Smallest `--queue-size` worth offering: header, data and status without indirect tables.
 pub const MIN_QUEUE_SIZE: u16 = 16;
