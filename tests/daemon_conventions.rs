@@ -106,6 +106,22 @@ fn the_sockets_group_is_as_asked_for() {
     }
 }
 
+/// cloud-hypervisor connects again at once, and gives its disk up if it reaches one who is about to go.
+#[test]
+fn who_sees_the_end_of_a_connection_reaches_nobody_who_is_about_to_end() {
+    let dir = scratch();
+    let image = image(dir.path());
+    for _ in 0..20 {
+        let daemon = Daemon::serve(&image, &[]);
+        let mut front_end = UnixStream::connect(&daemon.socket).expect("connect");
+        daemon.wait_for_log("front-end connected");
+        daemon.signal(libc::SIGTERM);
+        assert_eq!(std::io::Read::read(&mut front_end, &mut [0]).expect("the end"), 0);
+        assert!(UnixStream::connect(&daemon.socket).is_err(), "somebody listens");
+        assert!(daemon.wait().status.success());
+    }
+}
+
 /// A connection to a back-end is served once and ends the daemon when it goes.
 #[test]
 fn a_connected_descriptor() {

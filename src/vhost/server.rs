@@ -99,8 +99,8 @@ pub fn serve<D: BlockDevice + 'static>(
     let mut server = Server { shape, workers, poller, resize };
     ready();
     match endpoint {
-        Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
-        Endpoint::Listener(listener) => server.serve_all(&listener, options),
+        Endpoint::Connected(stream) => server.serve_one(stream, &mut None).map(drop),
+        Endpoint::Listener(listener) => server.serve_all(listener, options),
     }
 }
 
@@ -157,11 +157,14 @@ enum Readiness {
 type Requests = BackendReqHandler<Mutex<Handler>>;
 
 impl Server {
-    fn serve_all(&mut self, listener: &UnixListener, options: ServeOptions) -> Result<()> {
+    fn serve_all(&mut self, listener: UnixListener, options: ServeOptions) -> Result<()> {
         // a front-end that gave up while it waited must not make `accept` wait for the next
         listener.set_nonblocking(true).map_err(|e| Error::io("set up the socket", e))?;
-        while let Some(stream) = self.next_front_end(listener)? {
-            match self.serve_one(stream)? {
+        let mut listener = Some(listener);
+        while let Some(listening) = &listener
+            && let Some(stream) = self.next_front_end(listening)?
+        {
+            match self.serve_one(stream, &mut listener)? {
                 End::Shutdown => break,
                 End::Gone if options.once => break,
                 End::Gone | End::Silent => {}
@@ -197,8 +200,9 @@ impl Server {
         Ok(stream)
     }
 
-    /// Serves a front-end until one of both sides ends it.
-    fn serve_one(&mut self, stream: UnixStream) -> Result<End> {
+    /// Serves a front-end until one of both sides ends it. If we do, nobody is listened to any more when it finds out: one
+    /// that connects again at once shall reach whoever comes after us.
+    fn serve_one(&mut self, stream: UnixStream, listener: &mut Option<UnixListener>) -> Result<End> {
         let failed = |e| Error::io("serve a front-end", e);
         stream.set_nonblocking(false).map_err(failed)?;
         let handler = Handler::new(Arc::clone(&self.shape), Arc::clone(&self.workers)).map_err(failed)?;
@@ -211,6 +215,9 @@ impl Server {
         tracing::info!("front-end connected");
         let end = self.converse(&mut requests, &handler, &socket);
         self.poller.remove(&socket);
+        if matches!(end, Ok(End::Shutdown)) {
+            *listener = None;
+        }
         // close the socket last: who sees it closed may rely on its rings and memory being left alone
         handler.lock().unwrap_or_else(PoisonError::into_inner).close();
         tracing::info!("front-end disconnected");
