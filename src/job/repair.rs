@@ -74,10 +74,13 @@ impl<'a> RepairJob<'a> {
     }
 
     /// A file that grows by truncation may, after a power cut, show there what it held before it was once cut, and that
-    /// would be a part of a block. What is allocated reads as zeros.
+    /// would be a part of a block. What is allocated reads as zeros, and so do the holes it is turned into: a block may be
+    /// far larger than what is in it.
     fn set_len(&self, to: HostOffset) -> std::io::Result<()> {
         let now = self.file.len()?;
         if to.0 > now && self.file.allocate(now, to.0 - now).is_ok() {
+            // where that cannot be done the space stays
+            let _ = self.file.punch(now, to.0 - now);
             return Ok(());
         }
         self.file.set_len(to.0)

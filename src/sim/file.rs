@@ -342,6 +342,11 @@ impl HostFile for SimFile {
         Ok(())
     }
 
+    fn punch(&self, off: u64, len: u64) -> io::Result<()> {
+        self.change(Change::Zero { off, len });
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
         if self.lock().fail_direct_syncs {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -374,10 +379,11 @@ mod tests {
 
     #[test]
     fn a_sealed_file_tells_of_every_attempt_to_change_it() {
-        let attempts: [fn(&SimFile); 5] = [
+        let attempts: [fn(&SimFile); 6] = [
             |f| f.write_at(0, &[1]).unwrap(),
             |f| f.set_len(1).unwrap(),
             |f| f.allocate(0, 8192).unwrap(),
+            |f| f.punch(0, 512).unwrap(),
             |f| f.change(Change::Zero { off: 0, len: 512 }),
             |f| f.land(f.fly(Change::Zero { off: 0, len: 512 }), None),
         ];

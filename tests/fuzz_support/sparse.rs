@@ -150,6 +150,11 @@ impl HostFile for SparseFile {
         Ok(())
     }
 
+    fn punch(&self, off: u64, len: u64) -> io::Result<()> {
+        self.lock().zero(off, len);
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
