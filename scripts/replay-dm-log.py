@@ -85,6 +85,8 @@ def main():
             run(args.bin + "/sim", str(seed), "--dm-log", log)
             entries = int(run(args.replay_log, "--log", log, "--num-entries"))
             chosen = some(marks(log), args.marks)
+            if not chosen:
+                sys.exit(f"seed {seed}: no marks in the log")
             checked = sum(replay(args, log, mark, folder) for mark in chosen)
             print(f"seed {seed}: {entries} entries, replayed up to {len(chosen)} marks, {checked} VDIs checked", flush=True)
 

@@ -497,6 +497,16 @@ fn only_an_overlay_of_this_image_is_gone_on_with() {
     fs::rename(&second, &disk).expect("rename");
     try_to_serve(&disk, &["--overlay", text(&at("disks.vdi"))])
         .assert_refused(&["nothing shows", "--parent"]);
+    // The same file, but somebody has written to it since.
+    let [rewritten, written] = [raw(&at("rewritten.raw"), SIZE), vdi(&at("written.vdi"), SIZE)];
+    for (base, overlay) in [(&rewritten, "a.vdi"), (&written, "b.vdi")] {
+        mark(base, &["--overlay", text(&at(overlay))], 0, 1);
+        try_to_serve(base, &[]).assert_refused(&["is the parent of", overlay]);
+        mark(base, &["--allow-write-to-parent"], MIB, 4);
+    }
+    try_to_serve(&rewritten, &["--overlay", text(&at("a.vdi"))])
+        .assert_refused(&["nothing shows", "--parent"]);
+    try_to_serve(&written, &["--overlay", text(&at("b.vdi"))]).assert_refused(&["was written to since"]);
     // The user may know better, but not make a base image an overlay.
     mark(&base, &["--overlay", text(&at("others.vdi")), "--allow-parent-mismatch"], MIB, 2);
     try_to_serve(&base, &["--overlay", text(&other), "--allow-parent-mismatch"])

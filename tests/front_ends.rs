@@ -179,6 +179,7 @@ fn said(mut command: Command, boot: &Boot<'_>) -> String {
     });
     let said = text(&console);
     assert!(ended, "the monitor does not end: {said}{}", text(&errors));
+    assert!(meanwhile.is_none(), "the words to wait for never came: {said}");
     assert!(said.contains("NANO-OK"), "{said}{}", text(&errors));
     said
 }

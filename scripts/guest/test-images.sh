@@ -50,17 +50,18 @@ make() { # KIND: makes it and sets IMAGE, TOP (the image as vdimg's options) and
     esac
 }
 
-judge() { # KIND: what is left of the image, by our tool and by others
+# KIND: what is left of the image, by our tool and by others. It is called as a condition, where -e does not hold.
+judge() {
     local sums
     case $1 in
     raw) return ;;
     esac
-    vdimg check "$IMAGE"
+    vdimg check "$IMAGE" || return 1
     case $1 in
     dynamic | fixed)
-        qemu-img check -q -f vdi "$IMAGE"
-        qemu-img convert -f vdi -O raw "$IMAGE" "$W/by-qemu.raw"
-        vdimg compare "$IMAGE" "$W/by-qemu.raw"
+        qemu-img check -q -f vdi "$IMAGE" || return 1
+        qemu-img convert -f vdi -O raw "$IMAGE" "$W/by-qemu.raw" || return 1
+        vdimg compare "$IMAGE" "$W/by-qemu.raw" || return 1
         ;;
     esac
     if [ ${#PARENTS[@]} -gt 0 ]; then

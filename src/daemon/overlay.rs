@@ -5,8 +5,6 @@ use crate::format::Format;
 use crate::job::{create_overlay, inspect_image};
 use crate::vd::{DiskOptions, ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -17,7 +15,7 @@ pub(super) fn open(how: OpenDisk, overlay: &Path) -> Result<(OpenedDisk, Fresh)>
     let parents = {
         let below = open_disk(&how)?;
         let image = &below.images[0];
-        let uuid = image.info.uuid.or_else(|| stand_in(image));
+        let uuid = image.uuid();
         match create_overlay(overlay, &image.info, uuid) {
             Ok(()) => fresh.0 = Some(overlay.to_path_buf()),
             Err(e) if e.kind() == ErrorKind::Exists => {
@@ -34,6 +32,11 @@ pub(super) fn open(how: OpenDisk, overlay: &Path) -> Result<(OpenedDisk, Fresh)>
         parent_dirs: Vec::new(),
         options: DiskOptions { read_only: false, ..how.options },
         ..how
+    });
+    let opened = opened.inspect_err(|e| {
+        if e.kind() == ErrorKind::Locked {
+            fresh.keep(); // another process has found it and serves it
+        }
     })?;
     if fresh.0.is_none() {
         let (overlay, image) = (overlay.display(), opened.images[1].path.display());
@@ -91,8 +94,17 @@ fn refuse_unless_based_on(
     let Some(parent) = there.parent_uuid.filter(|_| there.variant == "diff") else {
         return Err(refused("exists and is no overlay: it is not a differencing image".into()).hint(another));
     };
-    if Some(parent) == uuid || any_parent {
+    let (then, now) = (there.parent_modification_uuid, image.info.modification_uuid);
+    if any_parent || (Some(parent) == uuid && (then == now || then.is_none() || now.is_none())) {
         return Ok(());
+    }
+    if Some(parent) == uuid {
+        let what = format!(
+            "is an overlay of {name}, which was written to since; both together are no disk any more"
+        );
+        let hint =
+            "give --overlay a name that is free, or pass --allow-parent-mismatch if the changes do no harm";
+        return Err(refused(what).hint(hint));
     }
     Err(match image.info.uuid {
         Some(own) => refused(format!("exists and is based on image {parent}, not on {name}, which is {own}"))
@@ -101,37 +113,4 @@ fn refuse_unless_based_on(
             format!("if it was: --blk-file {} --parent {name},format={}", overlay.display(), image.format),
         ),
     })
-}
-
-/// What an overlay names as its parent if that is a raw file, which has no UUID of its own: a number made from the file's
-/// name, inode and size, so that the same command finds its overlay again and that of another file is refused. `None` for
-/// devices: their names and numbers belong to another after the next boot.
-fn stand_in(image: &OpenImage) -> Option<Uuid> {
-    let path = fs::canonicalize(&image.path).ok()?;
-    let meta = fs::metadata(&path).ok()?;
-    if !meta.is_file() {
-        return None;
-    }
-    let numbers = [meta.ino(), image.info.virtual_size].into_iter().flat_map(u64::to_le_bytes);
-    let bytes = path.as_os_str().as_bytes().iter().copied().chain([0]).chain(numbers);
-    Some(uuid::Builder::from_custom_bytes(fnv(bytes).to_be_bytes()).into_uuid())
-}
-
-/// FNV-1a of 128 bits: the UUIDs made from it have to be different, not secret.
-fn fnv(bytes: impl Iterator<Item = u8>) -> u128 {
-    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
-    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    bytes.fold(BASIS, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hash_is_fnv() {
-        // Published test values of FNV-1a with 128 bits.
-        assert_eq!(fnv([].into_iter()), 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d);
-        assert_eq!(fnv(b"foobar".iter().copied()), 0x343e1662793c64bf6f0d3597ba446f18);
-    }
 }

@@ -4,15 +4,19 @@ use super::chain::{Chain, Layer};
 use super::marker::SyncFailureMarker;
 use super::parents::{ParentSearch, above_snapshots, default_dirs};
 use super::source::open_map;
+use super::stand_in::stand_in;
 use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Format};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::{MAX_CHAIN_IMAGES, SECTOR_BYTES};
 use crate::map::{FileId, ImageInfo, ImageMap};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// A file and, if it was said, its format.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +93,14 @@ pub struct OpenImage {
     lock: Option<ImageLock>,
 }
 
+impl OpenImage {
+    /// The UUID that a diff over this image names: its own, or for a raw file one made from its name, number, size and time
+    /// of change.
+    pub fn uuid(&self) -> Option<Uuid> {
+        self.info.uuid.or_else(|| stand_in(&self.path))
+    }
+}
+
 /// An open disk with what is known of its images.
 #[derive(Debug)]
 pub struct OpenedDisk {
@@ -144,6 +156,7 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
     let mode = if write { LockMode::Exclusive } else { LockMode::Shared };
     let lock = how.lock_wait.map(|wait| ImageLock::take(&*file, mode, wait)).transpose()?;
+    refuse_if_replaced(spec, &*file)?;
     let id = FileId(u16::try_from(above.len()).expect("limits::MAX_CHAIN_IMAGES"));
     let (format, map) = open_map(
         &spec.path,
@@ -154,6 +167,17 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     )?;
     let info = map.info();
     Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, lock })
+}
+
+/// Whoever held the lock before us may have put another file in its place, or none: what we then wrote would be lost.
+fn refuse_if_replaced(spec: &ImageSpec, file: &dyn HostFile) -> Result<()> {
+    let traits = file.traits();
+    let now = fs::metadata(&spec.path).map_err(|e| Error::io("look at it again", e).at(&spec.path))?;
+    if traits.is_device || traits.identity == (now.dev(), now.ino()) {
+        return Ok(());
+    }
+    let what = "was replaced by another file while it was being opened";
+    Err(Error::new(ErrorKind::Locked, what).at(&spec.path).hint("try again"))
 }
 
 /// What to do about a file that the operating system does not open.
@@ -202,7 +226,10 @@ fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>, places: &mut [Par
                 break;
             }
         }
-        let Some(path) = found else { return Err(missing_parent(child)) };
+        let Some(path) = found else {
+            let waived = how.allow_parent_mismatch && !how.parents.is_empty();
+            return if waived { Ok(()) } else { Err(missing_parent(child)) };
+        };
         let spec = ImageSpec { path, format: None };
         let parent = open_parent(how, &spec, images)?;
         images.push(parent);
@@ -275,7 +302,7 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 fn refuse_parent_of_another(image: &OpenImage) -> Result<()> {
-    let Some(uuid) = image.info.uuid else { return Ok(()) };
+    let Some(uuid) = image.uuid() else { return Ok(()) };
     let Some(dir) = image.path.parent() else { return Ok(()) };
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     let Some(child) = ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid) else { return Ok(()) };

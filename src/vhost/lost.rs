@@ -48,7 +48,7 @@ static FORMER: OnceLock<libc::sigaction> = OnceLock::new();
 
 /// How many losses there were, of all mappings together: whoever sees another number than before looks at its own.
 pub(super) fn losses() -> u64 {
-    LOSSES.load(Ordering::Relaxed)
+    LOSSES.load(Ordering::Acquire)
 }
 
 /// A mapping that is watched. To be dropped before the mapping is undone.
@@ -119,9 +119,11 @@ extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _conte
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
     let info = unsafe { &*info };
+    // Memory found broken that nobody has touched yet: nothing is repeated, and whoever touches it hears of it.
+    let untouched = info.si_code == libc::BUS_MCEERR_AO;
     // a code above 0 says that the kernel sent it, about an address
     // SAFETY: for SIGBUS from the kernel that field is set.
-    let replaced = info.si_code > 0 && replace_page(unsafe { info.si_addr() } as usize);
+    let replaced = untouched || info.si_code > 0 && replace_page(unsafe { info.si_addr() } as usize);
     if !replaced {
         pass_on(info.si_code > 0);
     }
@@ -153,15 +155,13 @@ fn replace_page(address: usize) -> bool {
         if !hit || page == 0 || place.start.load(Ordering::Acquire) != start {
             continue;
         }
-        // a part of a huge page cannot be replaced
-        if !put_zeros(address - address % SMALL_PAGE, SMALL_PAGE)
-            && !put_zeros(address - (address - start) % page, page)
-        {
-            return false;
-        }
+        // before anybody can take the zeros for the driver's word
         place.lost.store(true, Ordering::Release);
         LOSSES.fetch_add(1, Ordering::Release);
-        return true;
+        // A part of a huge page cannot be replaced; and if there are too many mappings already, all of it in one.
+        return put_zeros(address - address % SMALL_PAGE, SMALL_PAGE)
+            || put_zeros(address - (address - start) % page, page)
+            || put_zeros(start, len);
     }
     false
 }
