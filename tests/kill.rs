@@ -21,6 +21,9 @@ const LEAKS: i32 = 3;
 /// Time between two kills.
 const PAUSE_S: f64 = 0.6;
 
+/// What must never be counted.
+const WRONG: [&str; 6] = ["duplicates", "lost", "mismatches", "errors", "bad_used_len", "stale_after_crash"];
+
 /// One load at a time: each wants the CPUs for itself.
 static TURN: Mutex<()> = Mutex::new(());
 
@@ -107,8 +110,7 @@ fn kill_and_restart(kind: &str, cache: &str) {
         f64::from(n + 1) * PAUSE_S
     );
     let r = vubench(dir.path(), image, cache, &run);
-    let none = ["duplicates", "lost", "mismatches", "errors", "bad_used_len", "stale_after_crash"];
-    none.iter().for_each(|field| assert_eq!(r[*field], 0, "{field} in {r}"));
+    WRONG.iter().for_each(|field| assert_eq!(r[*field], 0, "{field} in {r}"));
     assert_eq!((&r["kills"], &r["inflight"]), (&n.into(), &true.into()), "{r}");
     assert!(r["in_flight_at_kills"].as_u64() > Some(0), "{r}");
     println!(
@@ -140,17 +142,18 @@ fn a_diff_survives_kills_while_it_grows() {
     ["writeback", "none"].iter().for_each(|cache| kill_and_restart("diff", cache));
 }
 
-/// The check itself: one request missing in the record of what was in flight, or one too many, is noticed.
+/// The check itself: one request missing in the record of what was in flight, or one too many, is noticed. As what depends on
+/// the moment: one too many whose head the driver has used again in between shows as a wrong answer to the later one.
 #[test]
 fn a_lost_and_a_doubled_request_are_noticed() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    for (spoil, field) in [("lose", "lost"), ("double", "duplicates")] {
+    for spoil in ["lose", "double"] {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let image = make(dir.path(), "raw");
         let run = "--reconnect-kill 4 --assume-zero --iodepth 32 --runtime 2 --stall 2 --spoil-inflight";
         let (done, r) = try_vubench(dir.path(), image, "none", &format!("{run} {spoil}"));
         assert_eq!(done.status.code(), Some(1), "{done:?}");
-        assert!(r[field].as_u64() > Some(0), "{field} in {r}");
+        assert!(WRONG.iter().any(|field| r[*field].as_u64() > Some(0)), "{spoil}: {r}");
         println!("{spoil}: {} lost, {} doubled in {} kills", r["lost"], r["duplicates"], r["kills"]);
     }
 }
