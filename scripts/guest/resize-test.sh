@@ -8,9 +8,9 @@ set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
 VDBLK=$HERE/../../target/release/vdblk QEMU=${QEMU:-qemu-system-x86_64} TMO=180
 
-die() { echo "resize-test: $*" >&2; exit 2; }
+. "$HERE/server.sh"
 while [ $# -gt 0 ]; do
-    case $1 in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+    case $1 in -h | --help) help ;; esac
     [ $# -ge 2 ] || die "$1 wants a value"
     case $1 in
     --vdblk) VDBLK=$2 ;;
@@ -22,15 +22,6 @@ while [ $# -gt 0 ]; do
 done
 MAJOR=$("$QEMU" --version | sed -n 's/^QEMU emulator version \([0-9]*\)\..*/\1/p')
 [ "${MAJOR:-0}" -ge 10 ] || die "$QEMU is of version ${MAJOR:-?}, 10 is needed"
-
-W=$(mktemp -d "${TMPDIR:-/tmp}/vdz.XXXXXX")
-SERVER=''
-cleanup() {
-    [ -z "$SERVER" ] || kill -9 "$SERVER" 2>/dev/null
-    rm -rf "$W"
-}
-trap cleanup EXIT
-trap 'exit 130' INT TERM
 
 cat >"$W/script" <<'E2'
 fail() { echo "FAIL: $*"; exit 1; }
@@ -88,21 +79,15 @@ E2
 chmod +x "$W/hook"
 
 truncate -s 64M "$W/disk.raw"
-"$VDBLK" --socket-path "$W/s" --blk-file "$W/disk.raw" --num-queues 2 >"$W/log" 2>&1 &
-SERVER=$!
-echo $SERVER >"$W/pid"
-for ((i = 0; i < 200; i++)); do
-    [ ! -S "$W/s" ] || break
-    sleep .05
-done
-"$HERE/run-guest.sh" --qemu "$QEMU" --socket "$W/s" --script "$W/script" --hook "$W/hook" --queues 2 --smp 2 \
+CMD="'$VDBLK' --socket-path @S --blk-file '$W/disk.raw' --num-queues 2"
+start_server
+echo "$SERVER" >"$W/pid"
+"$HERE/run-guest.sh" --qemu "$QEMU" --socket "$S" --script "$W/script" --hook "$W/hook" --queues 2 --smp 2 \
     --timeout "$TMO" >"$W/said"
 bad=$?
 grep -v '^disk ' "$W/said"
-kill "$SERVER"
-wait "$SERVER" || { echo "FAIL: the server ended with status $?"; bad=1; }
-SERVER=''
+stop_server || bad=1
 [ "$(sed -n 's/^disk //p' "$W/said")" = "$(sha256sum <"$W/disk.raw" | cut -d' ' -f1)" ] ||
     { echo "FAIL: the image is not what the guest read"; bad=1; }
-[ "$bad" = 0 ] && echo "resize-test: ok" || { cat "$W/log"; echo "resize-test: FAILED"; }
+[ "$bad" = 0 ] && echo "resize-test: ok" || { cat "$W/server.out"; echo "resize-test: FAILED"; }
 exit "$bad"

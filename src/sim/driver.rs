@@ -2,25 +2,15 @@
 //! order, once by each process that finds it unanswered, and answered once.
 
 use super::Rng;
-use super::ram::Ram;
+use super::ram::{DATA_BYTES, ENTRIES, QUEUE_BYTES, Ram, SLOT_BYTES, SLOTS_AT};
 use crate::map::{GuestOffset, GuestRange};
 use crate::vd::{Outcome, Request};
 use crate::vhost::RingSetup;
 use crate::virtio::{STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
 use virtio_bindings::virtio_blk as blk;
 
-/// Entries of each ring.
-pub(super) const ENTRIES: u16 = 16;
-/// Data bytes of one request at most.
-pub(super) const DATA_BYTES: u64 = 32 << 10;
-/// Bytes of a queue's rings and of everything small beside them.
-pub(super) const QUEUE_BYTES: u64 = SLOTS_AT + ENTRIES as u64 * SLOT_BYTES;
-
 const AVAILABLE_AT: u64 = 0x100;
 const USED_AT: u64 = 0x200;
-const SLOTS_AT: u64 = 0x400;
-/// Header, status, serial, an indirect table and segments of the chain with that head.
-const SLOT_BYTES: u64 = 0x400;
 const STATUS_AT: u64 = 0x10;
 const SERIAL_AT: u64 = 0x20;
 const TABLE_AT: u64 = 0x40;

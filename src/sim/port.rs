@@ -1,9 +1,9 @@
 //! A queue's way to the disk: a channel that the guest calls itself, or a real queue worker behind a virtqueue in guest
 //! memory.
 
-use super::driver::{Driver, ENTRIES, SERIAL, Seen};
+use super::driver::{Driver, SERIAL, Seen};
 use super::life::Life;
-use super::ram::Ram;
+use super::ram::{ENTRIES, Ram};
 use crate::io::{BufSlice, Host};
 use crate::vd::{BlockDevice, Channel, Done, Outcome, Request};
 use crate::vhost::{QueueWorker, Ring, RingExtras, WorkerOptions};

@@ -1,13 +1,23 @@
 //! The memory of a simulated guest, and the region where its front-end keeps what is in flight. Both outlive the
 //! processes that serve it.
 
-use super::driver::{DATA_BYTES, ENTRIES, QUEUE_BYTES};
 use crate::io::{BufSlice, gather, scatter};
 use crate::vhost::{InflightRegion, Memory, MemoryView, RegionInfo};
 use crate::virtio::GuestMemory;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+
+/// Entries of each ring.
+pub(super) const ENTRIES: u16 = 16;
+/// Data bytes of one request at most.
+pub(super) const DATA_BYTES: u64 = 32 << 10;
+/// Bytes of a queue's rings and of everything small beside them.
+pub(super) const QUEUE_BYTES: u64 = SLOTS_AT + ENTRIES as u64 * SLOT_BYTES;
+/// Where a queue's slots begin, behind its rings.
+pub(super) const SLOTS_AT: u64 = 0x400;
+/// Header, status, serial, an indirect table and segments of the chain with that head.
+pub(super) const SLOT_BYTES: u64 = 0x400;
 
 /// Memory of a guest.
 #[derive(Debug)]

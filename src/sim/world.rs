@@ -4,14 +4,14 @@ mod rings;
 
 pub use rings::Guest;
 
-use super::driver::{DATA_BYTES, Driver, ENTRIES};
+use super::driver::Driver;
 use super::file::Landing;
 use super::images::{Images, SimHost, bytes_for, engine_for};
 use super::judge::Judge;
 use super::life::Life;
 use super::past::{Past, value_of};
 use super::port::Port;
-use super::ram::Ram;
+use super::ram::{DATA_BYTES, ENTRIES, Ram};
 use super::{Faults, Rng, Trace};
 use crate::error::Failure;
 use crate::io::{AlignedBuf, Host};
@@ -218,12 +218,6 @@ impl World {
     /// Queues.
     pub fn queues(&self) -> usize {
         self.ports.len()
-    }
-
-    /// What was answered before `flushed`, by an earlier process, is durable.
-    pub fn inherit(&mut self, flushed: u64) {
-        self.flushed = flushed;
-        self.time = self.time.max(flushed);
     }
 
     fn tick(&mut self) -> u64 {
