@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Power cuts by the million: all small workloads, then random ones, on each kind of image, until at least that many
-# states of each were looked at. The first violation ends it.
+# Power cuts by the million: all small workloads, also with their processes killed at every moment, then random ones, on
+# each kind of image, until at least that many states of each were looked at. The first violation ends it.
 #   scripts/powercut.sh [STATES]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ for KIND in raw vdi diff diff+discard; do
   SEED=0
   while [ "$STATES" -lt "$WANTED" ]; do
     if [ $((SEED % 2)) = 0 ]; then
-      OUT=$("$SIM" $((SEED / 2)) --powercut "$KIND" --workloads --exhaustive 12 --samples 200) || { echo "$OUT"; exit 1; }
+      OUT=$("$SIM" $((SEED / 2)) --powercut "$KIND" --workloads --kills --exhaustive 12 --samples 200) || { echo "$OUT"; exit 1; }
     else
       OUT=$("$SIM" $((SEED * 1000)) --seeds 20 --powercut "$KIND" --exhaustive 8 --samples 100) || { echo "$OUT"; exit 1; }
     fi

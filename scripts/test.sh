@@ -17,7 +17,7 @@ cargo clippy --all-targets --locked -- -D warnings
 step "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet --locked
 step "tests"
-cargo test --locked
+VDBLK_QUEUE_OPS=2000000 cargo test --locked
 if [ "$GUEST" = 1 ]; then
   step "release build"
   cargo build --release --bins --locked

@@ -1,14 +1,17 @@
 //! The daemon: opens a disk, listens, serves, and leaves everything in order.
 
+mod overlay;
+
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
 use crate::io::{EngineKind, make_engine};
-use crate::job::create_overlay;
+use crate::job::human_bytes;
 use crate::limits;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use crate::vhost::{Device, Endpoint, Resize, ServeOptions, SocketFile, SocketOptions, serve};
 use crate::virtio::{DeviceShape, Geometry};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -56,7 +59,7 @@ pub struct Config {
     pub allow_parent_mismatch: bool,
     /// An image may be written although another is based on it.
     pub allow_write_to_parent: bool,
-    /// A new diff that takes the writes.
+    /// A diff that takes the writes; made if it is not there.
     pub overlay: Option<PathBuf>,
     /// No changes.
     pub read_only: bool,
@@ -89,9 +92,8 @@ pub struct Config {
 pub fn run(config: &Config) -> Result<()> {
     let opening = Arc::new(AtomicBool::new(true));
     let Told { shutdown, resize } = listen_to_signals(Arc::clone(&opening))?;
-    let opened = open(config)?;
+    let (opened, mut overlay) = open(config)?;
     opening.store(false, Ordering::Release);
-    let mut fresh = FreshOverlay(config.overlay.clone());
     if opened.disk.size_bytes() == 0 {
         let what = "is empty, and a disk has at least one sector";
         return Err(Error::new(ErrorKind::InvalidArgument, what)
@@ -99,13 +101,13 @@ pub fn run(config: &Config) -> Result<()> {
             .hint("vdimg create makes one"));
     }
     let (endpoint, _name) = endpoint(&config.socket)?;
-    let device = device(config, &opened, resize)?;
+    let engine = engine(config.engine)?;
+    let device = device(config, &opened, resize, engine.kind);
+    let line = describe(config, &opened, &device.shape, &engine);
     let options = ServeOptions { once: config.once };
-    let what = opened.images[0].path.display().to_string();
-    let images = opened.images.len();
     serve(device, endpoint, options, &shutdown, || {
-        fresh.0 = None;
-        tracing::info!("serving {what} ({} images, {} bytes)", images, opened.disk.size_bytes());
+        overlay.keep();
+        tracing::info!("serving {line}");
         // Without systemd nobody listens, and nothing depends on it.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     })?;
@@ -151,7 +153,7 @@ fn listen_to_signals(opening: Arc<AtomicBool>) -> Result<Told> {
     Ok(told)
 }
 
-fn open(config: &Config) -> Result<OpenedDisk> {
+fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
     let options = DiskOptions {
         read_only: config.read_only || config.overlay.is_some(),
         skip_syncs: config.cache == CacheMode::Unsafe,
@@ -169,43 +171,8 @@ fn open(config: &Config) -> Result<OpenedDisk> {
         options,
     };
     match &config.overlay {
-        None => open_disk(&how),
-        Some(overlay) => open_overlay(how, overlay),
-    }
-}
-
-/// Opens a new diff on top of the image, whose chain is looked up once more as its parents.
-fn open_overlay(how: OpenDisk, overlay: &Path) -> Result<OpenedDisk> {
-    let parents = {
-        let below = open_disk(&how)?;
-        create_overlay(overlay, &below.images[0].info)?;
-        below
-            .images
-            .iter()
-            .rev()
-            .map(|i| ImageSpec { path: i.path.clone(), format: Some(i.format) })
-            .collect()
-    };
-    let options = DiskOptions { read_only: false, ..how.options };
-    let opened = open_disk(&OpenDisk {
-        image: ImageSpec { path: overlay.to_path_buf(), format: Some(crate::format::Format::Vdi) },
-        parents,
-        options,
-        ..how
-    });
-    opened.inspect_err(|_| drop(FreshOverlay(Some(overlay.to_path_buf()))))
-}
-
-/// An overlay that nobody has been served from yet. A start that fails takes it away again: left behind, it would keep its
-/// parent from being written to.
-struct FreshOverlay(Option<PathBuf>);
-
-impl Drop for FreshOverlay {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            // What cannot be removed cannot be helped; the error of the start is told.
-            let _ = std::fs::remove_file(path);
-        }
+        None => open_disk(&how).map(|opened| (opened, overlay::Fresh::none())),
+        Some(overlay) => overlay::open(how, overlay),
     }
 }
 
@@ -250,7 +217,7 @@ fn group_number(group: &str) -> Result<u32> {
     })
 }
 
-fn device(config: &Config, opened: &OpenedDisk, resize: EventFd) -> Result<Device<Channel>> {
+fn device(config: &Config, opened: &OpenedDisk, resize: EventFd, kind: EngineKind) -> Device<Channel> {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let per_cpu = u16::try_from(cpus).unwrap_or(u16::MAX).min(limits::MAX_QUEUES);
     let shape = DeviceShape {
@@ -261,18 +228,23 @@ fn device(config: &Config, opened: &OpenedDisk, resize: EventFd) -> Result<Devic
         queue_size: config.queue_size,
         ..DeviceShape::new(opened.disk.size_bytes())
     };
-    let kind = engine_kind(config.engine)?;
-    let (disk, growing) = (opened.disk.clone(), opened.disk.clone());
-    Ok(Device {
+    let (disk, growing, format) = (opened.disk.clone(), opened.disk.clone(), opened.images[0].format);
+    Device {
         shape,
         serial: config.serial.clone().unwrap_or_else(|| default_serial(opened)),
         poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
         make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
-        resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing)) }),
-    })
+        resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing, format)) }),
+    }
 }
 
-fn look_at_size(disk: &Disk) -> Option<u64> {
+/// Only a raw image has its size from its file's length. Any other has it in its header, with a table that was made for it.
+fn look_at_size(disk: &Disk, format: Format) -> Option<u64> {
+    if format != Format::Raw {
+        let size = disk.size_bytes();
+        tracing::warn!("the disk's size stays, {size} bytes: only a raw image can grow while it is served");
+        return None;
+    }
     let grown = disk.grow().inspect_err(|e| tracing::warn!("{e}")).ok()?;
     if grown.is_none() {
         tracing::info!("the disk's size stays: {} bytes", disk.size_bytes());
@@ -289,13 +261,44 @@ fn default_serial(opened: &OpenedDisk) -> String {
     format!("VB{first:08x}-{:08x}", u32::from_le_bytes(last))
 }
 
-/// Which engine it is going to be; said once, not by every queue.
-fn engine_kind(wanted: EngineKind) -> Result<EngineKind> {
+/// Which engine it is going to be.
+struct Engine {
+    kind: EngineKind,
+    /// Why it is not the better one.
+    fallback: Option<String>,
+}
+
+fn engine(wanted: EngineKind) -> Result<Engine> {
     let chosen = make_engine(wanted, 1)?;
-    if let Some(why) = chosen.fallback {
-        tracing::warn!("{why}");
+    Ok(Engine { kind: chosen.kind, fallback: chosen.fallback })
+}
+
+/// What is served and how, for the log.
+fn describe(config: &Config, opened: &OpenedDisk, shape: &DeviceShape, engine: &Engine) -> String {
+    let top = &opened.images[0];
+    let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    let version = top.info.version.as_ref().map_or_else(String::new, |v| format!(" {v}"));
+    let mut parts = vec![
+        format!("{}: {}{version}, {}", top.path.display(), top.format, top.info.variant),
+        human_bytes(opened.disk.size_bytes()),
+        count(opened.images.len(), "image"),
+        format!("{} of up to {}", count(shape.num_queues.into(), "queue"), shape.queue_size),
+        format!("cache {}", config.cache),
+        format!("discard {}", if config.discard { "unmap" } else { "ignore" }),
+        match &engine.fallback {
+            Some(why) => format!("{}, not io_uring: {why}", engine.kind),
+            None => engine.kind.to_string(),
+        },
+        match &config.socket {
+            Socket::Path { path, .. } => format!("socket {}", path.display()),
+            Socket::Inherited(number) => format!("descriptor {number}"),
+            Socket::Activated => "socket of systemd".to_string(),
+        },
+    ];
+    if config.read_only {
+        parts.insert(1, "read-only".to_string());
     }
-    Ok(chosen.kind)
+    parts.join("; ")
 }
 
 fn channel(disk: &Arc<Disk>, kind: EngineKind, slots: u16) -> Result<Channel> {

@@ -6,7 +6,7 @@ pub const SECTOR_BYTES: u64 = 512;
 
 /// Virtqueues one device offers at most (the crates underneath use 64-bit queue masks).
 pub const MAX_QUEUES: u16 = 64;
-/// Entries of one virtqueue at most (QEMU's own limit; larger is never asked for).
+/// Entries of one virtqueue at most: QEMU's own limit. crosvm asks for more unless told not to (README).
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// Smallest `--queue-size` worth offering: header, data and status without indirect tables.
 pub const MIN_QUEUE_SIZE: u16 = 16;
@@ -63,6 +63,11 @@ pub const INLINE_WRITE_BYTES: u64 = 64 << 10;
 pub const MAX_IOVECS: usize = 1024;
 /// A piece of a table read or written at a time while opening, creating or checking.
 pub const TABLE_PIECE_BYTES: usize = 256 << 10;
+/// Bytes that belong to no block and are looked at by a repair, to say whether they are zeros.
+pub const MAX_ORPHAN_LOOK_BYTES: u64 = 1 << 30;
+/// Bytes a repair copies for blocks that share their places, if that is more than the file has: a table of 1 MiB can
+/// name one place a quarter of a million times.
+pub const MAX_SEPARATED_BYTES: u64 = 64 << 20;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.

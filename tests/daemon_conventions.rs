@@ -8,6 +8,7 @@ use daemon_support::process::{Daemon, Ended, Guarded, run, signal, vdblk, vdblk_
 use daemon_support::{PATIENCE, comes_true, scratch, vubench};
 use serde_json::Value;
 use std::fs;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -102,6 +103,22 @@ fn the_sockets_group_is_as_asked_for() {
         daemon.stop();
     } else {
         println!("skipped: only root can give a socket to any group");
+    }
+}
+
+/// cloud-hypervisor connects again at once, and gives its disk up if it reaches one who is about to go.
+#[test]
+fn who_sees_the_end_of_a_connection_reaches_nobody_who_is_about_to_end() {
+    let dir = scratch();
+    let image = image(dir.path());
+    for _ in 0..20 {
+        let daemon = Daemon::serve(&image, &[]);
+        let mut front_end = UnixStream::connect(&daemon.socket).expect("connect");
+        daemon.wait_for_log("front-end connected");
+        daemon.signal(libc::SIGTERM);
+        assert_eq!(std::io::Read::read(&mut front_end, &mut [0]).expect("the end"), 0);
+        assert!(UnixStream::connect(&daemon.socket).is_err(), "somebody listens");
+        assert!(daemon.wait().status.success());
     }
 }
 
@@ -442,9 +459,19 @@ fn the_log_is_for_machines_or_for_people() {
         daemon.wait_for_log("front-end disconnected");
         daemon.stop().err
     };
-    let text = served(&[]);
+    let text = served(&["--num-queues", "2"]);
     assert!(!text.contains('\x1b'), "colour in a pipe: {text:?}");
     assert!(text.lines().all(|l| l.contains("INFO")), "{text}");
+    let has_time = |l: &str| l.starts_with("20") && l[..30].contains('T') && l[..30].contains('Z');
+    assert!(text.lines().all(has_time), "{text}");
+    for part in [
+        "disk.vdi: vdi 1.1, dynamic; 16 MiB (16777216 bytes); 1 image; 2 queues of up to 1024; ",
+        "; cache writeback; discard unmap; ",
+        "; socket /",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(text.contains("; io_uring; ") || text.contains("; threads, not io_uring: "), "{text}");
     let json = served(&["--log-format", "json"]);
     assert!(json.lines().count() >= 3, "{json}");
     for line in json.lines() {
@@ -454,6 +481,21 @@ fn the_log_is_for_machines_or_for_people() {
     let quiet = Daemon::begin(on_own_socket(vdblk(&["--log-level", "error"]), &image));
     quiet.connect().mark(0, 1);
     assert_eq!(quiet.stop().err, "");
+}
+
+/// A guest whose memory is not shared has regions without descriptors: a message nobody can do anything with.
+#[test]
+fn memory_that_is_not_shared_is_told_of() {
+    let dir = scratch();
+    let daemon = Daemon::serve(&image(dir.path()), &[]);
+    let mut front_end = UnixStream::connect(&daemon.socket).expect("connect");
+    // SET_MEM_TABLE, version 1, 40 bytes: one region of 1 MiB
+    let header = [5u32, 1, 40, 1, 0].map(u32::to_ne_bytes).concat();
+    let region = [0u64, MIB, 0x7000_0000, 0].map(u64::to_ne_bytes).concat();
+    front_end.write_all(&[header, region].concat()).expect("send");
+    daemon.wait_for_log("share=on");
+    daemon.connect().mark(0, 1);
+    daemon.stop();
 }
 
 /// A log that nobody reads any more, or that has no room, is no reason to end a disk.

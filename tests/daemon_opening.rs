@@ -133,7 +133,10 @@ fn the_wait_for_a_lock_ends() {
     let mut c = vdblk(&["--lock-wait", "1", "--blk-file"]);
     c.arg(&image).arg("--socket-path").arg(dir.path().join("s"));
     let ended = run(c);
-    ended.assert_refused(&[text(&image), "for 1 s"]);
+    let (waits, refused) = ended.err.split_once('\n').expect("a line on the wait");
+    assert!(waits.contains(text(&image)) && waits.contains("waiting for up to 1 s"), "{waits}");
+    assert!(refused.starts_with("vdblk: ") && refused.contains("for 1 s"), "{refused}");
+    assert_eq!((ended.status.code(), refused.lines().count()), (Some(1), 1), "{refused}");
     assert!(ended.took >= Duration::from_secs(1), "{ended:?}");
     holder.stop();
 }
@@ -395,10 +398,17 @@ fn overlay_of(image: &Path, chain_below: &[PathBuf], options: &[&str]) {
     assert_dense(&overlay);
     let chain: Vec<_> = [overlay.clone()].iter().chain(chain_below).cloned().collect();
     assert!(contents(&chain) == all, "the overlay does not show what was written");
-    let before = fs::read(&overlay).expect("read");
-    try_to_serve(image, &[&["--overlay", text(&overlay)], options].concat())
-        .assert_refused(&[text(&overlay), "exists"]);
-    assert!(fs::read(&overlay).expect("read") == before, "an overlay that exists was changed");
+    // The same command once more goes on with it.
+    let again = Daemon::serve(image, &[&["--overlay", text(&overlay)], options].concat());
+    let mut guest = again.connect();
+    assert!(guest.read(MIB, 4096) == all[MIB as usize..][..4096]);
+    guest.assert_marked(7 * MIB, 13);
+    guest.mark(5 * MIB, 14);
+    all[5 * MIB as usize..][..4096].copy_from_slice(&pattern(14));
+    drop(guest);
+    let said = again.stop().err;
+    assert!(said.contains(text(&overlay)) && said.contains("its contents are kept"), "{said}");
+    assert!(contents(&chain) == all, "the overlay does not show what was written to it later");
 }
 
 #[test]
@@ -438,6 +448,76 @@ fn an_overlay_is_served_again_as_any_diff() {
     assert_pair_is_served(&over_raw, &["--parent", text(&disk)]);
 }
 
+/// A crash is no reason to begin anew: what was flushed into the overlay is there after the same command.
+#[test]
+fn an_overlay_outlives_a_kill() {
+    let dir = scratch();
+    let base = vdi(&dir.path().join("base.vdi"), SIZE);
+    mark(&base, &[], 0, 1);
+    let overlay = dir.path().join("o.vdi");
+    let options = ["--overlay", text(&overlay), "--lock-wait", "20"];
+    let daemon = Daemon::serve(&base, &options);
+    let mut guest = daemon.connect();
+    guest.mark(MIB, 2);
+    assert_eq!(guest.flush(), OK);
+    daemon.signal(libc::SIGKILL);
+    drop((guest, daemon));
+    assert_pair_is_served(&base, &options);
+}
+
+#[test]
+fn only_an_overlay_of_this_image_is_gone_on_with() {
+    let dir = scratch();
+    let at = |name: &str| dir.path().join(name);
+    let [base, other] = ["base.vdi", "other.vdi"].map(|n| vdi(&at(n), SIZE));
+    let [disk, second] = ["disk.raw", "second.raw"].map(|n| raw(&at(n), SIZE));
+    mark(&other, &["--overlay", text(&at("others.vdi"))], 0, 1);
+    mark(&disk, &["--overlay", text(&at("disks.vdi"))], 0, 1);
+    fs::write(at("text.img"), "something precious").expect("write");
+    fs::write(at("empty.vdi"), "").expect("write");
+    let cases = [
+        (&base, "others.vdi", uuid(&other).to_string()),
+        (&base, "disks.vdi", uuid(&base).to_string()),
+        (&base, "other.vdi", "not a differencing image".into()),
+        (&base, "text.img", "no readable VDI".into()),
+        (&base, "empty.vdi", "no readable VDI".into()),
+        (&disk, "others.vdi", format!("--blk-file {} --parent {}", text(&at("others.vdi")), text(&disk))),
+        (&second, "disks.vdi", "--parent".into()),
+    ];
+    for (image, name, part) in cases {
+        let before = fs::read(at(name)).expect("read");
+        let refused = try_to_serve(image, &["--overlay", text(&at(name))]);
+        refused.assert_refused(&[text(&at(name)), "exists", &part]);
+        for advice in ["remove", "delete"] {
+            assert!(!refused.err.contains(advice), "{}", refused.err);
+        }
+        assert!(fs::read(at(name)).expect("read") == before, "{name} was changed");
+    }
+    // A raw file of that name which is another one than it was.
+    fs::rename(&second, &disk).expect("rename");
+    try_to_serve(&disk, &["--overlay", text(&at("disks.vdi"))])
+        .assert_refused(&["nothing shows", "--parent"]);
+    // The same file, but somebody has written to it since.
+    let [rewritten, written] = [raw(&at("rewritten.raw"), SIZE), vdi(&at("written.vdi"), SIZE)];
+    for (base, overlay) in [(&rewritten, "a.vdi"), (&written, "b.vdi")] {
+        mark(base, &["--overlay", text(&at(overlay))], 0, 1);
+        try_to_serve(base, &[]).assert_refused(&["is the parent of", overlay]);
+        mark(base, &["--allow-write-to-parent"], MIB, 4);
+    }
+    try_to_serve(&rewritten, &["--overlay", text(&at("a.vdi"))])
+        .assert_refused(&["nothing shows", "--parent"]);
+    try_to_serve(&written, &["--overlay", text(&at("b.vdi"))]).assert_refused(&["was written to since"]);
+    // The user may know better, but not make a base image an overlay.
+    mark(&base, &["--overlay", text(&at("others.vdi")), "--allow-parent-mismatch"], MIB, 2);
+    try_to_serve(&base, &["--overlay", text(&other), "--allow-parent-mismatch"])
+        .assert_refused(&["not a differencing image"]);
+    // Another daemon at work on it.
+    let busy = Daemon::serve(&base, &["--overlay", text(&at("busy.vdi"))]);
+    try_to_serve(&base, &["--overlay", text(&at("busy.vdi"))]).assert_refused(&["busy.vdi", "is using it"]);
+    busy.connect().mark(0, 3);
+    busy.stop();
+}
+
 #[test]
 fn overlays_that_cannot_be_leave_nothing() {
     let dir = scratch();
@@ -446,6 +526,9 @@ fn overlays_that_cannot_be_leave_nothing() {
     try_to_serve(&base, &["--overlay", text(&base)]).assert_refused(&[text(&base), "exists"]);
     let nowhere = dir.path().join("no/folder/o.vdi");
     try_to_serve(&base, &["--overlay", text(&nowhere)]).assert_refused(&[text(&nowhere)]);
+    let misnamed = dir.path().join("o.raw");
+    try_to_serve(&base, &["--overlay", text(&misnamed)]).assert_refused(&[text(&misnamed), "o.vdi"]);
+    assert!(!misnamed.exists());
     let overlay = dir.path().join("o.vdi");
     let missing = dir.path().join("missing.vdi");
     try_to_serve(&missing, &["--overlay", text(&overlay)]).assert_refused(&[text(&missing)]);
@@ -503,7 +586,7 @@ fn names_that_do_not_tell_the_format_are_refused() {
         ("plain", "--format vdi"),
         ("vdi.vmdk", "--format"),
         ("text.vdi", "--format raw"),
-        ("empty.vdi", "no VDI signature"),
+        ("empty.vdi", "is empty"),
     ] {
         try_to_serve(&at(name), &[]).assert_refused(&[name, part]);
     }
@@ -518,7 +601,7 @@ fn names_that_do_not_tell_the_format_are_refused() {
     // the same for parents
     let top = diff(&at("top.vdi"), &image, None);
     let unclear = text(&at("plain")).to_string();
-    try_to_serve(&top, &["--parent", &unclear]).assert_refused(&[&unclear, "format"]);
+    try_to_serve(&top, &["--parent", &unclear]).assert_refused(&[&unclear, "FILE,format=vdi"]);
     mark(&top, &["--parent", &format!("{unclear},format=vdi")], MIB, 1);
 }
 

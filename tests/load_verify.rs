@@ -40,8 +40,9 @@ impl Way {
     }
 }
 
-fn seconds() -> String {
-    std::env::var("VDBLK_VERIFY_SECONDS").unwrap_or_else(|_| "0.4".into())
+fn seconds() -> f64 {
+    let said = std::env::var("VDBLK_VERIFY_SECONDS").ok();
+    said.map_or(0.4, |s| s.parse().expect("VDBLK_VERIFY_SECONDS is a number"))
 }
 
 fn text(path: &Path) -> &str {
@@ -53,23 +54,25 @@ fn text(path: &Path) -> &str {
 fn load(way: Way, image: &Path, shadow: &Path) -> Vec<u8> {
     let daemon = way.serve(image);
     let model = shadow.with_extension("model");
-    let (seconds, queues) = (seconds(), way.queues);
-    let (ended, result) = vubench(
-        &daemon.socket,
-        &[
-            &["--verify", "--assume-zero", "--iodepth", "12", "--runtime", &seconds, "--queues", queues][..],
-            &["--shadow", text(shadow), "--dump-model", text(&model)],
-        ]
-        .concat(),
-    );
-    assert!(ended.status.success(), "{way:?}: {ended:?}");
-    for key in ["mismatches", "errors", "bad_used_len", "lost", "duplicates", "unsupp"] {
-        assert_eq!(number(&result, key), 0, "{way:?}: {key} in {result}");
-    }
-    for key in ["writes", "reads", "write_zeroes", "discards", "flushes"] {
-        assert!(number(&result, key) > 0, "{way:?}: no {key} in {result}");
-    }
-    assert!(number(&result, "writes") >= 20, "{way:?}: {result}");
+    // a machine that is busy with other things gets little done in a moment: then it is given a longer one
+    let enough = [1.0, 4.0, 16.0].iter().any(|times| {
+        let time = (times * seconds()).to_string();
+        let (ended, result) = vubench(
+            &daemon.socket,
+            &[
+                &["--verify", "--assume-zero", "--iodepth", "12", "--runtime", &time][..],
+                &["--queues", way.queues, "--shadow", text(shadow), "--dump-model", text(&model)],
+            ]
+            .concat(),
+        );
+        assert!(ended.status.success(), "{way:?}: {ended:?}");
+        for key in ["mismatches", "errors", "bad_used_len", "lost", "duplicates", "unsupp"] {
+            assert_eq!(number(&result, key), 0, "{way:?}: {key} in {result}");
+        }
+        let least = [("writes", 20), ("reads", 1), ("write_zeroes", 1), ("discards", 1), ("flushes", 1)];
+        least.iter().all(|(key, n)| number(&result, key) >= *n)
+    });
+    assert!(enough, "{way:?}: too little was done");
     daemon.stop();
     let bytes = fs::read(&model).expect("the model");
     fs::remove_file(&model).expect("remove");

@@ -27,6 +27,7 @@ const UNSAFE: &[&str] = &[
     "io/threads.rs",
     "io/uring.rs",
     "vd/own.rs",
+    "vhost/lost.rs",
     "vhost/memory.rs",
     "vhost/ring.rs",
     "vhost/shared.rs",
@@ -108,7 +109,10 @@ fn modules_use_only_what_lies_beneath_them() {
             for used in code(line).split("crate::").skip(1) {
                 let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 let is_module = MAY_USE.iter().any(|(m, _)| *m == used);
-                if is_module && used != module && !allowed.contains(&used.as_str()) {
+                // tests may stand on the simulator, which itself stands on everything
+                let in_tests = path.ends_with("/tests.rs") || path.contains("/tests/");
+                let may = allowed.contains(&used.as_str()) || (in_tests && used == "sim");
+                if is_module && used != module && !may {
                     wrong.push(format!("{path}:{}: {module} uses {used}", n + 1));
                 }
             }
@@ -179,7 +183,7 @@ fn the_crates_are_really_used() {
 #[test]
 fn files_and_functions_keep_their_size() {
     let mut long = Vec::new();
-    for (path, text) in sources(&["src", "tests", "benches"]) {
+    for (path, text) in sources(&["src", "tests", "benches", "fuzz/fuzz_targets"]) {
         let lines: Vec<_> = text.lines().collect();
         if lines.len() > MAX_FILE_LINES {
             long.push(format!("{path}: {} lines", lines.len()));

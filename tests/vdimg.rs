@@ -43,8 +43,13 @@ fn info_tells_everything_under_the_promised_keys() {
         "parent_modification_uuid",
         "comment",
         "geometry",
+        "file",
+        "version",
+        "chain",
+        "chain_error",
     ];
-    let places: Vec<_> = keys.iter().map(|k| printed.find(&format!("\"{k}\":")).expect(k)).collect();
+    let place = |k: &&str| printed.find(&format!("\n  \"{k}\":")).expect(k);
+    let places: Vec<_> = keys.iter().map(place).collect();
     assert!(places.is_sorted(), "{printed}");
     let v: Value = serde_json::from_str(&printed).expect("JSON");
     assert_eq!(v.as_object().expect("object").len(), keys.len(), "{printed}");
@@ -61,8 +66,19 @@ fn info_tells_everything_under_the_promised_keys() {
     assert_eq!(v["comment"], "two words");
     assert_eq!(v["geometry"], serde_json::json!({"cylinders": 100, "heads": 16, "sectors": 63}));
 
+    assert_eq!((&v["file"], &v["version"]), (&"a.vdi".into(), &"1.1".into()));
+    assert_eq!(v["chain"].as_array().expect("chain").len(), 1);
+    assert!(v["chain_error"].is_null());
+
     ok(d, "create --format vdi --parent a.vdi d.vdi");
     let diff = json(d, "info --output json d.vdi");
+    let [top, base] = &diff["chain"].as_array().expect("chain")[..] else { panic!("{diff}") };
+    assert_eq!(
+        (&top["file"], &top["uuid"], &top["variant"]),
+        (&"d.vdi".into(), &diff["uuid"], &"diff".into())
+    );
+    assert!(base["file"].as_str().expect("file").ends_with("/a.vdi"), "{base}");
+    assert_eq!((&base["uuid"], &base["format"]), (&v["uuid"], &"vdi".into()));
     assert_eq!((&diff["variant"], &diff["parent_uuid"]), (&"diff".into(), &v["uuid"]));
     assert_eq!(diff["parent_modification_uuid"], v["modification_uuid"]);
     assert_eq!(diff["geometry"], v["geometry"]);
@@ -92,7 +108,11 @@ fn info_for_people_names_the_chain() {
     fs::rename(d.join("base.vdi"), d.join("gone")).expect("rename");
     let alone = ok(d, "info Snapshots/d.vdi");
     assert!(alone.contains("chain: not complete: ") && alone.contains("was not found"), "{alone}");
-    assert!(ok(d, "info --output json Snapshots/d.vdi").contains("\"variant\": \"diff\""));
+    let alone = json(d, "info --output json Snapshots/d.vdi");
+    assert_eq!(alone["variant"], "diff");
+    assert!(
+        alone["chain"].is_null() && alone["chain_error"].as_str().expect("why").contains("was not found")
+    );
 }
 
 #[test]
@@ -149,13 +169,67 @@ fn create_leaves_what_exists_alone() {
     let dir = scratch();
     let d = dir.path();
     fs::write(d.join("a.vdi"), "precious").expect("write");
-    for args in ["create --format vdi --size 1M a.vdi", "create --format raw --size 1M a.vdi"] {
-        assert!(fails(d, 1, args).contains("a.vdi: cannot create it: File exists"), "{args}");
+    fs::write(d.join("a.raw"), "precious").expect("write");
+    for name in ["a.vdi", "a.raw"] {
+        let format = &name[2..];
+        let line = fails(d, 1, &format!("create --format {format} --size 1M {name}"));
+        assert!(line.starts_with(&format!("{name}: cannot create it: File exists")), "{line}");
+        assert!(!line.contains("remove"), "{line}");
     }
     fs::write(d.join("s.raw"), [1; 4096]).expect("write");
     assert!(fails(d, 1, "convert --output-format vdi s.raw a.vdi").contains("File exists"));
     assert!(fails(d, 1, "convert --output-format raw s.raw s.raw").contains("File exists"));
     assert_eq!(fs::read(d.join("a.vdi")).expect("read"), b"precious");
+}
+
+/// The name decides how a file is opened: what would be taken for something else is not made.
+#[test]
+fn names_that_contradict_the_format_are_refused() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format vdi --size 1M a.vdi");
+    for (args, better) in [
+        ("create --format vdi --size 1M y.raw", "y.vdi"),
+        ("create --format vdi --size 1M y.QCOW2", "y.vdi"),
+        ("create --format raw --size 1M y.vdi", "y.raw"),
+        ("create --format vdi --parent a.vdi y.raw", "y.vdi"),
+        ("convert --output-format vdi a.vdi y.raw", "y.vdi"),
+        ("convert --output-format raw a.vdi y.vdi", "y.raw"),
+    ] {
+        let line = fails(d, 1, args);
+        assert!(line.contains("its name says") && line.contains(&format!("call it {better}")), "{line}");
+    }
+    assert_eq!(fs::read_dir(d).expect("folder").count(), 1, "something was left");
+    for name in ["y.img", "y", "y.backup", "Y.VDI"] {
+        ok(d, &format!("create --format vdi --size 1M {name}"));
+    }
+    ok(d, "convert --output-format raw a.vdi z.img");
+}
+
+#[test]
+fn parents_are_searched_where_it_was_said() {
+    let dir = scratch();
+    let d = dir.path();
+    ["vm", "vm/Snapshots", "else", "tops"].iter().for_each(|f| fs::create_dir(d.join(f)).expect("folder"));
+    ok(d, "create --format vdi --size 1M vm/base.vdi");
+    ok(d, "create --format vdi --parent vm/base.vdi vm/Snapshots/m.vdi");
+    ok(d, "create --format vdi --parent vm/Snapshots/m.vdi tops/top.vdi");
+    fails(d, 1, "map tops/top.vdi");
+    // A folder called Snapshots stands for the one above too, as it does where an image lies in it.
+    ok(d, "map --parent-dir vm/Snapshots tops/top.vdi");
+    ok(d, "map --parent-dir vm/Snapshots/ tops/top.vdi");
+    ok(d, "map --parent-dir vm tops/top.vdi");
+    // The first parent is named, those beneath it are searched.
+    fails(d, 1, "map --parent vm/Snapshots/m.vdi tops/top.vdi");
+    ok(d, "map --parent vm/Snapshots/m.vdi --parent-dir vm tops/top.vdi");
+    let line = fails(d, 1, "map --parent vm/Snapshots/m.vdi --parent-dir else tops/top.vdi");
+    assert!(line.contains("m.vdi") && line.contains("was not found"), "{line}");
+    for command in ["map", "info", "check", "convert --output-format raw", "io"] {
+        let line = fails(d, 2, &format!("{command} --parent-dir gone tops/top.vdi new.raw"));
+        assert!(line.contains("--parent-dir") && line.contains("no such folder"), "{line}");
+    }
+    assert!(fails(d, 2, "map --parent-dir vm/base.vdi tops/top.vdi").contains("not a folder"));
+    assert!(fails(d, 2, "compare tops/top.vdi --parent-dir2 gone tops/top.vdi").contains("no such folder"));
 }
 
 #[test]
@@ -235,7 +309,25 @@ fn check_and_repair_tell_and_mend() {
     let out = run(d, "check a.vdi");
     assert_eq!(out.status.code(), Some(3), "{out:?}");
     assert!(text(&out.stdout).contains("leak: 100000 bytes at the end"), "{out:?}");
-    assert!(ok(d, "repair a.vdi").contains("After the repair: No errors"));
+    let leak: Value = serde_json::from_slice(&run(d, "check --output json a.vdi").stdout).expect("JSON");
+    assert_eq!(
+        leak,
+        serde_json::json!({
+            "file": "a.vdi", "format": "vdi", "result": "leaks", "corruptions": 0, "leaks": 1, "unrepairable": 0,
+            "blocks": 8, "allocated_blocks": 2,
+            "findings": [{"severity": "leak", "repairable": true,
+                "text": "100000 bytes at the end of the file belong to no block"}],
+        })
+    );
+    let names_it = |said: &str| {
+        let range = format!("bytes {len} to {} of the file: given up, 100000 bytes", len + 100_000);
+        assert!(said.contains(&range) && said.contains("(data)"), "{said}");
+        assert!(said.contains("in all 100000 bytes"), "{said}");
+    };
+    names_it(&text(&run(d, "repair --dry-run a.vdi").stdout));
+    let said = ok(d, "repair a.vdi");
+    names_it(&said);
+    assert!(said.contains("After the repair: No errors"));
     assert_eq!(fs::metadata(&p).expect("metadata").len(), len);
 
     // A corruption: two blocks in one place, and a count that is too small.
@@ -266,6 +358,51 @@ fn check_and_repair_tell_and_mend() {
     assert!(fails(d, 1, "repair a.vdi").contains("cannot be repaired"));
 }
 
+/// A repair cuts and overwrites what belongs to no block; it says so for every range of it.
+#[test]
+fn repair_names_every_range_it_gives_up() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format vdi --size 8M a.vdi");
+    let p = d.join("a.vdi");
+    io_ok(d, "a.vdi", &["write -P 1 0 4M"]);
+    // Blocks 1 and 2 are forgotten: 2 held zeros, 1 data. The file has a tail of zeros.
+    let data_at = 2 * MIB;
+    poke(&p, TABLE_AT + 4, &[0xff; 8]);
+    poke(&p, data_at + 2 * MIB, &vec![0; MIB as usize]);
+    let len = data_at + 4 * MIB;
+    fs::OpenOptions::new().write(true).open(&p).expect("open").set_len(len + 4096).expect("length");
+    let dry = text(&run(d, "repair --dry-run a.vdi").stdout);
+    for line in [
+        format!(
+            "would repair: bytes {} to {} of the file: given up, {} bytes",
+            data_at + MIB,
+            data_at + 3 * MIB,
+            2 * MIB
+        ),
+        format!("would repair: bytes {len} to {} of the file: given up, 4096 bytes", len + 4096),
+    ] {
+        assert!(dry.contains(&line), "{dry}");
+    }
+    assert!(dry.contains("no block (data)") && dry.contains("no block (zeros)"), "{dry}");
+    assert!(dry.contains(&format!("in all {} bytes", 2 * MIB)), "{dry}");
+    let done = ok(d, "repair a.vdi");
+    let of = |said: &str, prefix: &str| -> Vec<String> {
+        said.lines().filter_map(|l| l.strip_prefix(prefix)).map(str::to_string).collect()
+    };
+    assert_eq!(of(&dry, "would repair: "), of(&done, "repaired: "), "the dry run tells the same");
+    ok(d, "check a.vdi");
+    io_ok(d, "--read-only a.vdi", &["read -P 1 0 1M", "read -P 0 1M 2M", "read -P 1 3M 1M"]);
+
+    // A block whose place is gone is named with what it held of the disk.
+    poke(&p, TABLE_AT + 4 * 6, &7u32.to_le_bytes());
+    let said = ok(d, "repair a.vdi");
+    assert!(
+        said.contains(&format!("block 6 (bytes {} to {} of the disk): freed", 6 * MIB, 7 * MIB)),
+        "{said}"
+    );
+}
+
 #[test]
 fn check_needs_neither_parents_nor_a_format_that_can_be_wrong() {
     let dir = scratch();
@@ -278,6 +415,8 @@ fn check_needs_neither_parents_nor_a_format_that_can_be_wrong() {
     fs::write(d.join("r.img"), [1; 4096]).expect("write");
     for command in ["check", "repair", "repair --dry-run"] {
         assert!(ok(d, &format!("{command} --format raw r.img")).contains("raw image has nothing to check"));
+        let raw = json(d, "check --output json --format raw r.img");
+        assert_eq!((&raw["result"], &raw["format"]), (&"nothing-to-check".into(), &"raw".into()));
         fails(d, 1, &format!("{command} r.img"));
         fails(d, 1, &format!("{command} missing.vdi"));
         assert!(fails(d, 1, &format!("{command} --format vdi r.img")).contains("signature"));
@@ -412,6 +551,30 @@ fn io_does_not_write_to_the_parent_of_another() {
     assert!(failed("io", 1, io(d, "a.vdi", &["write 0 512"])).contains("is the parent of"));
     io_ok(d, "--read-only a.vdi", &["read -P 0 0 512"]);
     io_ok(d, "--allow-write-to-parent a.vdi", &["write 0 512"]);
+}
+
+/// Every option and every file of every command is described.
+#[test]
+fn help_leaves_nothing_out() {
+    let dir = scratch();
+    let commands = ["info", "create", "convert", "compare", "check", "repair", "map", "io"];
+    for command in commands {
+        let help = ok(dir.path(), &format!("{command} --help"));
+        let lines: Vec<_> = help.lines().collect();
+        for (line, next) in lines.iter().zip(lines.iter().skip(1).chain([&""])) {
+            let named = line.trim_start();
+            let is_item = ["-", "<"].iter().any(|c| named.starts_with(c)) && line.starts_with("  ");
+            if is_item && !named.starts_with("- ") {
+                let beside = named.split_once("  ").is_some_and(|(_, text)| !text.trim().is_empty());
+                assert!(beside || !next.trim().is_empty(), "{command}: '{line}' is not explained");
+            }
+        }
+    }
+    let io = ok(dir.path(), "io --help");
+    for part in ["write -z [-u] OFFSET LENGTH", "multiples of 512", "0xcd", "sleep MS", "Exit status"] {
+        assert!(io.contains(part), "{part}: {io}");
+    }
+    assert!(ok(dir.path(), "--help").contains("Exit status"));
 }
 
 #[test]

@@ -254,6 +254,11 @@ fn parents_that_do_not_fit() {
     fails_with("convert --output-format raw --parent other.vdi d.vdi new.raw", "--allow-parent-mismatch");
     nothing_new(d);
     ok(d, "convert --output-format raw --parent other.vdi --allow-parent-mismatch d.vdi forced.raw");
+    let both = "compare --parent other.vdi d.vdi --parent2 other.vdi d.vdi";
+    for (options, status) in [("", 2), (" --allow-parent-mismatch", 2), (" --allow-parent-mismatch2", 2)] {
+        fails(d, status, &format!("{both}{options}"));
+    }
+    ok(d, &format!("{both} --allow-parent-mismatch --allow-parent-mismatch2"));
     ok(d, "compare other.vdi forced.raw");
 
     fs::copy(d.join("a.vdi"), d.join("copy.vdi")).expect("copy");

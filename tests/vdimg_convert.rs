@@ -221,6 +221,8 @@ fn a_full_disk_leaves_nothing() {
     ] {
         let line = fails(d, 1, args);
         assert!(line.starts_with("small/t: ") && line.contains("No space left on device"), "{args}: {line}");
+        let place = line.split_once("cannot ").expect("what was tried").1;
+        assert!(place.bytes().any(|b| b.is_ascii_digit()), "where: {line}");
         assert_eq!(fs::read_dir(d.join("small")).expect("folder").count(), 0, "{args}");
     }
 }
@@ -233,6 +235,7 @@ fn a_full_disk_fails_the_write_and_spares_the_image() {
     ok(d, "create --format vdi --size 20M small/i.vdi");
     let line = failed("io", 1, io(d, "small/i.vdi", &["write -P 1 0 1M", "write -P 2 1M 10M"]));
     assert!(line.contains("No space left on device"), "{line}");
+    assert!(line.starts_with("small/i.vdi: cannot write guest bytes "), "{line}");
     ok(d, "check small/i.vdi");
     io_ok(d, "--read-only small/i.vdi", &["read -P 1 0 1M"]);
 }

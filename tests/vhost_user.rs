@@ -7,7 +7,7 @@ use common::guest::{
     GuestQueue, GuestRegion, QUEUE_BYTES, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES,
 };
 use common::ram::Pace;
-use common::{Server, shape};
+use common::{Server, negotiate, set_up, shape};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -33,26 +33,6 @@ fn region() -> Arc<GuestRegion> {
 fn config(fe: &mut Frontend, offset: u32, size: u32) -> Vec<u8> {
     let place = vec![0; size as usize];
     fe.get_config(offset, size, VhostUserConfigFlags::empty(), &place).unwrap().1
-}
-
-/// Negotiates everything that is offered.
-fn negotiate(fe: &mut Frontend) -> u64 {
-    let features = fe.get_features().unwrap();
-    fe.set_owner().unwrap();
-    let protocol = fe.get_protocol_features().unwrap();
-    fe.set_protocol_features(protocol).unwrap();
-    fe.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-    fe.set_features(features).unwrap();
-    features
-}
-
-fn set_up(fe: &Frontend, i: usize, q: &GuestQueue) {
-    fe.set_vring_num(i, q.size).unwrap();
-    fe.set_vring_base(i, 0).unwrap();
-    fe.set_vring_addr(i, &q.config()).unwrap();
-    fe.set_vring_call(i, &q.call).unwrap();
-    fe.set_vring_err(i, &q.err).unwrap();
-    fe.set_vring_kick(i, &q.kick).unwrap();
 }
 
 /// A connection with `n` running queues.

@@ -3,6 +3,7 @@ use crate::dev::Opts;
 use crate::load::{Job, Workload};
 use crate::verify;
 use clap::Parser;
+use std::time::Duration;
 
 /// vhost-user-blk front-end without a VM: load generator, verifier, chain fuzzer.
 #[derive(Parser)]
@@ -33,6 +34,12 @@ pub(crate) struct Args {
     /// With --reconnect-kill: count the time to resume from when this image's lock is free
     #[arg(long, value_name = "FILE")]
     image: Option<String>,
+    /// With --reconnect-kill: change what the server finds in flight, as one does that loses or repeats requests
+    #[arg(long)]
+    spoil_inflight: Option<verify::Spoil>,
+    /// Verify: a request that takes longer is called lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    stall: u64,
 
     /// Queues, one thread each
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -205,6 +212,8 @@ impl Args {
             crashed: self.crashed,
             kills: self.reconnect_kill,
             image: self.image.clone(),
+            spoil: self.spoil_inflight,
+            stall: Duration::from_secs(self.stall),
         }
     }
 }

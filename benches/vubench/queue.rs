@@ -105,7 +105,7 @@ impl Queue {
         Ok(())
     }
 
-    fn head(&self, slot: usize) -> u16 {
+    pub(crate) fn head(&self, slot: usize) -> u16 {
         if self.indirect { slot as u16 } else { (slot * (self.segs + 2)) as u16 }
     }
 

@@ -18,10 +18,10 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 CMD='' QUEUES=2 SIZE='' TESTS='boot-check fio-verify fs bench pattern' EXPORT='' PATTERN_MB=48 SEED=1 TESTENV=''
 TMO=180 PASS=()
 
-die() { echo "guest-test: $*" >&2; exit 2; }
+. "$HERE/server.sh"
 
 while [ $# -gt 0 ]; do
-    case $1 in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+    case $1 in -h | --help) help ;; esac
     [ $# -ge 2 ] || die "$1 wants a value"
     case $1 in
     --server-cmd) CMD=$2 ;;
@@ -38,43 +38,6 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 [ -n "$CMD" ] || die "--server-cmd is missing"
-
-W=$(mktemp -d "${TMPDIR:-/tmp}/vdt.XXXXXX")
-S=$W/s SERVER='' GUEST=''
-cleanup() {
-    [ -z "$GUEST" ] || kill "$GUEST" 2>/dev/null
-    [ -z "$SERVER" ] || kill -9 "$SERVER" 2>/dev/null
-    rm -rf "$W"
-}
-trap cleanup EXIT
-trap 'exit 130' INT TERM
-
-start_server() {
-    local i
-    sh -c "exec ${CMD//@S/$S}" </dev/null >"$W/server.out" 2>&1 &
-    SERVER=$!
-    for ((i = 0; i < 200; i++)); do
-        [ ! -S "$S" ] || return 0
-        kill -0 "$SERVER" 2>/dev/null || break
-        sleep .05
-    done
-    cat "$W/server.out" >&2
-    die "the server did not come up"
-}
-
-stop_server() { # SIGTERM; fails unless it ends by that, and well
-    local i rc
-    kill "$SERVER" 2>/dev/null
-    for ((i = 0; i < 200; i++)); do
-        kill -0 "$SERVER" 2>/dev/null || break
-        sleep .05
-    done
-    [ $i -lt 200 ] || { echo "FAIL: the server does not end on SIGTERM"; return 1; }
-    wait "$SERVER"
-    rc=$?
-    SERVER=''
-    [ $rc = 0 ] || [ $rc = 143 ] || { echo "FAIL: the server ended with status $rc"; return 1; }
-}
 
 make_script() {
     local t

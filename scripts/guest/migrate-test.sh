@@ -6,9 +6,9 @@ set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
 CMD='' TMO=240 G=${VD_GUEST_DIR:-$HOME/.cache/vdblk-guest}
 
-die() { echo "migrate-test: $*" >&2; exit 2; }
+. "$HERE/server.sh"
 while [ $# -gt 0 ]; do
-    case $1 in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+    case $1 in -h | --help) help ;; esac
     [ $# -ge 2 ] || die "$1 wants a value"
     case $1 in
     --server-cmd) CMD=$2 ;;
@@ -19,16 +19,6 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$CMD" ] || die "--server-cmd is missing"
 [ -s "$G/initrd.cpio" ] || die "no guest in $G: run mkguest.sh first"
-
-W=$(mktemp -d "${TMPDIR:-/tmp}/vdm.XXXXXX")
-S=$W/s SERVER='' QEMU=''
-cleanup() {
-    [ -z "$QEMU" ] || kill -9 "$QEMU" 2>/dev/null
-    [ -z "$SERVER" ] || kill -9 "$SERVER" 2>/dev/null
-    rm -rf "$W"
-}
-trap cleanup EXIT
-trap 'exit 130' INT TERM
 
 mkdir -p "$W/s0/files"
 cat >"$W/s0/script" <<'E2'
@@ -58,19 +48,6 @@ exit $rc
 E2
 { cat "$G/initrd.cpio"; (cd "$W/s0" && find script files | cpio -o -H newc --quiet -R 0:0); } >"$W/initrd"
 
-start_server() {
-    local i
-    rm -f "$S"
-    sh -c "exec ${CMD//@S/$S}" </dev/null >>"$W/server.out" 2>&1 &
-    SERVER=$!
-    for ((i = 0; i < 200; i++)); do
-        [ ! -S "$S" ] || return 0
-        sleep .05
-    done
-    cat "$W/server.out" >&2
-    die "the server did not come up"
-}
-
 start_qemu() { # LOG of the guest's lines, further options
     local log=$1
     shift
@@ -80,14 +57,20 @@ start_qemu() { # LOG of the guest's lines, further options
         -kernel "$G/vmlinuz" -initrd "$W/initrd" -append "console=ttyS0 quiet panic=-1 vd.out=/dev/ttyS1 vd.nonce=m vd.disks=1" \
         -chardev "socket,id=c0,path=$S" -device vhost-user-blk-pci,id=d0,chardev=c0,num-queues=2 \
         -qmp "unix:$W/qmp,server=on,wait=off" "$@" >"$W/qemu.log" 2>&1 &
-    QEMU=$!
+    GUEST=$!
+}
+
+kill_guest() {
+    kill -9 "$GUEST" 2>/dev/null
+    { wait "$GUEST"; } 2>/dev/null
+    GUEST=''
 }
 
 until_line() { # PATTERN LOG: waits for it
     local i
     for ((i = 0; i < TMO * 5; i++)); do
         grep -q "$1" "$2" 2>/dev/null && return 0
-        kill -0 "$QEMU" 2>/dev/null || { grep -q "$1" "$2"; return; }
+        kill -0 "$GUEST" 2>/dev/null || { grep -q "$1" "$2"; return; }
         sleep .2
     done
     return 1
@@ -107,18 +90,12 @@ for ((i = 0; i < TMO; i++)); do
 done
 grep -q '"status": "completed"' "$W/said" || failed "the migration: $(cat "$W/said")"
 grep -q '@@VD-END' "$W/first" && failed "the guest had ended before it was saved"
-kill -9 "$QEMU"
-{ wait "$QEMU"; } 2>/dev/null
-kill "$SERVER"
-wait "$SERVER"
+kill_guest
+stop_server || failed "the first server did not end well"
 start_server
 start_qemu "$W/second" -incoming "exec:cat $W/state"
 until_line '@@VD-END m' "$W/second" || failed "the guest did not end"
 grep -q '@@VD-END m 0' "$W/second" || failed "the guest saw something wrong"
-kill -9 "$QEMU" 2>/dev/null
-{ wait "$QEMU"; } 2>/dev/null
-QEMU=''
-kill "$SERVER"
-wait "$SERVER" || failed "the server did not end well"
-SERVER=''
+kill_guest
+stop_server || failed "the server did not end well"
 echo "migrate-test: ok ($(stat -c %s "$W/state") bytes of state)"

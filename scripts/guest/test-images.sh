@@ -1,16 +1,19 @@
 #!/bin/bash
 # test-images.sh - the tests of guest-test.sh on every kind of image: raw, VDI dynamic, fixed, diff, chain of 4.
 # Each is served by vdblk to a guest with two queues; afterwards vdimg check, qemu-img check and a byte compare with the
-# model, and for diffs: the parents are untouched. About a minute each.
-#   test-images.sh [--bin DIR] [--engine io_uring|threads] [KIND …]
+# model, and for diffs: the parents are untouched. About a minute each. --kills N: instead kill-test.sh, the server killed N
+# times under the guest's load.
+#   test-images.sh [--bin DIR] [--engine io_uring|threads] [--cache MODE] [--kills N] [KIND …]
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
-BIN=$HERE/../../target/release ENGINE=auto
+BIN=$HERE/../../target/release ENGINE=auto CACHE=writeback KILLS=0
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     --bin) BIN=$2; shift 2 ;;
     --engine) ENGINE=$2; shift 2 ;;
+    --cache) CACHE=$2; shift 2 ;;
+    --kills) KILLS=$2; shift 2 ;;
     -*) echo "test-images: unknown $1" >&2; exit 2 ;;
     *) break ;;
     esac
@@ -47,22 +50,33 @@ make() { # KIND: makes it and sets IMAGE, TOP (the image as vdimg's options) and
     esac
 }
 
-judge() { # KIND: what is left of the image, by our tool and by others
+# KIND: what is left of the image, by our tool and by others. It is called as a condition, where -e does not hold.
+judge() {
     local sums
     case $1 in
     raw) return ;;
     esac
-    vdimg check "$IMAGE"
+    vdimg check "$IMAGE" || return 1
     case $1 in
     dynamic | fixed)
-        qemu-img check -q -f vdi "$IMAGE"
-        qemu-img convert -f vdi -O raw "$IMAGE" "$W/by-qemu.raw"
-        vdimg compare "$IMAGE" "$W/by-qemu.raw"
+        qemu-img check -q -f vdi "$IMAGE" || return 1
+        qemu-img convert -f vdi -O raw "$IMAGE" "$W/by-qemu.raw" || return 1
+        vdimg compare "$IMAGE" "$W/by-qemu.raw" || return 1
         ;;
     esac
     if [ ${#PARENTS[@]} -gt 0 ]; then
         sums=$(sha256sum "${PARENTS[@]}")
         [ "$sums" = "$SUMS" ] || { echo "FAIL: a parent was changed"; return 1; }
+    fi
+}
+
+run() { # on $IMAGE
+    local server="$BIN/vdblk --socket-path @S --blk-file $IMAGE --num-queues 2 --io-engine $ENGINE --cache $CACHE"
+    if [ "$KILLS" -gt 0 ]; then
+        "$HERE/kill-test.sh" --server-cmd "$server" --queues 2 --kills "$KILLS"
+    else
+        "$HERE/guest-test.sh" --tests 'boot-check fio-verify fs pattern' --queues 2 --size $SIZE \
+            --server-cmd "$server" --export-cmd "$BIN/vdimg convert --output-format raw $IMAGE @O"
     fi
 }
 
@@ -72,9 +86,7 @@ for kind in $KINDS; do
     make "$kind"
     SUMS=''
     [ ${#PARENTS[@]} = 0 ] || SUMS=$(sha256sum "${PARENTS[@]}")
-    if "$HERE/guest-test.sh" --tests 'boot-check fio-verify fs pattern' --queues 2 --size $SIZE \
-        --server-cmd "$BIN/vdblk --socket-path @S --blk-file $IMAGE --num-queues 2 --io-engine $ENGINE" \
-        --export-cmd "$BIN/vdimg convert --output-format raw $IMAGE @O" && judge "$kind"; then
+    if run && judge "$kind"; then
         echo "######## $kind: ok"
     else
         failed="$failed $kind"

@@ -3,7 +3,10 @@
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use vdblk::sim::{Judge, Kind, Play, Played, Stats, all_workloads, play, powercut_workload, small_disk};
+use vdblk::sim::{
+    Judge, Kills, Kind, Landing, Play, Played, Stats, Thorough, all_workloads, play, powercut_after_kills,
+    powercut_workload, small_disk,
+};
 
 /// Plays simulations of processes, power cuts and failing disks
 #[derive(Debug, Parser)]
@@ -19,6 +22,9 @@ struct Args {
     /// All workloads of up to three operations instead, on images of that kind
     #[arg(long, requires = "powercut")]
     workloads: bool,
+    /// And each of them with its process killed at every moment, and the next at one by chance
+    #[arg(long, requires = "workloads")]
+    kills: bool,
     /// States by chance for each moment at which the power can go
     #[arg(long, default_value_t = 30)]
     samples: u64,
@@ -50,7 +56,7 @@ fn run(args: &Args) -> std::io::Result<bool> {
         known.ok_or_else(|| std::io::Error::other(format!("'{name}' is no kind of image")))
     });
     let kind = kind.transpose()?;
-    let (mut sum, mut sound, mut requests) = (Stats::default(), true, 0);
+    let (mut sum, mut sound, mut requests, mut lives) = (Stats::default(), true, 0, 0);
     for seed in args.seed..args.seed + args.seeds {
         let played = match kind {
             Some(kind) if args.workloads => workloads(args, kind, seed),
@@ -58,6 +64,7 @@ fn run(args: &Args) -> std::io::Result<bool> {
         };
         sum.add(played.stats);
         requests += played.requests;
+        lives += played.lives;
         if let Some(wrong) = &played.wrong {
             sound = false;
             println!("seed {}: {wrong}", played.seed);
@@ -67,8 +74,9 @@ fn run(args: &Args) -> std::io::Result<bool> {
         }
     }
     println!(
-        "{} seeds, {requests} requests, {} moments, {} states, {} not opened, {} repaired, {} written by others",
-        args.seeds, sum.cuts, sum.states, sum.unopened, sum.repaired, sum.foreign
+        "{} seeds, {requests} requests, {lives} processes, {} moments, {} states, {} repaired, {} of interrupted repairs, \
+         {} written by others",
+        args.seeds, sum.cuts, sum.states, sum.repaired, sum.interrupted, sum.foreign
     );
     Ok(sound)
 }
@@ -87,6 +95,9 @@ fn one(args: &Args, kind: Option<Kind>, seed: u64) -> std::io::Result<Played> {
     Ok(played)
 }
 
+/// What happens to workloads whose processes are killed.
+const KILLS: Thorough = Thorough { every: 1, twice: 1, landings: &Landing::EACH, exhaustive: 4, samples: 8 };
+
 /// All small workloads, each with a schedule that follows from the seed.
 fn workloads(args: &Args, kind: Kind, seed: u64) -> Played {
     let disk = small_disk(kind, seed);
@@ -94,13 +105,19 @@ fn workloads(args: &Args, kind: Kind, seed: u64) -> Played {
     for (n, ops) in (0..).zip(all_workloads()) {
         let own = seed << 16 | n;
         let judge = Judge::new(args.exhaustive.min(12), args.samples, own);
-        let mut played = powercut_workload(&disk, &ops, own, judge);
+        let mut played = powercut_workload(&disk, &ops, &Kills::default(), own, judge);
+        if args.kills && played.wrong.is_none() {
+            let killed = powercut_after_kills(&disk, &ops, &KILLS, own);
+            played.stats.add(killed.stats);
+            (played.lives, played.wrong) = (played.lives + killed.lives, killed.wrong);
+        }
         played.wrong = played.wrong.map(|w| format!("{ops:?} (workload {n}): {w}"));
         match &mut all {
             None => all = Some(Played { seed, ..played }),
             Some(sum) => {
                 sum.stats.add(played.stats);
                 sum.requests += played.requests;
+                sum.lives += played.lives;
                 sum.wrong = sum.wrong.take().or(played.wrong);
             }
         }

@@ -1,5 +1,8 @@
 //! The daemon: arguments into library calls, nothing else.
 
+#[path = "common/usage.rs"]
+mod usage;
+
 use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -11,41 +14,49 @@ use vdblk::io::EngineKind;
 use vdblk::limits;
 use vdblk::vd::{CacheMode, ImageSpec};
 
-/// The exit status of a command line that makes no sense.
-const WRONG_USAGE: u8 = 2;
+const ENDS: &str = "Signals: SIGTERM and SIGINT end it in order, SIGKILL loses nothing that was \
+                    acknowledged. SIGHUP: the file of a raw image has been made longer; the guest is told the disk's \
+                    new size.\nExit status: 0 it ended as it was asked to, 1 an error, with one line on standard error, \
+                    2 wrong usage.\nSizes and offsets in messages are bytes. README.md has the commands of the \
+                    virtual machine monitors.";
+
+/// The name in messages.
+const PROGRAM: &str = "vdblk";
 
 /// Serves a virtual disk image, with its snapshots, as a vhost-user-blk device.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110)]
+#[command(version, about, max_term_width = 110, after_help = ENDS)]
 struct Args {
-    /// Listen on this unix socket
+    /// Listen on a unix socket of this name, which is made; a stale one is replaced. Without this and --fd the socket
+    /// is systemd's
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     socket_path: Option<PathBuf>,
-    /// Use this inherited socket, listening or connected
+    /// Use this inherited socket, listening or connected: the number of its descriptor
     #[arg(long, value_name = "N")]
     fd: Option<i32>,
-    /// Permissions of the socket file, octal
+    /// Permissions of the socket file, octal, 0 to 777
     #[arg(long, value_name = "MODE", default_value = "0600", value_parser = octal)]
     socket_mode: u32,
-    /// Group of the socket file
+    /// Group of the socket file: a name of /etc/group or a number [default: this process's]
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
     /// Print what this back-end can do, as QEMU's conventions ask, and exit
     #[arg(long, action = ArgAction::SetTrue)]
     print_capabilities: bool,
 
-    /// The image to serve
+    /// The image to serve: a file, or a block device with --format raw
     #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
-    /// Its format; needed where extension and signature do not tell
+    /// Its format: raw or vdi [default: what extension and contents agree on; the extension .raw says raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
-    /// A parent of the image, base first [repeatable]; else parents are searched by UUID
+    /// A parent of the image, base first (repeatable). Those that are not named are searched by UUID: in the folders of
+    /// --parent-dir, then, if none was named, in the image's own; each with the folders below it, and of one called
+    /// Snapshots the one above too
     #[arg(long, value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     parent: Vec<ImageSpec>,
-    /// Search parents here and below first, then in the image's folder, or the one above if that is called
-    /// Snapshots [repeatable]
-    #[arg(long, value_name = "DIR")]
+    /// A folder to search parents in that are not named; see --parent (repeatable)
+    #[arg(long, value_name = "DIR", value_parser = usage::existing_dir)]
     parent_dir: Vec<PathBuf>,
     /// Take a parent although it is not the one the image names
     #[arg(long)]
@@ -53,23 +64,25 @@ struct Args {
     /// Write to the image although another image in its folder is based on it
     #[arg(long)]
     allow_write_to_parent: bool,
-    /// Write into this new differencing VDI; the image itself stays as it is
+    /// Write into this differencing VDI; the image itself stays as it is. It is made if it is not there; an overlay of
+    /// this image is gone on with, and any other file refused
     #[arg(long, value_name = "FILE", conflicts_with = "read_only")]
     overlay: Option<PathBuf>,
-    /// Take no changes
+    /// Take no changes; several may serve an image so at a time
     #[arg(long)]
     read_only: bool,
-    /// Seconds to wait for a lock that another process holds
+    /// Seconds to wait for a lock that another process holds, 0 or more
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     lock_wait: u64,
 
-    /// Request queues the device offers [default: one per host CPU]
+    /// Request queues the device offers, 1 to 64 [default: one per host CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(limits::MAX_QUEUES)))]
     num_queues: Option<u16>,
-    /// Largest ring a front-end may set up, a power of two
+    /// Largest ring a front-end may set up, in entries: a power of two from 16 to 1024
     #[arg(long, value_name = "N", default_value_t = limits::MAX_QUEUE_SIZE, value_parser = queue_size)]
     queue_size: u16,
-    /// none: past the page cache; writethrough: every write is synced; unsafe: flushes are ignored
+    /// none: past the page cache; writeback: a flush of the guest makes durable; writethrough: every write is synced;
+    /// unsafe: flushes are ignored
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
     cache: Cache,
     /// unmap: discards give space back to the file system; ignore: they are not offered
@@ -81,7 +94,7 @@ struct Args {
     /// How files are read and written; auto: io_uring where it is allowed, else threads
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     io_engine: Engine,
-    /// Microseconds to poll for further requests before sleeping
+    /// Microseconds to poll for further requests before sleeping, 0 to 1000
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=i64::from(limits::MAX_POLL_MICROS)))]
     poll_us: u32,
 
@@ -91,10 +104,10 @@ struct Args {
     /// On SIGTERM, also wait until everything is on disk
     #[arg(long)]
     flush_on_exit: bool,
-    /// What to log
+    /// What to log on standard error: this and what is more severe
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
-    /// How to log
+    /// How to log: lines for people or JSON objects, a line each
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
@@ -207,7 +220,7 @@ impl Args {
             .log_internal_errors(false)
             .with_target(false);
         match self.log_format {
-            LogFormat::Text => log.without_time().init(),
+            LogFormat::Text => log.init(),
             LogFormat::Json => log.json().init(),
         }
     }
@@ -220,7 +233,7 @@ fn main() -> ExitCode {
     }
     let args = match arguments() {
         Ok(args) => args,
-        Err(e) => return refuse(&e),
+        Err(e) => return usage::refuse(PROGRAM, &e),
     };
     args.start_logging();
     ended(daemon::run(&args.config()))
@@ -230,15 +243,10 @@ fn ended(result: vdblk::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            tell(&e.to_string());
+            usage::tell(PROGRAM, &e.to_string());
             ExitCode::FAILURE
         }
     }
-}
-
-/// One line for people. Where nobody can read it, the exit status has to do: `eprintln` would panic.
-fn tell(what: &str) {
-    let _ = writeln!(std::io::stderr(), "vdblk: {what}");
 }
 
 fn print_capabilities() -> vdblk::Result<()> {
@@ -255,19 +263,4 @@ fn arguments() -> Result<Args, clap::Error> {
         return Err(Args::command().error(clap::error::ErrorKind::MissingRequiredArgument, what));
     }
     Ok(args)
-}
-
-/// Help and version as they come; what is wrong in one line, as every other error: it ends up in logs.
-fn refuse(e: &clap::Error) -> ExitCode {
-    if !e.use_stderr() {
-        // Whoever does not read it to its end has read enough.
-        let _ = e.print();
-        return ExitCode::SUCCESS;
-    }
-    let text = e.to_string();
-    let lines =
-        text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
-    let line = lines.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
-    tell(&format!("{} (vdblk --help tells all options)", line.trim_start_matches("error: ")));
-    ExitCode::from(WRONG_USAGE)
 }

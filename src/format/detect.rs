@@ -29,33 +29,68 @@ pub fn detect(path: &Path, source: &dyn ByteSource, stated: Option<Format>) -> R
         return Ok(Format::Raw);
     }
     let seen = signature(source)?;
-    match (named, seen) {
-        (Some(n), Some(s)) if n == s => Ok(n),
-        (Some(n), Some(s)) => Err(ask(
+    let (kind, what) = match (named, seen) {
+        (Some(n), Some(s)) if n == s => return Ok(n),
+        (Some(n), Some(s)) => (
             ErrorKind::InvalidArgument,
             format!("its name says {} but its contents look like {}", n.title(), s.title()),
-            format!("say which with --format {n} or --format {s}"),
-        )),
-        (Some(n), None) => Err(ask(
+        ),
+        (Some(n), None) => (
             ErrorKind::NotThisFormat,
             format!("its name says {} but its contents have no {} signature", n.title(), n.title()),
-            "if it is a raw image say so with --format raw".into(),
-        )),
-        (None, Some(s)) => Err(ask(
+        ),
+        (None, Some(s)) => (
             ErrorKind::InvalidArgument,
             format!("its contents look like {} but its name does not say so", s.title()),
-            format!("say which format it is with --format {s} or --format raw"),
-        )),
-        (None, None) => Err(ask(
-            ErrorKind::InvalidArgument,
-            "neither its name nor its contents tell the format".into(),
-            "if it is a raw image say so with --format raw".into(),
-        )),
-    }
+        ),
+        (None, None) => {
+            (ErrorKind::InvalidArgument, "neither its name nor its contents tell the format".to_string())
+        }
+    };
+    Err(Error::new(kind, what).hint(advice(path, source, named, seen)?))
 }
 
-fn ask(kind: ErrorKind, what: String, hint: String) -> Error {
-    Error::new(kind, what).hint(hint)
+/// What to do about a file whose format is not clear.
+fn advice(
+    path: &Path,
+    source: &dyn ByteSource,
+    named: Option<Format>,
+    seen: Option<Format>,
+) -> Result<String> {
+    let say = |f: Format| format!("--format {f}, for a parent FILE,format={f}");
+    if source.is_empty() {
+        return Ok("the file is empty; vdimg create makes a new image, under a name that is free".into());
+    }
+    if describes_a_machine(path, source)? {
+        return Ok("it describes a machine; name one of the image files it lists".into());
+    }
+    Ok(match (named, seen) {
+        (Some(n), Some(s)) => {
+            format!("say which it is: --format {n} or --format {s}, for a parent FILE,format={s}")
+        }
+        (Some(n), None) => format!(
+            "it is damaged or no {} at all; if it is a raw disk say so with {}",
+            n.title(),
+            say(Format::Raw)
+        ),
+        (None, Some(s)) => format!("if it is one say so with {}", say(s)),
+        (None, None) => format!("if it is a raw disk say so with {}", say(Format::Raw)),
+    })
+}
+
+/// Settings of VirtualBox, or another XML file beside the images they list.
+fn describes_a_machine(path: &Path, source: &dyn ByteSource) -> Result<bool> {
+    const XML: &[u8] = b"<?xml";
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    if ["vbox", "vbox-prev", "ovf"].contains(&extension.as_str()) {
+        return Ok(true);
+    }
+    let mut head = [0; XML.len()];
+    if source.len() < head.len() as u64 {
+        return Ok(false);
+    }
+    source.read_at(HostOffset(0), &mut head)?;
+    Ok(head == *XML)
 }
 
 /// The format the extension names, in any case.
@@ -123,7 +158,7 @@ mod tests {
     fn raw_is_said_never_guessed() {
         assert_eq!(of("a.raw", &vdi(), None).unwrap(), Format::Raw);
         assert_eq!(of("a.img", &vdi(), Some(Format::Raw)).unwrap(), Format::Raw);
-        for bytes in [vec![0u8; 4096], vec![], vec![1; 100]] {
+        for bytes in [vec![0u8; 4096], vec![1; 100]] {
             let e = of("a.img", &bytes, None).unwrap_err();
             assert_eq!(e.kind(), ErrorKind::InvalidArgument);
             assert!(e.to_string().contains("--format raw"), "{e}");
@@ -138,6 +173,22 @@ mod tests {
         assert!(e.contains("VMDK") && e.contains("VDI") && e.contains("--format"), "{e}");
         let e = of("disk", &vdi(), None).unwrap_err().to_string();
         assert!(e.contains("--format vdi"), "{e}");
+    }
+
+    #[test]
+    fn advice_fits_the_case() {
+        let advice = |path: &str, bytes: &[u8]| of(path, bytes, None).unwrap_err().to_string();
+        for name in ["a.vdi", "a.img", "a.vbox"] {
+            let e = advice(name, &[]);
+            assert!(e.contains("is empty") && e.contains("create") && !e.contains("--format"), "{e}");
+        }
+        for (name, bytes) in [("web.vbox", &b"<?xml version"[..]), ("web.vbox", b"?"), ("x", b"<?xml ?>")] {
+            let e = advice(name, bytes);
+            assert!(e.contains("a machine") && !e.contains("--format"), "{e}");
+        }
+        let e = advice("a.vdi", &[7; 600]);
+        assert!(e.contains("damaged") && e.contains("FILE,format=raw"), "{e}");
+        assert!(advice("plain", &vdi()).contains("FILE,format=vdi"));
     }
 
     #[test]

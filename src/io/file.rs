@@ -77,6 +77,10 @@ pub trait HostFile: Send + Sync + Debug {
     /// See [`super::IoKind::Allocate`].
     fn allocate(&self, off: u64, len: u64) -> io::Result<()>;
 
+    /// Gives the space of a range back: it reads as zeros, and the file keeps its length. EOPNOTSUPP where the file system
+    /// cannot.
+    fn punch(&self, off: u64, len: u64) -> io::Result<()>;
+
     /// See [`super::IoKind::Sync`].
     fn sync(&self) -> io::Result<()>;
 
@@ -168,6 +172,14 @@ impl HostFile for MemFile {
     fn allocate(&self, off: u64, len: u64) -> io::Result<()> {
         let end = off.checked_add(len).ok_or_else(too_large)?;
         if self.len()? < end { self.set_len(end) } else { Ok(()) }
+    }
+
+    fn punch(&self, off: u64, len: u64) -> io::Result<()> {
+        let mut bytes = self.lock();
+        let place = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
+        let (from, to) = (place(off), place(off.saturating_add(len)));
+        bytes[from..to].fill(0);
+        Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {

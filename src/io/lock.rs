@@ -119,10 +119,16 @@ impl ImageLock {
         };
         let dup = fd.try_clone_to_owned().map_err(|e| named(Error::io("lock it", e)))?;
         let until = Instant::now().checked_add(wait);
+        let mut told = false;
         loop {
             match try_lock(fd, None, mode) {
                 Ok(()) => return Ok(ImageLock { fd: Some(dup), mode }),
-                Err(Refused::Held(_)) if until.is_none_or(|u| Instant::now() < u) => {
+                Err(Refused::Held(held)) if until.is_none_or(|u| Instant::now() < u) => {
+                    if !told {
+                        let (path, most) = (file.path().display(), wait.as_secs());
+                        tracing::info!("{path}: {}; waiting for up to {most} s", held.describe());
+                        told = true;
+                    }
                     thread::sleep(RETRY_EVERY)
                 }
                 Err(refused) => return Err(refused.into_error(file.path(), wait)),
@@ -171,6 +177,15 @@ struct Held {
     pid: Option<i32>,
 }
 
+impl Held {
+    /// Who has what.
+    fn describe(&self) -> String {
+        let how = if self.byte < UNSHARED_BASE { "has it open for writing" } else { "is using it" };
+        let who = self.pid.map_or_else(|| "another process".into(), |p| format!("process {p}"));
+        format!("{who} {how}")
+    }
+}
+
 impl Refused {
     fn into_error(self, path: &Path, waited: Duration) -> Error {
         let held = match self {
@@ -182,13 +197,11 @@ impl Refused {
             }
             Refused::Os(e) => return Error::io("lock it", io::Error::from_raw_os_error(e)).at(path),
         };
-        let how = if held.byte < UNSHARED_BASE { "has it open for writing" } else { "is using it" };
-        let who = held.pid.map_or_else(|| "another process".into(), |p| format!("process {p}"));
         let after = match waited.as_secs() {
             0 => String::new(),
             s => format!(", for {s} s by now"),
         };
-        Error::new(ErrorKind::Locked, format!("{who} {how}{after}"))
+        Error::new(ErrorKind::Locked, format!("{}{after}", held.describe()))
             .hint("QEMU, one of its tools or another vdblk; end that, or wait for it with --lock-wait")
             .at(path)
     }

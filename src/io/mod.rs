@@ -16,8 +16,6 @@ mod threads;
 mod uring;
 
 #[cfg(test)]
-pub(crate) mod sim;
-#[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

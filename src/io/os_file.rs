@@ -292,6 +292,10 @@ impl HostFile for OsFile {
         to_io(sys::fallocate(self.file.as_fd(), sys::ALLOCATE, off, len)).map(drop)
     }
 
+    fn punch(&self, off: u64, len: u64) -> io::Result<()> {
+        to_io(sys::fallocate(self.file.as_fd(), sys::PUNCH, off, len)).map(drop)
+    }
+
     fn sync(&self) -> io::Result<()> {
         to_io(sys::fdatasync(self.file.as_fd())).map(drop)
     }

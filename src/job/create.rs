@@ -1,7 +1,7 @@
 //! New images.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Format, vdi};
+use crate::format::{Format, extension_format, vdi};
 use crate::io::{HostFile, OpenHow, OsFile, sync_dir};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::ImageInfo;
@@ -70,9 +70,10 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
         other => Err(Error::new(ErrorKind::Unsupported, format!("{other} images cannot be created yet"))),
     };
     let make = writes.map_err(|e| e.at(&new.path))?;
+    refuse_misleading_name(&new.path, new.format)?;
     let opened = OsFile::open(&new.path, OpenHow { create_new: true, ..OpenHow::default() });
     let file = opened.map_err(|e| match e.kind() {
-        ErrorKind::Exists => e.hint("remove it or choose another name"),
+        ErrorKind::Exists => e.hint("nothing is overwritten: choose another name"),
         _ => e,
     })?;
     let made = make(&file).and_then(|()| {
@@ -84,6 +85,14 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
         let _ = fs::remove_file(&new.path);
         e.at(&new.path)
     })
+}
+
+/// The extension decides how a file is opened later: one that names another format is refused.
+fn refuse_misleading_name(path: &Path, format: Format) -> Result<()> {
+    let Some(named) = extension_format(path).filter(|named| *named != format) else { return Ok(()) };
+    let what = format!("its name says {named}, but it is to be {format}, and would be opened by its name");
+    let better = path.with_extension(format.extensions()[0]);
+    Err(Error::new(ErrorKind::InvalidArgument, what).at(path).hint(format!("call it {}", better.display())))
 }
 
 /// The folder a file's name is in.
@@ -113,9 +122,9 @@ fn raw_writes(new: &CreateImage) -> Result<Make> {
     };
     let size = new.size_bytes;
     Ok(Box::new(move |file| {
-        file.set_len(size).map_err(|e| Error::io("set its length", e))?;
+        file.set_len(size).map_err(|e| Error::io(format!("set its length to {size} bytes"), e))?;
         if fixed {
-            file.allocate(0, size).map_err(|e| Error::io("reserve its space", e))?;
+            file.allocate(0, size).map_err(|e| Error::io(format!("reserve its {size} bytes"), e))?;
         }
         Ok(())
     }))
@@ -157,24 +166,28 @@ fn vdi_writes(new: &CreateImage) -> Result<Make> {
     });
     let blueprint = c.blueprint()?;
     Ok(Box::new(move |file| {
-        file.set_len(blueprint.file_len()).map_err(|e| Error::io("set its length", e))?;
+        let len = blueprint.file_len();
+        file.set_len(len).map_err(|e| Error::io(format!("set its length to {len} bytes"), e))?;
         if let Some((off, len)) = blueprint.preallocate() {
-            file.allocate(off.0, len).map_err(|e| Error::io("reserve its space", e))?;
+            let tried = || format!("reserve its {len} bytes at {off}");
+            file.allocate(off.0, len).map_err(|e| Error::io(tried(), e))?;
         }
         for (off, bytes) in blueprint.writes() {
-            file.write_at(off.0, &bytes).map_err(|e| Error::io("write its header and table", e))?;
+            let tried = || format!("write its header and table at {off}");
+            file.write_at(off.0, &bytes).map_err(|e| Error::io(tried(), e))?;
         }
         Ok(())
     }))
 }
 
-/// Makes a differencing VDI over an image, for writes that shall leave the image alone.
+/// Makes a differencing VDI over an image, for writes that shall leave the image alone. It names `uuid` as its parent's;
+/// `None`: a random one, where the parent has none.
 ///
 /// # Errors
 /// As [`create_image`].
-pub fn create_overlay(path: &Path, parent: &ImageInfo) -> Result<()> {
+pub fn create_overlay(path: &Path, parent: &ImageInfo, uuid: Option<Uuid>) -> Result<()> {
     let new = CreateImage {
-        parent: Some(parent.clone()),
+        parent: Some(ImageInfo { uuid, ..parent.clone() }),
         geometry: parent.geometry,
         ..CreateImage::new(path, Format::Vdi, parent.virtual_size)
     };

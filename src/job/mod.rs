@@ -23,7 +23,7 @@ pub use create::{CreateImage, create_image, create_overlay};
 pub use inspect::{Inspected, inspect_image};
 pub use repair::{RepairJob, Repaired, repair_image};
 pub use script::{Command, Script};
-pub use size::parse_size;
+pub use size::{human_bytes, parse_size};
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::vdi::{CheckReport, RepairStep};
 use crate::format::{Format, vdi};
 use crate::io::HostFile;
+use crate::limits::SECTOR_BYTES;
 use crate::map::HostOffset;
 use crate::vd::{FileSource, ImageSpec};
 use std::time::Duration;
@@ -72,21 +73,61 @@ impl<'a> RepairJob<'a> {
         RepairJob { file, steps, next: 0, copied: 0 }
     }
 
-    /// Moves the next piece of a copy. True: that was the last.
+    /// A file that grows by truncation may, after a power cut, show there what it held before it was once cut, and that
+    /// would be a part of a block. What is allocated reads as zeros, and so do the holes it is turned into: a block may be
+    /// far larger than what is in it.
+    fn set_len(&self, to: HostOffset) -> std::io::Result<()> {
+        let now = self.file.len()?;
+        if to.0 > now && self.file.allocate(now, to.0 - now).is_ok() {
+            // where that cannot be done the space stays
+            let _ = self.file.punch(now, to.0 - now);
+            return Ok(());
+        }
+        self.file.set_len(to.0)
+    }
+
+    /// What the present step does, behind "cannot".
+    fn tried(&self) -> String {
+        match self.steps.get(self.next) {
+            Some(RepairStep::Write { at, bytes }) => format!("repair its {} bytes at {at}", bytes.len()),
+            Some(RepairStep::Copy { from, to, .. }) => {
+                format!("copy its bytes at {} to {}", from.plus(self.copied), to.plus(self.copied))
+            }
+            Some(RepairStep::SetLen { to }) => format!("set its length to {} bytes", to.0),
+            Some(RepairStep::Sync) | None => "make its repair durable".to_string(),
+        }
+    }
+
+    /// Moves the next piece of a copy. True: that was the last. What is a hole on both sides is passed over: a block may be
+    /// far larger than what a small file has of it.
     fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> std::io::Result<bool> {
-        let n = (len - self.copied).min(LANE_BYTES);
+        let (from, to, left) = (from.plus(self.copied).0, to.plus(self.copied).0, len - self.copied);
+        let (source, target) = (self.hole_at(from)?, self.hole_at(to)?);
+        let hole = source.min(target).min(left);
+        if hole > 0 {
+            self.copied += hole;
+            return Ok(self.copied == len);
+        }
+        let data = if source == 0 { from } else { to };
+        let run = self.file.next_hole(data)?.saturating_sub(data).max(SECTOR_BYTES);
+        let n = left.min(run).min(LANE_BYTES);
         let mut piece = vec![0; usize::try_from(n).expect("1 MiB at most")];
         let mut got = 0;
         while got < piece.len() {
-            match self.file.read_at(from.plus(self.copied).0 + got as u64, &mut piece[got..])? {
+            match self.file.read_at(from + got as u64, &mut piece[got..])? {
                 // The place is cut off in the middle: the rest of it reads as zeros.
                 0 => break,
                 more => got += more,
             }
         }
-        self.file.write_at(to.plus(self.copied).0, &piece)?;
+        self.file.write_at(to, &piece)?;
         self.copied += n;
         Ok(self.copied == len)
+    }
+
+    /// Bytes of the hole at `off`, 0 where there is none; all there are where no data follow.
+    fn hole_at(&self, off: u64) -> std::io::Result<u64> {
+        Ok(self.file.next_data(off)?.map_or(u64::MAX, |data| data.saturating_sub(off)))
     }
 }
 
@@ -95,11 +136,11 @@ impl Job for RepairJob<'_> {
         let Some(step) = self.steps.get(self.next).cloned() else { return Ok(Step::Done) };
         let complete = match step {
             RepairStep::Write { at, bytes } => self.file.write_at(at.0, &bytes).map(|()| true),
-            RepairStep::SetLen { to } => self.file.set_len(to.0).map(|()| true),
+            RepairStep::SetLen { to } => self.set_len(to).map(|()| true),
             RepairStep::Sync => self.file.sync().map(|()| true),
             RepairStep::Copy { from, to, len } => self.copy_piece(from, to, len),
         };
-        if complete.map_err(|e| Error::io("write its repair", e).at(self.file.path()))? {
+        if complete.map_err(|e| Error::io(self.tried(), e).at(self.file.path()))? {
             self.next += 1;
             self.copied = 0;
         }

@@ -214,15 +214,15 @@ impl Script {
         let ended = match command {
             Command::Sleep(all) => self.nap(all),
             Command::Flush => {
-                self.request(Request::Flush)?;
+                self.request(Request::Flush, "flush")?;
                 true
             }
             Command::Discard(r) => {
-                self.request(Request::Discard(r))?;
+                self.request(Request::Discard(r), &format!("discard {r}"))?;
                 true
             }
             Command::WriteZeroes { range, unmap } => {
-                self.request(Request::WriteZeroes { range, unmap })?;
+                self.request(Request::WriteZeroes { range, unmap }, &format!("write zeros to {range}"))?;
                 true
             }
             Command::Read { range, .. } | Command::Write { range, .. } => self.move_piece(range, out)?,
@@ -260,23 +260,23 @@ impl Script {
         Duration::from_millis(self.done) >= all
     }
 
-    fn request(&mut self, request: Request) -> Result<()> {
+    fn request(&mut self, request: Request, tried: &str) -> Result<()> {
         let started = self.lanes.start(0, 0, request, &[]);
-        self.lanes.finish(started)?.map_err(|f| self.failed(f))
+        self.lanes.finish(started)?.map_err(|f| failed(f, tried))
     }
 
     fn move_piece(&mut self, range: GuestRange, out: &mut String) -> Result<bool> {
         let piece = range.skip(self.done).take(LANE_BYTES);
         let len = usize::try_from(piece.len()).expect("inside a lane");
         if !piece.is_empty() {
-            let started = match self.command {
+            let (started, tried) = match self.command {
                 Some(Command::Write { pattern, .. }) => {
                     self.lanes.bytes_mut(0)[..len].fill(pattern);
-                    self.lanes.write(0, 0, 0, piece)
+                    (self.lanes.write(0, 0, 0, piece), "write")
                 }
-                _ => self.lanes.read(0, 0, piece),
+                _ => (self.lanes.read(0, 0, piece), "read"),
             };
-            self.lanes.finish(started)?.map_err(|f| self.failed(f))?;
+            self.lanes.finish(started)?.map_err(|f| failed(f, &format!("{tried} {piece}")))?;
             if let Some(Command::Read { pattern, dump, .. }) = self.command {
                 self.look_at(piece, pattern, dump, out)?;
             }
@@ -301,11 +301,12 @@ impl Script {
         );
         Err(Error::new(ErrorKind::Corrupt, what))
     }
+}
 
-    fn failed(&self, f: Failure) -> Error {
-        let e = Error::from(f);
-        if e.kind() == ErrorKind::ReadOnly { e.hint("leave --read-only out") } else { e }
-    }
+/// `tried` completes the sentence "cannot …".
+fn failed(f: Failure, tried: &str) -> Error {
+    let e = Error::new(Error::from(f).kind(), format!("cannot {tried}: {f}"));
+    if e.kind() == ErrorKind::ReadOnly { e.hint("leave --read-only out") } else { e }
 }
 
 /// The range a command touches.

@@ -1,4 +1,4 @@
-//! Sizes as people write them.
+//! Sizes as people write and read them.
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -39,9 +39,35 @@ pub fn parse_size(text: &str) -> Result<u64> {
     u64::try_from(bytes).map_err(|_| bad())
 }
 
+/// A number of bytes for people.
+pub fn human_bytes(bytes: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let power = (bytes.max(1).ilog2() / 10).min(5);
+    if power == 0 {
+        return format!("{bytes} bytes");
+    }
+    let tenths = (u128::from(bytes) * 10) >> (10 * power);
+    let unit = units[power as usize];
+    let short = if tenths.is_multiple_of(10) {
+        format!("{} {unit}", tenths / 10)
+    } else {
+        format!("{}.{} {unit}", tenths / 10, tenths % 10)
+    };
+    format!("{short} ({bytes} bytes)")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_for_people() {
+        for (bytes, text) in
+            [(512, "512 bytes"), (1 << 20, "1 MiB (1048576 bytes)"), (3 << 29, "1.5 GiB (1610612736 bytes)")]
+        {
+            assert_eq!(human_bytes(bytes), text);
+        }
+    }
 
     #[test]
     fn sizes() {

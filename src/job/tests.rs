@@ -1,13 +1,15 @@
 //! Jobs in simulation: disks in memory, operations that end in any order.
 
-use super::{CompareJob, CopyJob, Job, Piece, PieceKind, Step, Survey};
-use crate::error::Failure;
+use super::{CompareJob, CopyJob, Job, Piece, PieceKind, RepairJob, Step, Survey, Watch};
+use crate::error::{ErrorKind, Failure};
 use crate::format::vdi::{self, Parent, Variant, VdiCreate};
 use crate::format::{self, Format};
-use crate::io::sim::{Rng, SimEngine};
-use crate::io::{AlignedBuf, HostFile, MemFile, OsHost};
+use crate::io::testing::scratch_dir;
+use crate::io::{AlignedBuf, HostFile, MemFile, OpenHow, OsFile, OsHost};
 use crate::map::{ByteSource, FileId, GuestOffset, GuestRange};
-use crate::vd::{Chain, Channel, Disk, DiskOptions, Layer, Request};
+use crate::sim::{Rng, SimEngine};
+use crate::vd::{Chain, Channel, Disk, DiskOptions, FileSource, Layer, Request};
+use std::path::Path;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -46,7 +48,7 @@ fn open(files: &[(Format, Arc<MemFile>)], read_only: bool) -> Arc<Disk> {
 }
 
 fn channel(disk: &Arc<Disk>, rng: &mut Rng) -> Channel {
-    let mut e = SimEngine::new(rng.next());
+    let mut e = SimEngine::new(rng.draw());
     e.inline_percent = rng.below(100);
     e.depth = 1 + rng.below(20) as usize;
     Channel::new(disk.clone(), Box::new(e), CompareJob::slots()).unwrap()
@@ -262,7 +264,7 @@ fn both_engines_copy_and_compare() {
     let dir = tempfile::tempdir_in(exe.parent().unwrap()).unwrap();
     let mut rng = Rng(4);
     let mut bytes = vec![0; 20 << 20];
-    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.next() as u8);
+    bytes[3 << 20..12 << 20].iter_mut().for_each(|b| *b = rng.draw() as u8);
     std::fs::write(dir.path().join("s.raw"), bytes).unwrap();
     for kind in [EngineKind::IoUring, EngineKind::Threads] {
         let target = dir.path().join(format!("{kind}.vdi"));
@@ -287,4 +289,52 @@ fn both_engines_copy_and_compare() {
         assert_eq!(job.result().difference, None, "{kind}");
         assert_eq!(copied.disk.chain().top().map.info().allocated_blocks, Some(9), "{kind}");
     }
+}
+
+/// A file with a VDI of this shape, all entries given, and some bytes at its first place.
+fn damaged(dir: &Path, blocks: u32, block: u64, entry: impl Fn(u32) -> u32) -> OsFile {
+    let id = Uuid::from_u128(7);
+    let mut c = VdiCreate::new(u64::from(blocks) * block, id, id);
+    c.block_bytes = block;
+    let b = c.blueprint().unwrap();
+    let path = dir.join("damaged.vdi");
+    std::fs::write(&path, b"").unwrap();
+    let f = OsFile::open(&path, OpenHow { write: true, ..OpenHow::default() }).unwrap();
+    b.writes().for_each(|(off, bytes)| f.write_at(off.0, &bytes).unwrap());
+    let table: Vec<u8> = (0..blocks).flat_map(|b| entry(b).to_le_bytes()).collect();
+    f.write_at(1 << 20, &table).unwrap();
+    f.write_at(b.file_len(), &[0x77; 4096]).unwrap();
+    f
+}
+
+fn repair(f: &OsFile) -> crate::Result<()> {
+    let plan = vdi::repair(&FileSource::new(f)?)?;
+    let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
+    watch.run(&mut RepairJob::new(f, plan.steps))
+}
+
+#[test]
+fn a_repair_copies_what_is_there_and_no_holes() {
+    let dir = scratch_dir();
+    let f = damaged(dir.path(), 4, 256 << 20, |b| if b < 2 { 0 } else { u32::MAX });
+    repair(&f).unwrap();
+    assert!(vdi::check(&FileSource::new(&f).unwrap()).unwrap().is_clean());
+    let mut got = [0; 4097];
+    f.read_at((2 << 20) + (256 << 20), &mut got).unwrap();
+    assert!(got[..4096] == [0x77; 4096] && got[4096] == 0);
+    assert!(f.allocated().unwrap() < 4 << 20, "{} bytes", f.allocated().unwrap());
+}
+
+#[test]
+fn a_repair_that_would_copy_without_end_is_refused() {
+    let dir = scratch_dir();
+    let f = damaged(dir.path(), 20_000, 4096, |_| 0);
+    let before = std::fs::read(f.path()).unwrap();
+    let e = repair(&f).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Limit);
+    assert!(e.to_string().contains("19999 blocks") && !e.to_string().contains('\n'), "{e}");
+    assert!(std::fs::read(f.path()).unwrap() == before);
+    let few = damaged(dir.path(), 10_000, 4096, |_| 0);
+    repair(&few).unwrap();
+    assert!(vdi::check(&FileSource::new(&few).unwrap()).unwrap().is_clean());
 }

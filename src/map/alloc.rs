@@ -94,13 +94,13 @@ impl HostBlocks {
     /// none is under way. At most one runs; [`Self::extended`] ends it.
     pub fn begin_extension(&self, urgent: bool) -> Option<(u32, u32)> {
         let mut s = self.lock();
-        let enough = u32::try_from(s.clean.len()).unwrap_or(u32::MAX) > s.step / 4;
-        if s.extending.is_some() || s.end >= self.max || (enough && !urgent) {
-            return None;
-        }
         // Places prepared and not used are lost to other programs if we are killed: they append behind them, and a table
         // of `max` entries knows no place from there on. So never more than a part of what is left.
         let step = s.step.min(((self.max - s.end) / 8).max(1));
+        let enough = u32::try_from(s.clean.len()).unwrap_or(u32::MAX) > step / 4;
+        if s.extending.is_some() || s.end >= self.max || (enough && !urgent) {
+            return None;
+        }
         let to = s.end + step;
         s.extending = Some(to);
         Some((s.end, to))
@@ -182,6 +182,23 @@ mod tests {
             a.extended(None);
         }
         assert!(a.is_at_smallest_step());
+    }
+
+    /// Near the end of an image few places are prepared at once; as few are enough to wait for the next need.
+    #[test]
+    fn no_more_is_prepared_near_the_end_than_is_needed() {
+        let a = HostBlocks::new(0, 100, 64, |_| true);
+        while a.end() < 92 {
+            assert!(a.begin_extension(true).is_some());
+            a.extended(Some(true));
+            while a.take_clean().is_some() {}
+        }
+        let (from, to) = a.begin_extension(false).expect("nothing is prepared");
+        assert_eq!(to - from, 1);
+        a.extended(Some(true));
+        assert_eq!(a.begin_extension(false), None, "one is left, and one is what a step prepares");
+        assert!(a.take_clean().is_some());
+        assert_eq!(a.begin_extension(false), Some((to, to + 1)));
     }
 
     proptest! {

@@ -10,6 +10,7 @@ mod cache;
 mod claims;
 mod extent;
 mod image;
+pub mod moment;
 mod plan;
 mod range;
 pub mod sabotage;

@@ -28,10 +28,18 @@ pub enum Sabotage {
     LateJoin,
     /// O6: a write does not make its file one that has to be synced.
     ForgottenWrite,
+    /// A chain is not marked as in flight before it is started.
+    UnmarkedChain,
+    /// The mark of a chain is cleared before its answer is visible.
+    ClearedTooEarly,
+    /// The mark of a chain is kept when its answer is visible.
+    MarkKept,
+    /// New chains are taken while those of a former process are repeated.
+    RepeatedBesideNew,
 }
 
 impl Sabotage {
-    /// All of them.
+    /// Those of the disk.
     pub const ALL: [Sabotage; 12] = [
         Sabotage::NoSyncBeforeEntry,
         Sabotage::EntryBeforeData,
@@ -46,6 +54,10 @@ impl Sabotage {
         Sabotage::LateJoin,
         Sabotage::ForgottenWrite,
     ];
+
+    /// Those that only a queue worker can break.
+    pub const RINGS: [Sabotage; 4] =
+        [Sabotage::UnmarkedChain, Sabotage::ClearedTooEarly, Sabotage::MarkKept, Sabotage::RepeatedBesideNew];
 }
 
 #[cfg(any(test, feature = "sim"))]

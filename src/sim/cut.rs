@@ -74,6 +74,19 @@ impl Change {
         }
     }
 
+    /// The beginning of it, if it has one: what a killed process's write may have come to.
+    pub(super) fn begin_of(self, rng: &mut Rng) -> Change {
+        let mut some = |len: u64| rng.below(len / SECTOR + 1) * SECTOR;
+        match self {
+            Change::Write { off, bytes, size } => {
+                let n = inside(some(bytes.len() as u64));
+                Change::Write { off, bytes: bytes[..n].into(), size }
+            }
+            Change::Zero { off, len } => Change::Zero { off, len: some(len) },
+            whole => whole,
+        }
+    }
+
     /// Does the parts of it that `keep` says happened.
     fn apply(&self, b: &mut Bytes, atoms: &[Atom], keep: &mut dyn FnMut() -> bool) {
         let old = b.len();

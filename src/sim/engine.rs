@@ -3,6 +3,7 @@
 
 use super::cut::Change;
 use super::fault::{Failing, Faults};
+use super::life::Life;
 use super::{Rng, SimFile, Trace};
 use crate::io::{
     BufSlice, Completion, Full, HostFile, IoEngine, IoKind, IoOp, Tag, gather, scatter, sub_slices, total_len,
@@ -12,7 +13,6 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 struct Queued {
@@ -44,8 +44,8 @@ pub struct SimEngine {
     rng: Rng,
     faults: Faults,
     trace: Trace,
-    /// The process is gone: everything ends, nothing happens, no memory is touched.
-    dead: Arc<AtomicBool>,
+    /// Once its process is dead everything ends, nothing happens, no memory is touched.
+    life: Option<Arc<Life>>,
     /// How many of a hundred reads and writes end inside [`IoEngine::try_now`].
     pub inline_percent: u64,
     /// How many of a hundred are cut short.
@@ -78,7 +78,7 @@ impl SimEngine {
             rng: Rng(seed),
             faults: Faults::default(),
             trace: Trace::default(),
-            dead: Arc::default(),
+            life: None,
             inline_percent: 30,
             short_percent: 5,
             depth: 32,
@@ -93,13 +93,18 @@ impl SimEngine {
         SimEngine { known, faults, trace, rng, inline_percent, depth, ..SimEngine::new(0) }
     }
 
-    /// From now on it ends with the process that `dead` tells of.
-    pub(super) fn die_with(&mut self, dead: &Arc<AtomicBool>) {
-        self.dead = dead.clone();
+    /// It belongs to this process.
+    pub(super) fn belong_to(&mut self, life: &Arc<Life>) {
+        self.life = Some(life.clone());
     }
 
     fn is_dead(&self) -> bool {
-        self.dead.load(Ordering::SeqCst)
+        self.life.as_ref().is_some_and(|l| l.is_dead())
+    }
+
+    /// An operation is about to happen; true: it will not, for the process is dead.
+    fn is_killed(&self) -> bool {
+        self.life.as_ref().is_some_and(|l| l.event())
     }
 
     fn file(&self, id: FileId) -> &Attached {
@@ -241,7 +246,7 @@ impl IoEngine for SimEngine {
     }
 
     fn try_now(&mut self, op: &IoOp, bufs: &[BufSlice]) -> Option<Result<u64, i32>> {
-        if self.is_dead() || !self.rng.chance(self.inline_percent) {
+        if self.is_dead() || !self.rng.chance(self.inline_percent) || self.is_killed() {
             return None;
         }
         if let Some(how) = self.faults.hit(op, true)
@@ -266,7 +271,7 @@ impl IoEngine for SimEngine {
         if self.queue.len() >= self.depth {
             return Err(Full);
         }
-        if self.is_dead() {
+        if self.is_killed() {
             self.queue.push(Queued { io: *op, bufs: Vec::new(), tag, state: State::Landed(Err(libc::EIO)) });
             return Ok(());
         }
@@ -294,13 +299,16 @@ impl IoEngine for SimEngine {
         }
         // Some happen now and are reported later.
         for i in 0..self.entered {
-            if matches!(self.queue[i].state, State::Flying(_)) && self.rng.chance(20) {
+            if matches!(self.queue[i].state, State::Flying(_)) && self.rng.chance(20) && !self.is_killed() {
                 let _ = self.land(i);
             }
         }
         let n = self.rng.index(self.entered + 1);
         for _ in 0..n {
             let i = self.rng.index(self.entered);
+            if self.is_killed() {
+                return;
+            }
             let result = self.land(i);
             let q = self.queue.remove(i);
             self.entered -= 1;

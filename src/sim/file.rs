@@ -10,12 +10,19 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+impl Landing {
+    /// All of them.
+    pub const EACH: [Landing; 3] = [Landing::None, Landing::All, Landing::Chance];
+}
+
 /// A file with a page cache that can be lost.
 #[derive(Debug)]
 pub struct SimFile {
     contents: Mutex<Contents>,
     name: PathBuf,
     alignment: Alignment,
+    /// Nobody may change it.
+    sealed: bool,
 }
 
 #[derive(Debug, Default)]
@@ -34,6 +41,21 @@ struct Contents {
     fail_direct_syncs: bool,
     dm_log: Option<DmLog>,
     data_writes: u64,
+    /// The process that changes it is dead, and no other has it yet.
+    frozen: bool,
+    /// Somebody has tried to change it although it is sealed.
+    touched: bool,
+}
+
+/// What becomes of the operations of a killed process: all before another may open the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landing {
+    /// Nothing.
+    None,
+    /// They happen.
+    All,
+    /// In any order each happens, or not, or a write in part.
+    Chance,
 }
 
 /// Where the data of a small VDI begins, for [`SimFile::data_writes`].
@@ -43,7 +65,25 @@ impl SimFile {
     /// A file whose bytes are durable.
     pub fn new(name: impl Into<PathBuf>, bytes: Bytes) -> Arc<SimFile> {
         let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
-        Arc::new(SimFile { contents: Mutex::new(contents), name: name.into(), alignment: Alignment::NONE })
+        let (contents, name, alignment) = (Mutex::new(contents), name.into(), Alignment::NONE);
+        Arc::new(SimFile { contents, name, alignment, sealed: false })
+    }
+
+    /// A file that nobody may change.
+    pub fn sealed(name: impl Into<PathBuf>, bytes: Bytes) -> Arc<SimFile> {
+        let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
+        let (contents, name, alignment) = (Mutex::new(contents), name.into(), Alignment::NONE);
+        Arc::new(SimFile { contents, name, alignment, sealed: true })
+    }
+
+    /// Somebody has tried to change a sealed file.
+    pub fn was_touched(&self) -> bool {
+        self.lock().touched
+    }
+
+    /// The process that changes it is dead: nothing changes until [`Self::kill`].
+    pub(super) fn freeze(&self) {
+        self.lock().frozen = true;
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
@@ -71,8 +111,9 @@ impl SimFile {
     }
 
     /// From now on everything is recorded.
-    pub fn record(&self, log: DmLog) {
-        self.lock().dm_log = Some(log);
+    pub fn record(&self) {
+        let c = &mut *self.lock();
+        c.dm_log = Some(DmLog::of(&c.now));
     }
 
     /// Writes a mark into the record, if there is one.
@@ -82,9 +123,12 @@ impl SimFile {
         }
     }
 
-    /// The record.
+    /// The record, with a last mark of what the file holds.
     pub fn take_record(&self) -> Option<DmLog> {
-        self.lock().dm_log.take()
+        let c = &mut *self.lock();
+        let mut log = c.dm_log.take()?;
+        log.mark_contents("end", &c.now);
+        Some(log)
     }
 
     /// Syncs that go past the engines fail from now on, or no longer.
@@ -104,12 +148,17 @@ impl SimFile {
 
     /// Changes the file as every process sees it.
     pub(super) fn change(&self, change: Change) {
-        self.lock().change(change);
+        let c = &mut *self.lock();
+        c.touched |= self.sealed;
+        if !c.frozen && !self.sealed {
+            c.change(change);
+        }
     }
 
     /// An operation was submitted; [`Self::land`] or [`Self::kill`] ends it.
     pub(super) fn fly(&self, change: Change) -> u64 {
         let c = &mut *self.lock();
+        c.touched |= self.sealed;
         c.next_flight += 1;
         c.flying.insert(c.next_flight, change);
         c.next_flight
@@ -119,6 +168,9 @@ impl SimFile {
     pub(super) fn land(&self, flight: u64, bytes: Option<usize>) {
         let c = &mut *self.lock();
         let change = c.flying.remove(&flight).expect("it flies");
+        if self.sealed {
+            return;
+        }
         c.change(match (change, bytes) {
             (Change::Write { off, bytes, size }, Some(n)) => {
                 Change::Write { off, bytes: bytes[..n].into(), size }
@@ -127,14 +179,17 @@ impl SimFile {
         });
     }
 
-    /// The process is gone. What it had submitted lands or not: all of that before another gets the lock.
-    pub fn kill(&self, rng: &mut Rng) {
+    /// The process is gone. What becomes of what it had submitted is settled before another gets the lock.
+    pub fn kill(&self, how: Landing, rng: &mut Rng) {
         let c = &mut *self.lock();
+        c.frozen = false;
         let mut flying: Vec<_> = std::mem::take(&mut c.flying).into_values().collect();
         while !flying.is_empty() {
             let change = flying.swap_remove(rng.index(flying.len()));
-            if rng.chance(50) {
-                c.change(change);
+            match (how, rng.below(5)) {
+                (Landing::All, _) | (Landing::Chance, 0 | 1) => c.change(change),
+                (Landing::Chance, 2) => c.change(change.begin_of(rng)),
+                _ => {}
             }
         }
     }
@@ -142,7 +197,10 @@ impl SimFile {
     /// The power goes and comes back with this left.
     pub fn restart_with(&self, bytes: Bytes) {
         let c = &mut *self.lock();
-        let dm_log = c.dm_log.take();
+        let mut dm_log = c.dm_log.take();
+        if let Some(log) = &mut dm_log {
+            log.replaced(&c.now, &bytes, "power cut");
+        }
         let cuts = c.cuts.take().map(|_| Vec::new());
         let now = bytes.clone();
         *c = Contents { durable: bytes, now, dm_log, cuts, ..Contents::default() };
@@ -156,7 +214,10 @@ impl SimFile {
 
     /// A sync of everything before `mark` has ended well.
     pub(super) fn persist(&self, mark: u64) {
-        self.lock().persist(mark);
+        let c = &mut *self.lock();
+        if !c.frozen {
+            c.persist(mark);
+        }
     }
 
     /// It has failed. Of the data it was to write some is durable; the rest will never be, whatever a later sync says,
@@ -175,11 +236,14 @@ impl SimFile {
         }
         if rng.chance(50) {
             let len = c.now.len();
-            c.now = c.durable.clone();
+            let before = std::mem::replace(&mut c.now, c.durable.clone());
             for change in c.log.iter().flatten() {
                 apply_whole(&mut c.now, change);
             }
             c.now.set_len(len);
+            if let Some(log) = &mut c.dm_log {
+                log.replaced(&before, &c.now, "sync failed");
+            }
         }
     }
 }
@@ -187,6 +251,7 @@ impl SimFile {
 impl Contents {
     fn change(&mut self, change: Change) {
         let change = match change {
+            Change::Write { ref bytes, .. } if bytes.is_empty() => return,
             Change::Write { off, bytes, .. } => {
                 self.data_writes += u64::from(off >= DATA);
                 let end = off + bytes.len() as u64;
@@ -203,10 +268,11 @@ impl Contents {
             }
             other => other,
         };
-        if let Some(log) = &mut self.dm_log {
-            log.change(&change);
-        }
+        let before = self.now.len();
         apply_whole(&mut self.now, &change);
+        if let Some(log) = &mut self.dm_log {
+            log.change(&change, before, &self.now);
+        }
         self.log.push(Some(change));
     }
 
@@ -237,7 +303,7 @@ impl Contents {
         }
         self.first = self.first.max(mark);
         if let Some(log) = &mut self.dm_log {
-            log.flush();
+            log.flush(&self.now);
         }
     }
 }
@@ -250,7 +316,7 @@ impl HostFile for SimFile {
     fn traits(&self) -> FileTraits {
         let identity = (1, std::ptr::from_ref(self) as usize as u64);
         let direct = self.alignment != Alignment::NONE;
-        FileTraits { writable: true, direct, alignment: self.alignment, is_device: false, identity }
+        FileTraits { writable: !self.sealed, direct, alignment: self.alignment, is_device: false, identity }
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -273,6 +339,11 @@ impl HostFile for SimFile {
 
     fn allocate(&self, off: u64, len: u64) -> io::Result<()> {
         self.change(Change::Allocate { size: off + len });
+        Ok(())
+    }
+
+    fn punch(&self, off: u64, len: u64) -> io::Result<()> {
+        self.change(Change::Zero { off, len });
         Ok(())
     }
 
@@ -299,5 +370,49 @@ impl HostFile for SimFile {
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sealed_file_tells_of_every_attempt_to_change_it() {
+        let attempts: [fn(&SimFile); 6] = [
+            |f| f.write_at(0, &[1]).unwrap(),
+            |f| f.set_len(1).unwrap(),
+            |f| f.allocate(0, 8192).unwrap(),
+            |f| f.punch(0, 512).unwrap(),
+            |f| f.change(Change::Zero { off: 0, len: 512 }),
+            |f| f.land(f.fly(Change::Zero { off: 0, len: 512 }), None),
+        ];
+        for attempt in attempts {
+            let f = SimFile::sealed("parent", Bytes::of(&[7; 4096]));
+            f.sync().unwrap();
+            assert!(!f.was_touched() && !f.traits().writable);
+            attempt(&f);
+            assert!(f.was_touched() && f.bytes().to_vec() == [7; 4096]);
+        }
+    }
+
+    #[test]
+    fn what_a_killed_process_had_under_way_lands_as_it_is_told() {
+        let write = || SimFile::write_of(0, vec![1; 1024]);
+        for (how, states) in
+            [(Landing::None, vec![0]), (Landing::All, vec![2]), (Landing::Chance, vec![0, 1, 2])]
+        {
+            let mut seen = std::collections::BTreeSet::new();
+            for seed in 0..60 {
+                let f = SimFile::new("top", Bytes::of(&[0; 1024]));
+                f.fly(write());
+                f.freeze();
+                f.change(write());
+                assert!(f.bytes().to_vec() == [0; 1024], "nothing changes while it is frozen");
+                f.kill(how, &mut Rng(seed));
+                seen.insert(f.bytes().to_vec().chunks(512).filter(|s| s[0] == 1).count());
+            }
+            assert_eq!(seen.into_iter().collect::<Vec<_>>(), states, "{how:?}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! believe the header's count: the new block goes to the place of that number, the count becomes one more.
 
 use super::bytes::Bytes;
+use super::{Rng, SimFile};
 
 const TABLE_AT: u64 = 0x154;
 const DATA_AT: u64 = 0x158;
@@ -35,6 +36,18 @@ pub(super) fn free_blocks(b: &Bytes) -> Vec<u32> {
 /// Bytes of a block.
 pub(super) fn block_bytes(b: &Bytes) -> u64 {
     u64::from(word(b, BLOCK_BYTES))
+}
+
+/// Takes some blocks away, without a sync: their places become holes, or leaks at the end. Returns the blocks.
+pub fn take_away(file: &SimFile, rng: &mut Rng) -> Vec<u32> {
+    let b = file.bytes();
+    let table = u64::from(word(&b, TABLE_AT));
+    let used = (0..word(&b, BLOCKS)).filter(|i| word(&b, table + u64::from(*i) * 4) < NO_PLACE);
+    let gone: Vec<_> = used.filter(|_| rng.chance(30)).collect();
+    for i in &gone {
+        file.change(SimFile::write_of(table + u64::from(*i) * 4, vec![0xff; 4]));
+    }
+    gone
 }
 
 /// Adds `block` with these bytes; `after` sees the file after each write, as long as the

@@ -11,7 +11,7 @@ use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// What is simulated.
@@ -45,6 +45,11 @@ impl Kind {
         matches!(self, Kind::Diff | Kind::DiffDiscard)
     }
 
+    /// What its user has decided.
+    pub fn options(self, write_through: bool) -> DiskOptions {
+        DiskOptions { write_through, discard: self != Kind::Diff, ..DiskOptions::default() }
+    }
+
     /// The format of the image that is written.
     pub fn format(self) -> Format {
         if self == Kind::Raw { Format::Raw } else { Format::Vdi }
@@ -73,17 +78,28 @@ pub struct Images {
     below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
 }
 
-/// Time stands for nothing here, and UUIDs come in order.
-#[derive(Debug, Default)]
-struct SimHost(AtomicU64);
+/// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order.
+#[derive(Debug)]
+pub(super) struct SimHost {
+    start: Instant,
+    looks: AtomicU64,
+    uuids: AtomicU64,
+}
+
+impl Default for SimHost {
+    fn default() -> Self {
+        SimHost { start: Instant::now(), looks: AtomicU64::new(0), uuids: AtomicU64::new(0) }
+    }
+}
 
 impl Host for SimHost {
     fn now(&self) -> Instant {
-        Instant::now()
+        let n = self.looks.fetch_add(1, Ordering::Relaxed);
+        self.start + Duration::from_micros(n * 17 + n % 7)
     }
 
     fn new_uuid(&self) -> Uuid {
-        Uuid::from_u128(0x5eed << 64 | u128::from(self.0.fetch_add(1, Ordering::Relaxed)))
+        Uuid::from_u128(0x5eed << 64 | u128::from(self.uuids.fetch_add(1, Ordering::Relaxed)))
     }
 }
 
@@ -109,15 +125,22 @@ fn open_map(bytes: &Bytes, format: Format, id: FileId, read_only: bool) -> Resul
 impl Images {
     /// New images, and what the guest sees in them: nothing, or what the parent has.
     pub fn new(shape: Shape, rng: &mut Rng) -> (Images, Vec<Past>) {
+        Self::with_parents(shape, usize::from(shape.kind.has_parent()), rng)
+    }
+
+    /// The same over so many parents.
+    pub fn with_parents(shape: Shape, parents: usize, rng: &mut Rng) -> (Images, Vec<Past>) {
         let Shape { kind, size, block } = shape;
-        let sectors = usize::try_from(size / 512).expect("a small disk");
-        let mut past = vec![Past::known(0); sectors];
+        let mut past = vec![Past::known(0); usize::try_from(size / 512).expect("a small disk")];
         let mut below = Vec::new();
-        if kind.has_parent() {
-            let (bytes, values) = full_parent(size, 4096 << rng.below(4), rng);
-            let map = open_map(&bytes, Format::Vdi, FileId(1), true).expect("a new parent");
-            below.push((SimFile::new("parent.vdi", bytes), map));
-            past = values;
+        let mut parent = None;
+        for uuid in (1..).take(parents) {
+            let own = Shape { kind: Kind::Vdi, size, block: 4096 << rng.below(4) };
+            let bytes = new_vdi(size, own.block, uuid, parent);
+            let images = Images { shape: own, top: SimFile::new("parent.vdi", bytes), below: sealed(&below) };
+            past = written_full(&images, past, rng);
+            below.insert(0, images.top.bytes());
+            parent = Some(uuid);
         }
         let bytes = match kind {
             Kind::Raw => {
@@ -125,14 +148,19 @@ impl Images {
                 b.set_len(size);
                 b
             }
-            _ => new_vdi(size, block, 2, kind.has_parent().then_some(1)),
+            _ => new_vdi(size, block, 100, parent),
         };
-        (Images { shape, top: SimFile::new("top", bytes), below }, past)
+        (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below) }, past)
     }
 
     /// A copy whose top file is its own.
     pub fn copy(&self) -> Images {
         Images { top: SimFile::new("top", self.top.bytes()), ..self.clone() }
+    }
+
+    /// Nobody writes to the files below the top.
+    pub(super) fn parents_are_untouched(&self) -> bool {
+        self.below.iter().all(|(f, _)| !f.was_touched())
     }
 
     /// The files an engine has to know.
@@ -201,27 +229,34 @@ impl Images {
     }
 }
 
-/// A parent full of data: values by block, some of it zeros.
-fn full_parent(size: u64, block: u64, rng: &mut Rng) -> (Bytes, Vec<Past>) {
-    let shape = Shape { kind: Kind::Vdi, size, block };
-    let sectors = size / 512;
-    let past = vec![Past::known(0); usize::try_from(sectors).expect("a small disk")];
-    let images =
-        Images { shape, top: SimFile::new("parent.vdi", new_vdi(size, block, 1, None)), below: vec![] };
+/// Images as parents, the nearest first.
+fn sealed(images: &[Bytes]) -> Vec<(Arc<SimFile>, Arc<dyn ImageMap>)> {
+    let one = |(id, bytes): (u16, &Bytes)| {
+        let map = open_map(bytes, Format::Vdi, FileId(id), true).expect("a new parent");
+        (SimFile::sealed("parent.vdi", bytes.clone()), map)
+    };
+    (1..).zip(images).map(one).collect()
+}
+
+/// Writes data all over, and here and there zeros; what the sectors hold then.
+fn written_full(images: &Images, past: Vec<Past>, rng: &mut Rng) -> Vec<Past> {
+    let (sectors, block) = (past.len() as u64, images.shape.block);
     let setup = (DiskOptions::default(), Faults::default(), Trace::default());
-    let mut w = World::new(&images, setup, past, 1).expect("a new image");
-    let mut at = 0;
+    let mut w = World::new(images, setup, past, 1).expect("a new image");
+    let (mut at, often) = (0, if images.below.is_empty() { 70 } else { 30 });
     while at < sectors {
         let n = (1 + rng.below(block / 512 * 2)).min(sectors - at);
-        if rng.chance(70) {
-            let r = GuestRange::new(GuestOffset(at * 512), n * 512).expect("inside the disk");
-            w.finish(Request::Write(r), 1 + rng.below(1000)).expect("nothing fails");
+        if rng.chance(often) {
+            let range = GuestRange::new(GuestOffset(at * 512), n * 512).expect("inside the disk");
+            let zeros = !images.below.is_empty() && rng.chance(20);
+            let request =
+                if zeros { Request::WriteZeroes { range, unmap: true } } else { Request::Write(range) };
+            w.finish(request, 1 + rng.below(1000)).expect("nothing fails");
         }
         at += n;
     }
     w.close().expect("nothing fails");
-    let past = w.past.iter().map(|p| Past::known(p.may[0])).collect();
-    (images.top.bytes(), past)
+    w.past.iter().map(|p| Past::known(p.may[0])).collect()
 }
 
 /// A disk of zeros in a VDI of its own, for copies.

@@ -5,8 +5,9 @@ use super::bytes::Bytes;
 use super::cut::Cut;
 use super::foreign::{self, Order};
 use super::images::{Images, Kind};
+use super::mending::{interrupted_repairs, repaired};
 use super::past::{Past, fill, value_of};
-use crate::format::vdi::{self, RepairStep};
+use crate::format::vdi;
 
 /// What was looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,10 +16,10 @@ pub struct Stats {
     pub cuts: u64,
     /// States of the file after that.
     pub states: u64,
-    /// States that did not open without a repair.
-    pub unopened: u64,
     /// States that were repaired, opened and compared.
     pub repaired: u64,
+    /// States that repairs of those left which were interrupted.
+    pub interrupted: u64,
     /// States to which other programs wrote.
     pub foreign: u64,
 }
@@ -28,8 +29,8 @@ impl Stats {
     pub fn add(&mut self, other: Stats) {
         self.cuts += other.cuts;
         self.states += other.states;
-        self.unopened += other.unopened;
         self.repaired += other.repaired;
+        self.interrupted += other.interrupted;
         self.foreign += other.foreign;
     }
 }
@@ -93,16 +94,7 @@ impl Judge {
     fn state(&mut self, images: &Images, state: &Bytes, allowed: &[Vec<u64>]) -> Result<(), String> {
         self.stats.states += 1;
         let is_vdi = images.shape.kind != Kind::Raw;
-        let seen = match images.view(state) {
-            Ok(view) => view,
-            Err(_) if is_vdi => {
-                self.stats.unopened += 1;
-                let repaired = self.repair(state)?;
-                let view = images.view(&repaired).map_err(|e| format!("does not open after repair: {e}"))?;
-                return compare(&view, allowed);
-            }
-            Err(e) => return Err(format!("does not open: {e}")),
-        };
+        let seen = images.view(state).map_err(|e| format!("does not open: {e}"))?;
         compare(&seen, allowed)?;
         if !is_vdi {
             return Ok(());
@@ -112,7 +104,7 @@ impl Judge {
             return Err(format!("opens, and is corrupt: {:?}", report.findings));
         }
         if self.stats.states.is_multiple_of(self.deep_every) {
-            let repaired = self.repair(state)?;
+            let repaired = self.repair(images, state)?;
             if images.view(&repaired).map_err(|e| e.to_string())? != seen {
                 return Err("a repair changed what the guest sees".into());
             }
@@ -121,24 +113,12 @@ impl Judge {
         Ok(())
     }
 
-    fn repair(&mut self, state: &Bytes) -> Result<Bytes, String> {
+    fn repair(&mut self, images: &Images, state: &Bytes) -> Result<Bytes, String> {
         self.stats.repaired += 1;
-        let repair = vdi::repair(state).map_err(|e| format!("cannot be repaired: {e}"))?;
-        let mut b = state.clone();
-        for step in repair.steps {
-            match step {
-                RepairStep::Write { at, bytes } => b.write(at.0, &bytes),
-                RepairStep::Copy { from, to, len } => {
-                    let mut bytes = vec![0; usize::try_from(len).expect("a small block")];
-                    b.read(from.0, &mut bytes);
-                    b.write(to.0, &bytes);
-                }
-                RepairStep::SetLen { to } => b.set_len(to.0),
-                RepairStep::Sync => {}
-            }
+        if self.rng.chance(5) {
+            self.stats.interrupted += interrupted_repairs(images, state, 4, &mut self.rng.clone())?;
         }
-        let report = vdi::check(&b).map_err(|e| e.to_string())?;
-        if report.is_clean() { Ok(b) } else { Err(format!("not clean after repair: {:?}", report.findings)) }
+        repaired(state)
     }
 
     /// Two blocks of other programs change nothing but themselves.

@@ -1,21 +1,27 @@
 //! The simulator: the third [`crate::io::IoEngine`], files whose power can go, and everything around them, on one thread
 //! and from one seed. docs/crash-model.md says what is simulated and what is promised.
 //!
-//! A [`World`] is the life of one process: a disk, its channels, its guest and its jobs. Its guest knows what each
-//! sector may hold ([`Past`]). A [`SimFile`] remembers what no sync has made durable; a [`Cut`] is a moment at which the
-//! power may go, and a [`Judge`] looks at what it can leave. [`play`] puts all of that together for a seed.
+//! A [`World`] is the life of one process: a disk, its channels, its guest and its jobs. The guest calls the channels, or
+//! posts chains into rings in its memory, which real queue workers serve. It knows what each sector may hold ([`Past`]).
+//! A [`Life`] says when the process dies. A [`SimFile`] remembers what no sync has made durable; a [`Cut`] is a moment at
+//! which the power may go, and a [`Judge`] looks at what it can leave. [`play`] puts all of that together for a seed.
 
 mod bytes;
 mod cut;
 mod dmlog;
+mod driver;
 mod engine;
 mod fault;
 mod file;
 mod foreign;
 mod images;
 mod judge;
+mod life;
+mod mending;
 mod past;
 mod play;
+mod port;
+mod ram;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -28,14 +34,17 @@ pub use cut::{Change, Cut};
 pub use dmlog::DmLog;
 pub use engine::SimEngine;
 pub use fault::{Failing, Fault, Faults};
-pub use file::{DATA, SimFile};
+pub use file::{DATA, Landing, SimFile};
+pub use foreign::take_away;
 pub use images::{Images, Kind, Shape};
 pub use judge::{Judge, Stats};
+pub use life::Life;
+pub use mending::interrupted_repairs;
 pub use past::{Past, fill, value_of};
-pub use play::{Play, Played, play};
+pub use play::{Habit, Play, Played, play};
 pub use rng::Rng;
 pub use trace::Trace;
-pub use workload::{Op, all_workloads, powercut_workload, small_disk};
-pub use world::World;
+pub use workload::{Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk};
+pub use world::{Guest, Left, Through, World};
 
 pub use crate::map::sabotage::{Sabotage, sabotage};

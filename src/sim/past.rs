@@ -56,6 +56,13 @@ impl Past {
         self.done.retain(|(a, _)| *a >= from);
     }
 
+    /// Another program has put `value` here, without a sync.
+    pub(super) fn changed_by_another(&mut self, value: u64) {
+        self.may = vec![value];
+        let last = self.asked.last().map_or(0, |a| a.0);
+        self.asked.push((last, value));
+    }
+
     pub(super) fn ask(&mut self, time: u64, value: u64) {
         self.busy = true;
         self.asked.push((time, value));

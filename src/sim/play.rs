@@ -2,15 +2,29 @@
 
 use super::cut::Cut;
 use super::fault::{Failing, Fault, Faults};
+use super::foreign;
 use super::images::{Images, Kind, Shape, copy_target};
 use super::judge::{Judge, Stats};
-use super::past::Past;
-use super::workload::options;
-use super::{Rng, Trace, World};
+use super::{Left, Rng, Through, Trace, World};
 use crate::io::IoKind;
 use crate::job::{CompareJob, CopyJob, Job, Step};
-use crate::vd::{Channel, DiskOptions};
+use crate::map::{GuestOffset, GuestRange};
+use crate::vd::{Channel, DiskOptions, Request};
 use std::sync::Arc;
+
+/// What guests and processes of a simulation are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Habit {
+    /// All sorts of requests to processes that live for a while.
+    Usual,
+    /// Processes live for a moment, and table pages are what fails: a search for what only closing and starting meet.
+    Churn,
+    /// What fails is a sync.
+    Syncs,
+    /// Processes are killed that leave places at the end of the file which the table no longer names, as far as anybody
+    /// can read, but as far as is durable still does.
+    Tails,
+}
 
 /// What is played.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +37,10 @@ pub struct Play {
     pub requests: u64,
     /// Operations fail.
     pub faults: bool,
-    /// Processes live for a moment, and table pages are what fails: a search for what only closing and starting meet.
-    pub churn: bool,
+    /// What guests and processes are like.
+    pub habit: Habit,
+    /// How the guest reaches its disk.
+    pub through: Through,
     /// Copies and comparisons run.
     pub jobs: bool,
     /// All states of a cut with up to so many parts are looked at.
@@ -47,7 +63,8 @@ impl Play {
             kind: None,
             requests: 2000,
             faults: true,
-            churn: false,
+            habit: Habit::Usual,
+            through: Through::Rings,
             jobs: true,
             exhaustive: 3,
             samples: 4,
@@ -60,7 +77,8 @@ impl Play {
     /// Power cuts on small images of one kind.
     pub fn powercut(kind: Kind, seed: u64, samples: u64) -> Play {
         let (exhaustive, requests) = (5, 300);
-        Play { kind: Some(kind), requests, jobs: false, exhaustive, samples, ..Play::seed(seed) }
+        let (through, jobs) = (Through::Channels, false);
+        Play { kind: Some(kind), requests, through, jobs, exhaustive, samples, ..Play::seed(seed) }
     }
 }
 
@@ -73,6 +91,12 @@ pub struct Played {
     pub stats: Stats,
     /// Requests of the guest.
     pub requests: u64,
+    /// Of a workload: moments since its last kill at which its process could have been killed.
+    pub events: u64,
+    /// Chains that a process executed again, after another had begun them.
+    pub repeated: u64,
+    /// Rings that were stopped in the midst of things.
+    pub stops: u64,
     /// Processes that served the image.
     pub lives: u64,
     /// A number for the order of all events: equal for two runs of a seed.
@@ -86,18 +110,42 @@ pub struct Played {
 impl Played {
     pub(super) fn failed(seed: u64, why: String) -> Played {
         let (stats, wrong) = (Stats::default(), Some(why));
-        Played { seed, stats, requests: 0, lives: 0, digest: 0, wrong, record: None }
+        Played {
+            seed,
+            stats,
+            requests: 0,
+            events: 0,
+            repeated: 0,
+            stops: 0,
+            lives: 0,
+            digest: 0,
+            wrong,
+            record: None,
+        }
     }
 
     pub(super) fn of(seed: u64, w: &mut World) -> Played {
         let judge = w.judge.take();
         let stats = judge.as_ref().map(|j| j.stats).unwrap_or_default();
         let wrong = w.wrong.take().or(judge.and_then(|j| j.violation));
-        Played { seed, stats, requests: w.posted, lives: 1, digest: 0, wrong, record: None }
+        Played {
+            seed,
+            stats,
+            requests: w.posted,
+            events: 0,
+            repeated: 0,
+            stops: 0,
+            lives: 1,
+            digest: 0,
+            wrong,
+            record: None,
+        }
     }
 }
 
 struct Game {
+    /// What shows where the image on top has nothing.
+    beneath: Vec<u64>,
     how: Play,
     images: Images,
     rng: Rng,
@@ -115,21 +163,27 @@ pub fn play(how: &Play) -> Played {
     let large = how.jobs && rng.chance(4);
     let block = if large { 1 << 20 } else { 4096 << rng.below(4) };
     let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
-    let (images, mut past) = Images::new(Shape { kind, size, block }, &mut rng);
+    let parents = if rng.chance(25) { 1 + rng.index(4) } else { 1 };
+    let shape = Shape { kind, size, block };
+    let (images, past) = match kind {
+        Kind::Diff | Kind::DiffDiscard => Images::with_parents(shape, parents, &mut rng),
+        _ => Images::new(shape, &mut rng),
+    };
+    let beneath = past.iter().map(|p| p.may[0]).collect();
     if how.record {
-        images.top.record(super::DmLog::default());
+        images.top.record();
     }
     let (exhaustive, samples) = if large { (0, 1) } else { (how.exhaustive, how.samples) };
     let mut judge = Judge::new(exhaustive, samples, how.seed);
     judge.most_states = how.most_states;
     let out = Played { wrong: None, ..Played::failed(how.seed, String::new()) };
     let trace = Trace::printing(how.trace);
-    let mut game = Game { how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
-    let (mut flushed, mut cut) = (0, true);
-    while game.out.wrong.is_none() && game.out.requests < how.requests {
-        match game.life(past, flushed, cut) {
-            Some(next) => (past, flushed, cut) = next,
-            None => break,
+    let mut game =
+        Game { beneath, how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
+    let mut next = Some((Left::new(past), true));
+    while let Some((left, cut)) = next.take() {
+        if game.out.wrong.is_none() && game.out.requests < how.requests {
+            next = game.life(left, cut);
         }
     }
     let mut out = game.out;
@@ -139,12 +193,12 @@ pub fn play(how: &Play) -> Played {
 }
 
 impl Game {
-    /// One process; what the guest knows after it, what of that is durable, and whether the power went.
-    fn life(&mut self, past: Vec<Past>, flushed: u64, cut: bool) -> Option<(Vec<Past>, u64, bool)> {
+    /// One process; what it leaves, and whether the power went.
+    fn life(&mut self, left: Left, cut: bool) -> Option<(Left, bool)> {
         self.faults.clear();
-        let options = options(self.images.shape.kind, self.rng.chance(15));
+        let options = self.images.shape.kind.options(self.rng.chance(15));
         let setup = (options, self.faults.clone(), self.trace.clone());
-        let mut w = match World::new(&self.images, setup, past, self.rng.draw()) {
+        let mut w = match World::after(&self.images, setup, left, self.how.through, self.rng.draw()) {
             Ok(w) => w,
             Err(e) => {
                 self.out.wrong = Some(format!("does not open: {e}"));
@@ -152,9 +206,13 @@ impl Game {
             }
         };
         self.out.lives += 1;
-        w.inherit(flushed);
-        w.look_again(cut);
+        if cut || self.how.through == Through::Channels {
+            w.look_again(cut);
+        } // else what was in flight goes on, and so does the guest
         w.judge_with(self.judge.take().expect("it comes back after each life"));
+        if self.rng.chance(30) {
+            w.life.die_after(Some(self.rng.below(600)));
+        }
         self.work(&mut w);
         let next = self.end(w);
         let done = self.judge.as_ref().is_some_and(Judge::is_done);
@@ -162,21 +220,49 @@ impl Game {
     }
 
     fn work(&mut self, w: &mut World) {
-        let steps = if self.how.churn { 20 + self.rng.below(30) } else { 40 + self.rng.below(400) };
+        let steps = match self.how.habit {
+            Habit::Usual | Habit::Syncs => 40 + self.rng.below(400),
+            Habit::Churn => 20 + self.rng.below(30),
+            Habit::Tails => self.rng.below(16).saturating_sub(10),
+        };
         w.steps(steps);
         if self.how.faults && self.rng.chance(40) {
-            let common = !self.how.churn && self.rng.chance(80);
-            let fault = if common { random_fault(&mut self.rng) } else { entry_fault() };
+            let common = self.how.habit != Habit::Churn && self.rng.chance(80);
+            let fault = match self.how.habit {
+                Habit::Syncs => Fault::of(&[IoKind::Sync], self.rng.below(3), Failing::Error(libc::EIO)),
+                _ if common => random_fault(&mut self.rng),
+                _ => entry_fault(),
+            };
             self.trace.event(format_args!("fault planned: {fault:?}"));
             self.faults.add(fault);
             w.steps(steps);
         }
         let quiet = self.faults.hits().is_empty();
-        if self.how.jobs && quiet && self.rng.chance(20) {
+        if self.how.jobs && quiet && !w.life.is_dead() && self.rng.chance(20) {
             self.faults.clear();
+            w.life.die_after(None);
             self.copy(w);
         }
+        if self.how.habit == Habit::Tails && !w.life.is_dead() {
+            self.leave_a_tail(w);
+        }
         self.check_failures(w);
+    }
+
+    /// A block is written, as a rule flushed, and zeroed: what its entry named lies behind everything the table names now,
+    /// but only the page cache knows. It is one block, for each further write of a table page makes it less likely
+    /// that a power cut leaves an old one.
+    fn leave_a_tail(&mut self, w: &mut World) {
+        w.drain();
+        let (block, size) = (self.images.shape.block, w.disk.size_bytes());
+        let from = self.rng.below(size.div_ceil(block)) * block;
+        let range = GuestRange::between(GuestOffset(from), GuestOffset(size.min(from + block)));
+        let flush = self.rng.chance(70).then_some(Request::Flush);
+        let zeros = Request::WriteZeroes { range, unmap: true };
+        for request in std::iter::once(Request::Write(range)).chain(flush).chain([zeros]) {
+            w.post(0, request, w.posted + 1);
+            w.drain();
+        }
     }
 
     /// Nothing fails but by a fault.
@@ -224,25 +310,29 @@ impl Game {
     }
 
     /// The end of a life: a clean close, a kill, or a power cut at the same moment.
-    fn end(&mut self, mut w: World) -> Option<(Vec<Past>, u64, bool)> {
+    fn end(&mut self, mut w: World) -> Option<(Left, bool)> {
         let failed_sync = w.sync_has_failed();
         let mut closed = false;
-        let close = if self.how.churn { 60 } else { 25 };
-        if self.rng.chance(close) && !failed_sync {
+        let (close, power) = match self.how.habit {
+            Habit::Usual | Habit::Syncs => (25, 50),
+            Habit::Churn => (60, 50),
+            Habit::Tails => (10, 20),
+        };
+        if self.rng.chance(close) && !failed_sync && !w.life.is_dead() {
             self.faults.clear();
             if self.how.faults && self.rng.chance(30) {
                 self.faults.add(entry_fault());
             }
             match w.close() {
                 Ok(()) => closed = true,
-                Err(e) if self.faults.hits().is_empty() && w.failures.is_empty() => {
+                Err(e) if self.faults.hits().is_empty() && w.failures.is_empty() && !w.life.is_dead() => {
                     w.wrong.get_or_insert(format!("cannot close: {e}"));
                 }
                 Err(_) => {}
             }
         }
         // Within this boot, the mark keeps others from opening what a sync has failed on.
-        let cut = failed_sync || self.rng.chance(50);
+        let cut = failed_sync || self.rng.chance(power);
         w.look_now();
         let at_once = cut.then(|| self.images.top.cut_now());
         w.kill();
@@ -251,15 +341,34 @@ impl Game {
         }
         self.judge = w.judge.take();
         self.out.requests += w.posted;
+        self.out.repeated += w.repeated;
+        self.out.stops += w.stops;
         let wrong = w.wrong.take();
-        let (past, flushed) = w.afterwards(cut);
+        let mut left = w.afterwards(cut);
+        if self.how.through == Through::Channels && !cut && self.rng.chance(20) {
+            self.others_take_blocks_away(&mut left);
+        }
         self.out.stats = self.judge.as_ref().map(|j| j.stats).unwrap_or_default();
         let violation = self.judge.as_ref().and_then(|j| j.violation.clone());
         self.out.wrong = wrong.or(violation);
         if let Some(cut) = at_once {
             self.power_cut(&cut);
         }
-        Some((past, flushed, cut))
+        Some((left, cut))
+    }
+
+    fn others_take_blocks_away(&mut self, left: &mut Left) {
+        let Shape { kind, block, .. } = self.images.shape;
+        if kind == Kind::Raw {
+            return;
+        }
+        let sectors = usize::try_from(block / 512).expect("a small block");
+        for b in foreign::take_away(&self.images.top, &mut self.rng) {
+            let from = b as usize * sectors;
+            let values = self.beneath.iter().copied();
+            let own = left.past.iter_mut().zip(values).skip(from).take(sectors);
+            own.for_each(|(p, value)| p.changed_by_another(value));
+        }
     }
 
     fn power_cut(&mut self, cut: &Cut) {
@@ -285,7 +394,7 @@ fn run_job(job: &mut dyn Job, w: &mut World) {
     for _ in 0..1_000_000 {
         match job.step() {
             Ok(Step::Done) => return,
-            Ok(Step::More) => (0..w.channels.len()).for_each(|c| w.poll(c)),
+            Ok(Step::More) => (0..w.queues()).for_each(|c| w.poll(c)),
             Err(e) => {
                 w.wrong.get_or_insert(format!("a job failed: {e}"));
                 return;

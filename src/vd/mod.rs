@@ -23,6 +23,7 @@ mod request;
 mod run;
 mod slot;
 mod source;
+mod stand_in;
 mod sync;
 #[cfg(test)]
 mod tests;

@@ -2,17 +2,21 @@
 
 use super::chain::{Chain, Layer};
 use super::marker::SyncFailureMarker;
-use super::parents::{ParentSearch, default_dirs};
+use super::parents::{ParentSearch, above_snapshots, default_dirs};
 use super::source::open_map;
+use super::stand_in::stand_in;
 use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Format};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::{MAX_CHAIN_IMAGES, SECTOR_BYTES};
 use crate::map::{FileId, ImageInfo, ImageMap};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// A file and, if it was said, its format.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +47,8 @@ pub struct OpenDisk {
     pub image: ImageSpec,
     /// Its parents, base first. Empty: they are searched by UUID.
     pub parents: Vec<ImageSpec>,
-    /// Where parents are searched first; then in the image's own folder, or the one above if its name is `Snapshots`, and
-    /// below.
+    /// Where parents are searched first, and below; then, if none was named, in the image's own folder and below. Of a
+    /// folder called `Snapshots` the one above is searched too.
     pub parent_dirs: Vec<PathBuf>,
     /// Past the page cache.
     pub direct: bool,
@@ -89,6 +93,14 @@ pub struct OpenImage {
     lock: Option<ImageLock>,
 }
 
+impl OpenImage {
+    /// The UUID that a diff over this image names: its own, or for a raw file one made from its name, number, size and time
+    /// of change.
+    pub fn uuid(&self) -> Option<Uuid> {
+        self.info.uuid.or_else(|| stand_in(&self.path))
+    }
+}
+
 /// An open disk with what is known of its images.
 #[derive(Debug)]
 pub struct OpenedDisk {
@@ -106,7 +118,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let write = !how.options.read_only;
     let mut images = vec![open_image(&how.image, how, write, &[])?];
     if how.parents.is_empty() {
-        search_parents(how, &mut images)?;
+        let mut places = named_places(how);
+        places.push(ParentSearch::new(default_dirs(&how.image.path)));
+        search_parents(how, &mut images, &mut places)?;
     } else {
         open_named_parents(how, &mut images)?;
     }
@@ -142,6 +156,7 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
     let mode = if write { LockMode::Exclusive } else { LockMode::Shared };
     let lock = how.lock_wait.map(|wait| ImageLock::take(&*file, mode, wait)).transpose()?;
+    refuse_if_replaced(spec, &*file)?;
     let id = FileId(u16::try_from(above.len()).expect("limits::MAX_CHAIN_IMAGES"));
     let (format, map) = open_map(
         &spec.path,
@@ -152,6 +167,17 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     )?;
     let info = map.info();
     Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, lock })
+}
+
+/// Whoever held the lock before us may have put another file in its place, or none: what we then wrote would be lost.
+fn refuse_if_replaced(spec: &ImageSpec, file: &dyn HostFile) -> Result<()> {
+    let traits = file.traits();
+    let now = fs::metadata(&spec.path).map_err(|e| Error::io("look at it again", e).at(&spec.path))?;
+    if traits.is_device || traits.identity == (now.dev(), now.ino()) {
+        return Ok(());
+    }
+    let what = "was replaced by another file while it was being opened";
+    Err(Error::new(ErrorKind::Locked, what).at(&spec.path).hint("try again"))
 }
 
 /// What to do about a file that the operating system does not open.
@@ -172,6 +198,10 @@ fn open_named_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()>
         let parent = open_parent(how, spec, images)?;
         images.push(parent);
     }
+    if !how.parent_dirs.is_empty() {
+        // Those beneath the ones that were named.
+        return search_parents(how, images, &mut named_places(how));
+    }
     let base = images.last().expect("the image itself");
     if needs_parent(&base.info) && !how.allow_parent_mismatch {
         return Err(missing_parent(base));
@@ -179,20 +209,27 @@ fn open_named_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()>
     Ok(())
 }
 
-/// Looks in the folders that were named, then where an image's parents usually are.
-fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>) -> Result<()> {
-    let mut places =
-        [ParentSearch::new(how.parent_dirs.clone()), ParentSearch::new(default_dirs(&how.image.path))];
+/// The folders that were named.
+fn named_places(how: &OpenDisk) -> Vec<ParentSearch> {
+    let above = how.parent_dirs.iter().filter_map(|d| above_snapshots(d)).collect();
+    vec![ParentSearch::new(how.parent_dirs.clone()), ParentSearch::new(above)]
+}
+
+/// Looks in these places, one after the other, for each parent that is missing.
+fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>, places: &mut [ParentSearch]) -> Result<()> {
     while let Some(wanted) = images.last().and_then(|i| i.info.parent_uuid) {
         let child = images.last().expect("the image itself");
         let mut found = None;
-        for place in &mut places {
+        for place in &mut *places {
             found = place.find(wanted, &child.path)?;
             if found.is_some() {
                 break;
             }
         }
-        let Some(path) = found else { return Err(missing_parent(child)) };
+        let Some(path) = found else {
+            let waived = how.allow_parent_mismatch && !how.parents.is_empty();
+            return if waived { Ok(()) } else { Err(missing_parent(child)) };
+        };
         let spec = ImageSpec { path, format: None };
         let parent = open_parent(how, &spec, images)?;
         images.push(parent);
@@ -265,7 +302,7 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 fn refuse_parent_of_another(image: &OpenImage) -> Result<()> {
-    let Some(uuid) = image.info.uuid else { return Ok(()) };
+    let Some(uuid) = image.uuid() else { return Ok(()) };
     let Some(dir) = image.path.parent() else { return Ok(()) };
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     let Some(child) = ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid) else { return Ok(()) };

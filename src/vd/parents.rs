@@ -11,21 +11,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Where an image's parents are looked for if nothing was said: its own folder, and the one above if its name is
+/// Where an image's parents are looked for if nothing was said: its own folder, or the one above if its name is
 /// `Snapshots`, as VirtualBox lays machines out.
 pub(super) fn default_dirs(image: &Path) -> Vec<PathBuf> {
     let absolute = std::path::absolute(image).unwrap_or_else(|_| image.to_path_buf());
     let Some(own) = absolute.parent() else { return Vec::new() };
-    let mut dirs = Vec::new();
-    if own.file_name().is_some_and(|n| n == "Snapshots")
-        && let Some(above) = own.parent()
-    {
-        dirs.push(above.to_path_buf());
-    }
-    if dirs.is_empty() {
-        dirs.push(own.to_path_buf());
-    }
-    dirs
+    vec![above_snapshots(own).unwrap_or_else(|| own.to_path_buf())]
+}
+
+/// The folder above one that is called `Snapshots`.
+pub(super) fn above_snapshots(dir: &Path) -> Option<PathBuf> {
+    let absolute = std::path::absolute(dir).ok()?;
+    let above = absolute.parent()?;
+    (absolute.file_name()? == "Snapshots").then(|| above.to_path_buf())
 }
 
 /// The images found in some folders and the folders below, by what their headers say.

@@ -21,6 +21,7 @@
 
 use super::shared::SharedFile;
 use crate::limits;
+use crate::map::sabotage::{Sabotage, is_broken};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -271,6 +272,9 @@ impl Tracker {
 
     /// A chain was taken and is about to be started.
     pub fn begin(&mut self, head: u16) {
+        if is_broken(Sabotage::UnmarkedChain) {
+            return;
+        }
         self.counter_of(head).store(self.counter, Ordering::Release);
         self.mark(head).store(Mark { in_flight: true, next: 0 }.encode(), Ordering::Release);
         self.counter = self.counter.wrapping_add(1);
@@ -278,6 +282,10 @@ impl Tracker {
 
     /// A chain was answered; the driver cannot see it yet.
     pub fn answered(&mut self, head: u16) {
+        if is_broken(Sabotage::ClearedTooEarly) {
+            self.mark(head).store(0, Ordering::Release);
+            return;
+        }
         self.batch.push(head);
     }
 
@@ -297,7 +305,8 @@ impl Tracker {
         // the list's links stay until `used_idx` says that it is done with
         for i in 0..self.batch.len() {
             let next = i.checked_sub(1).map_or(0, |before| self.batch[before]);
-            self.mark(self.batch[i]).store(Mark { in_flight: false, next }.encode(), Ordering::Release);
+            let in_flight = is_broken(Sabotage::MarkKept);
+            self.mark(self.batch[i]).store(Mark { in_flight, next }.encode(), Ordering::Release);
         }
         self.batch.clear();
         self.header.used_idx = used;

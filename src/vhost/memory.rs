@@ -3,6 +3,7 @@
 //! A snapshot with one more region shares the mappings of the former, so a region can be added while requests run. One
 //! with a region less can only take effect once no request holds memory of it: see `handler.rs`.
 
+use super::lost::Watched;
 use crate::io::BufSlice;
 use crate::limits;
 use crate::virtio::GuestMemory;
@@ -13,6 +14,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+/// What to do about memory that cannot be mapped here.
+pub(super) const SHARE_IT: &str = "guest memory has to be shared: share=on of QEMU's memory-backend-memfd or -file, \
+                                   shared=on of cloud-hypervisor's --memory";
 /// The smallest unit the kernel maps in.
 const PAGE_BYTES: u64 = 4096;
 /// Larger "block sizes" of a file are no huge pages.
@@ -36,6 +40,8 @@ pub struct RegionInfo {
 struct Region {
     info: RegionInfo,
     bytes: BufSlice,
+    /// Before the mapping: dropping it ends the watch over it.
+    watched: Watched,
     /// What `bytes` and `guest` point into.
     _mapping: Arc<MmapRegion<()>>,
     guest: Arc<GuestRegionMmap<()>>,
@@ -80,6 +86,15 @@ impl Memory {
         Ok(Memory { regions, guest })
     }
 
+    /// A file for the memory of a simulated guest.
+    ///
+    /// # Errors
+    /// From the operating system.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn file(len: u64) -> io::Result<File> {
+        super::shared::SharedFile::create(c"vdblk-guest", len)
+    }
+
     /// This and one more region.
     ///
     /// # Errors
@@ -108,6 +123,11 @@ impl Memory {
     /// Regions.
     pub fn len(&self) -> usize {
         self.regions.len()
+    }
+
+    /// A part of it was taken away by the front-end, and is zeros now.
+    pub(super) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|r| r.watched.is_lost())
     }
 
     /// True without memory.
@@ -159,8 +179,9 @@ impl Region {
             info.len.checked_add(skew).and_then(|n| n.checked_next_multiple_of(page)).ok_or_else(wraps)?;
         let len = usize::try_from(len).map_err(|_| wraps())?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, start), len)
-            .map_err(|e| io::Error::other(format!("cannot map a memory region: {e}")))?;
+            .map_err(|e| io::Error::other(format!("cannot map a memory region: {e} ({SHARE_IT})")))?;
         let mapping = Arc::new(mapping);
+        let watched = Watched::new(mapping.as_ptr(), len, index(page))?;
         // SAFETY: `skew + info.len` bytes are mapped, readable and writable, and stay so as long as this Region, which
         // holds `mapping`; whoever uses the slice holds a Memory with this Region. The memory is shared with a guest:
         // no reference to it exists.
@@ -171,7 +192,7 @@ impl Region {
             unsafe { MmapRegion::build_raw(bytes.as_ptr(), bytes.len(), mapping.prot(), mapping.flags()) };
         let view = view.map_err(|e| invalid(e.to_string()))?;
         let guest = GuestRegionMmap::new(view, GuestAddress(info.guest_addr)).ok_or_else(wraps)?;
-        Ok(Region { info, bytes, _mapping: mapping, guest: Arc::new(guest) })
+        Ok(Region { info, bytes, watched, _mapping: mapping, guest: Arc::new(guest) })
     }
 }
 
@@ -189,8 +210,8 @@ fn check(info: &RegionInfo, file: &File) -> io::Result<(u64, u64)> {
         )));
     }
     let meta = file.metadata()?;
-    // Touching a mapping behind the end of its file is a SIGBUS. (A front-end that shortens the file later can still
-    // cause that; it could as well kill its guest.) A device checks its bounds when it is mapped.
+    // Touching a mapping behind the end of its file is a SIGBUS; for a file that is shortened later see `lost.rs`. A
+    // device checks its bounds when it is mapped.
     if meta.is_file() && file_end > meta.len() {
         return Err(invalid(format!(
             "a memory region ends at {file_end:#x} in a file of {:#x} bytes",
@@ -198,7 +219,7 @@ fn check(info: &RegionInfo, file: &File) -> io::Result<(u64, u64)> {
         )));
     }
     if !meta.is_file() && !meta.file_type().is_char_device() {
-        return Err(invalid("the descriptor of a memory region is not a file".to_string()));
+        return Err(invalid(format!("the descriptor of a memory region is not a file ({SHARE_IT})")));
     }
     // hugetlbfs tells its page size here and maps from multiples of it only; on others, a larger unit does no harm
     let unit = meta.blksize();

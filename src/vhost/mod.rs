@@ -7,6 +7,7 @@
 mod dirty;
 mod handler;
 mod inflight;
+mod lost;
 mod memory;
 mod poller;
 mod ring;

@@ -5,6 +5,7 @@
 //! arrived and its reply fits the socket, so a front-end that stops in the middle of one holds up nobody but itself.
 
 use super::handler::Handler;
+use super::memory::SHARE_IT;
 use super::poller::Poller;
 use super::socket::Endpoint;
 use super::sys;
@@ -35,6 +36,9 @@ const RESIZE: u64 = 3;
 
 /// The message that brings the channel for messages to the front-end.
 const SET_BACKEND_REQ_FD: u32 = 21;
+/// Messages that bring the guest's memory.
+const SET_MEM_TABLE: u32 = 5;
+const ADD_MEM_REG: u32 = 37;
 
 /// A disk to serve.
 pub struct Device<D> {
@@ -95,8 +99,8 @@ pub fn serve<D: BlockDevice + 'static>(
     let mut server = Server { shape, workers, poller, resize };
     ready();
     match endpoint {
-        Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
-        Endpoint::Listener(listener) => server.serve_all(&listener, options),
+        Endpoint::Connected(stream) => server.serve_one(stream, &mut None).map(drop),
+        Endpoint::Listener(listener) => server.serve_all(listener, options),
     }
 }
 
@@ -153,11 +157,14 @@ enum Readiness {
 type Requests = BackendReqHandler<Mutex<Handler>>;
 
 impl Server {
-    fn serve_all(&mut self, listener: &UnixListener, options: ServeOptions) -> Result<()> {
+    fn serve_all(&mut self, listener: UnixListener, options: ServeOptions) -> Result<()> {
         // a front-end that gave up while it waited must not make `accept` wait for the next
         listener.set_nonblocking(true).map_err(|e| Error::io("set up the socket", e))?;
-        while let Some(stream) = self.next_front_end(listener)? {
-            match self.serve_one(stream)? {
+        let mut listener = Some(listener);
+        while let Some(listening) = &listener
+            && let Some(stream) = self.next_front_end(listening)?
+        {
+            match self.serve_one(stream, &mut listener)? {
                 End::Shutdown => break,
                 End::Gone if options.once => break,
                 End::Gone | End::Silent => {}
@@ -193,8 +200,9 @@ impl Server {
         Ok(stream)
     }
 
-    /// Serves a front-end until one of both sides ends it.
-    fn serve_one(&mut self, stream: UnixStream) -> Result<End> {
+    /// Serves a front-end until one of both sides ends it. If we do, nobody is listened to any more when it finds out: one
+    /// that connects again at once shall reach whoever comes after us.
+    fn serve_one(&mut self, stream: UnixStream, listener: &mut Option<UnixListener>) -> Result<End> {
         let failed = |e| Error::io("serve a front-end", e);
         stream.set_nonblocking(false).map_err(failed)?;
         let handler = Handler::new(Arc::clone(&self.shape), Arc::clone(&self.workers)).map_err(failed)?;
@@ -207,6 +215,9 @@ impl Server {
         tracing::info!("front-end connected");
         let end = self.converse(&mut requests, &handler, &socket);
         self.poller.remove(&socket);
+        if matches!(end, Ok(End::Shutdown)) {
+            *listener = None;
+        }
         // close the socket last: who sees it closed may rely on its rings and memory being left alone
         handler.lock().unwrap_or_else(PoisonError::into_inner).close();
         tracing::info!("front-end disconnected");
@@ -254,20 +265,20 @@ impl Server {
             }
             busy = true;
             for _ in 0..MESSAGES_A_TURN {
-                match readiness(socket)? {
-                    Readiness::Message(SET_BACKEND_REQ_FD) => {
-                        let channel = sys::peek_descriptor(socket)?;
-                        handler.lock().unwrap_or_else(PoisonError::into_inner).expect_back_channel(channel);
-                    }
-                    Readiness::Message(_) => {}
+                let request = match readiness(socket)? {
+                    Readiness::Message(request) => request,
                     Readiness::NotYet => {
                         busy = false;
                         break;
                     }
                     Readiness::Gone => return Ok(if silent { End::Silent } else { End::Gone }),
+                };
+                if request == SET_BACKEND_REQ_FD {
+                    let channel = sys::peek_descriptor(socket)?;
+                    handler.lock().unwrap_or_else(PoisonError::into_inner).expect_back_channel(channel);
                 }
                 silent = false;
-                if !goes_on(requests.handle_request()) {
+                if !goes_on(request, requests.handle_request()) {
                     return Ok(End::Gone);
                 }
             }
@@ -276,7 +287,7 @@ impl Server {
 }
 
 /// Whether a connection goes on after a message; says why not.
-fn goes_on(handled: std::result::Result<(), VhostError>) -> bool {
+fn goes_on(request: u32, handled: std::result::Result<(), VhostError>) -> bool {
     match handled {
         Ok(()) | Err(VhostError::SocketRetry(_)) => true,
         Err(VhostError::InvalidOperation(why)) => {
@@ -286,6 +297,11 @@ fn goes_on(handled: std::result::Result<(), VhostError>) -> bool {
         Err(VhostError::Disconnected | VhostError::PartialMessage | VhostError::SocketBroken(_)) => false,
         Err(VhostError::ReqHandlerError(why)) => {
             tracing::warn!("front-end's message is not acceptable: {why}; connection closed");
+            false
+        }
+        // regions without a descriptor each, for one
+        Err(e) if matches!(request, SET_MEM_TABLE | ADD_MEM_REG) => {
+            tracing::warn!("front-end's memory cannot be used: {e} ({SHARE_IT}); connection closed");
             false
         }
         Err(e) => {

@@ -3,6 +3,7 @@
 //! Whoever else has the file may write to it at any time, so all access is by atomics, and whatever is read is
 //! validated by its reader like a guest's input.
 
+use super::lost::Watched;
 use super::sys;
 use std::ffi::CStr;
 use std::fs::File;
@@ -18,6 +19,8 @@ const WORD_BYTES: usize = size_of::<u64>();
 /// A mapped part of a file.
 #[derive(Debug)]
 pub(super) struct SharedFile {
+    /// Before the mapping: dropping it ends the watch over it.
+    _watched: Watched,
     mapping: MmapRegion<()>,
 }
 
@@ -35,15 +38,17 @@ impl SharedFile {
             return Err(invalid(format!("starts at file offset {offset:#x}, within a page")));
         }
         let meta = file.metadata()?;
-        // Touching a mapping behind the end of its file is a SIGBUS. Ours are sealed; a front-end that brings and
-        // shortens one of its own can do the same with its guest's memory.
+        // Touching a mapping behind the end of its file is a SIGBUS. Ours are sealed; one that a front-end brings and
+        // shortens reads as zeros there, which is checked like all it may write there: see `lost.rs`.
         if !meta.is_file() || end > meta.len() {
             return Err(invalid(format!("ends at {end:#x} in a file of {:#x} bytes", meta.len())));
         }
         let len = usize::try_from(len).map_err(|_| invalid("is too large".to_string()))?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len);
         let mapping = mapping.map_err(|e| io::Error::other(format!("cannot be mapped: {e}")))?;
-        Ok(SharedFile { mapping })
+        let page = usize::try_from(PAGE_BYTES).map_err(io::Error::other)?;
+        let watched = Watched::new(mapping.as_ptr(), len, page)?;
+        Ok(SharedFile { _watched: watched, mapping })
     }
 
     /// All of it as words; a last part of one is left out.

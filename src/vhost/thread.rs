@@ -282,17 +282,27 @@ impl<D: BlockDevice> WorkerLoop<D> {
     }
 
     fn start(&mut self, s: StartRing) -> Reply {
-        let ring = match Ring::new(&s.setup, self.worker.memory()) {
-            Ok(r) => r,
-            Err(e) => return Reply::Refused(e.to_string()),
-        };
-        if let Err(e) = self.set_kick(s.kick) {
-            return Reply::Refused(format!("its kick descriptor cannot be waited for: {e}"));
-        }
-        match self.worker.start(ring, s.extras) {
+        match self.try_start(s) {
             Ok(()) => Reply::Done,
-            Err(e) => Reply::Refused(e.to_string()),
+            Err(why) => {
+                // nobody will stop what has not begun
+                self.forget_kick();
+                Reply::Refused(why)
+            }
         }
+    }
+
+    fn try_start(&mut self, s: StartRing) -> std::result::Result<(), String> {
+        let ring = Ring::new(&s.setup, self.worker.memory()).map_err(|e| e.to_string())?;
+        self.set_kick(s.kick).map_err(|e| format!("its kick descriptor cannot be waited for: {e}"))?;
+        self.worker.start(ring, s.extras).map_err(|e| e.to_string())
+    }
+
+    fn forget_kick(&mut self) {
+        if let Some(old) = self.kick.take() {
+            self.poller.remove(&old);
+        }
+        self.kickless = false;
     }
 
     /// Kicks are waited for by edge and never read: the counter tells nothing, and each kick saves a system call.
@@ -315,10 +325,7 @@ impl<D: BlockDevice> WorkerLoop<D> {
             return;
         }
         if let Some(next_avail) = self.worker.stopped() {
-            if let Some(old) = self.kick.take() {
-                self.poller.remove(&old);
-            }
-            self.kickless = false;
+            self.forget_kick();
             if let Some(reply) = self.stopping.take() {
                 let _ = reply.send(Reply::Stopped(next_avail));
             }

@@ -14,11 +14,14 @@
 
 use super::dirty::RingLog;
 use super::inflight::{Contradiction, Tracker};
+use super::lost::losses;
 use super::memory::{Memory, MemoryView};
 use super::ring::{Ring, RingError};
 use crate::error::Failure;
-use crate::io::{BufSlice, scatter};
+use crate::io::{BufSlice, Host, OsHost, scatter};
 use crate::limits;
+use crate::map::moment::moment;
+use crate::map::sabotage::{Sabotage, is_broken};
 use crate::vd::{BlockDevice, Done, Outcome, Request};
 use crate::virtio::{Action, ChainParser, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, Segment, Verdict};
 use std::fs::File;
@@ -118,6 +121,7 @@ pub struct QueueWorker<D> {
     device: D,
     rules: Rules,
     serial: [u8; SERIAL_BYTES],
+    host: Arc<dyn Host>,
     memory: MemoryView,
     active: Option<Active>,
     slots: Vec<Slot>,
@@ -126,6 +130,10 @@ pub struct QueueWorker<D> {
     done: Vec<Done>,
     /// The device could not take its queue; it is asked again.
     retry: bool,
+    /// Losses of memory when ours was last looked at.
+    losses: u64,
+    /// A part of ours is lost.
+    memory_lost: bool,
     counters: QueueCounters,
 }
 
@@ -139,6 +147,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             device,
             rules: options.rules,
             serial,
+            host: Arc::new(OsHost),
             memory: MemoryView::new(Arc::new(Memory::empty())),
             active: None,
             slots: (0..options.slots).map(|_| Slot::default()).collect(),
@@ -146,8 +155,17 @@ impl<D: BlockDevice> QueueWorker<D> {
             parser: ChainParser::new(),
             done: Vec::with_capacity(usize::from(options.slots)),
             retry: false,
+            losses: 0,
+            memory_lost: false,
             counters: QueueCounters::default(),
         }
+    }
+
+    /// The same with another clock.
+    #[must_use]
+    pub fn with_host(mut self, host: Arc<dyn Host>) -> Self {
+        self.host = host;
+        self
     }
 
     /// The device.
@@ -178,6 +196,25 @@ impl<D: BlockDevice> QueueWorker<D> {
     /// The memory the driver's addresses mean from now on. It must contain all of the former while a ring runs.
     pub fn set_memory(&mut self, memory: Arc<Memory>) {
         self.memory = MemoryView::new(memory);
+        self.forget_losses();
+    }
+
+    fn forget_losses(&mut self) {
+        (self.losses, self.memory_lost) = (0, false);
+    }
+
+    /// False once a part of the memory has been taken away; the ring is stopped then: what it says is not the driver's
+    /// word any more. To be called after looking at memory and before acting on what was seen.
+    fn memory_is_there(&mut self) -> bool {
+        let now = losses();
+        if now != self.losses {
+            self.losses = now;
+            self.memory_lost = self.memory.memory().is_lost();
+            if self.memory_lost && self.active.as_ref().is_some_and(|a| a.popping) {
+                self.broken(RingError::MemoryLost);
+            }
+        }
+        !self.memory_lost
     }
 
     /// The memory in use.
@@ -196,6 +233,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             return Err(RingError::Size(ring.size()));
         }
         let RingExtras { call, err, mut inflight, log } = extras;
+        self.forget_losses();
         let again = inflight.as_mut().map_or(Ok(None), |t| t.resume(ring.size(), ring.next_used()));
         let mut again = again.map_err(|Contradiction(why)| RingError::InFlight(why))?;
         if let Some(heads) = &mut again {
@@ -258,7 +296,8 @@ impl<D: BlockDevice> QueueWorker<D> {
         if device_ready || self.in_flight > 0 || !self.device.is_idle() {
             moved |= self.reap();
         }
-        let popped = self.repeat() || self.pop_batch();
+        let repeated = self.repeat() && !is_broken(Sabotage::RepeatedBesideNew);
+        let popped = repeated || self.pop_batch();
         if popped || moved || self.retry {
             self.hand_over();
         }
@@ -353,8 +392,15 @@ impl<D: BlockDevice> QueueWorker<D> {
 
     /// Takes chains that are announced by now: those that come meanwhile are the next batch.
     fn pop_batch(&mut self) -> bool {
-        let Some(a) = self.active.as_mut().filter(|a| a.popping && !a.repeating) else { return false };
-        let announced = match a.ring.available() {
+        let Some(a) = self.active.as_mut().filter(|a| a.popping) else { return false };
+        if a.repeating && !is_broken(Sabotage::RepeatedBesideNew) {
+            return false;
+        }
+        let available = a.ring.available();
+        if !self.memory_is_there() {
+            return true;
+        }
+        let announced = match available {
             Ok(0) => return false,
             // the rest in the next step: what the device has ended must not wait for all of a large ring
             Ok(n) => n.min(limits::BATCH_CHAINS),
@@ -363,10 +409,12 @@ impl<D: BlockDevice> QueueWorker<D> {
                 return true;
             }
         };
-        a.ring.disable_kicks();
+        if let Some(a) = &mut self.active {
+            a.ring.disable_kicks();
+        }
         self.log_ring();
         for _ in 0..announced {
-            let Some(a) = self.active.as_mut() else { break };
+            let Some(a) = self.active.as_mut().filter(|a| a.popping) else { break };
             match a.ring.pop() {
                 Ok(head) => self.admit(head, Seen::Now),
                 Err(e) => {
@@ -383,6 +431,8 @@ impl<D: BlockDevice> QueueWorker<D> {
         tracing::warn!("queue {}: {why}; the queue is stopped until it is set up again", self.queue);
         let Some(a) = &mut self.active else { return };
         a.popping = false;
+        // what was in flight stays marked for the next who takes the region up
+        a.again.clear();
         if let Some(err) = &mut a.err {
             // best effort: the front-end may not listen
             let _ = err.write(&1u64.to_ne_bytes());
@@ -400,6 +450,9 @@ impl<D: BlockDevice> QueueWorker<D> {
             t.begin(head);
         }
         let Verdict { status, action } = self.parser.parse(head, &a.ring, &self.memory, &self.rules);
+        if !self.memory_is_there() {
+            return;
+        }
         match (status, action) {
             (Some(status), Ok(action)) => self.begin(head, status, action),
             (status, Err(why)) => {
@@ -471,10 +524,14 @@ impl<D: BlockDevice> QueueWorker<D> {
 
     /// A request at the device has ended: goes on with the slot's next one, or answers the chain.
     fn end(&mut self, head: u16, mut outcome: Outcome) {
+        let there = self.memory_is_there();
         let Some(slot) = self.slots.get_mut(usize::from(head)).filter(|s| s.status.is_some()) else {
             tracing::error!("queue {}: the device ended request {head}, which it does not have", self.queue);
             return;
         };
+        if !there {
+            outcome = Err(Failure::Os(libc::EFAULT));
+        }
         while outcome.is_ok()
             && let Some(next) = slot.rest.pop()
         {
@@ -538,11 +595,11 @@ impl<D: BlockDevice> QueueWorker<D> {
         // the clock is not looked at for every short request: four of them are far below the limit
         let late = match a.since {
             None => {
-                a.since = Some(Instant::now());
+                a.since = Some(self.host.now());
                 false
             }
             Some(t) if a.unpublished.is_multiple_of(4) || written > LONG_REQUEST_BYTES => {
-                t.elapsed() >= Duration::from_micros(limits::PUBLISH_MICROS)
+                self.host.now().duration_since(t) >= Duration::from_micros(limits::PUBLISH_MICROS)
             }
             Some(_) => false,
         };
@@ -557,10 +614,13 @@ impl<D: BlockDevice> QueueWorker<D> {
         if let Some(t) = &mut a.inflight {
             t.before_publish();
         }
+        moment();
         a.ring.publish();
+        moment();
         if let Some(t) = &mut a.inflight {
             t.after_publish(a.ring.next_used());
         }
+        moment();
         a.unpublished = 0;
         a.since = None;
         let signal = a.ring.should_signal();

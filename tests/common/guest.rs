@@ -49,6 +49,11 @@ impl GuestRegion {
         }
     }
 
+    /// Takes the memory from this address on away, as a front-end can. Nobody on this side may touch it afterwards.
+    pub fn shorten(&self, gpa: u64) {
+        self.file.set_len(self.offset + (gpa - self.gpa)).unwrap();
+    }
+
     pub fn put(&self, gpa: u64, data: &[u8]) {
         self.memory.write_slice(data, GuestAddress(gpa)).unwrap();
     }
@@ -76,8 +81,12 @@ const USED: u64 = 0x8000;
 const SLOTS: u64 = 0x10000;
 const SLOT_BYTES: u64 = 0x8000;
 const DATA: u64 = 0x1000;
+/// Slots of buffers of a queue.
+pub const QUEUE_SLOTS: usize = 16;
+/// Bytes that a slot takes.
+pub const SLOT_DATA: u64 = SLOT_BYTES - DATA;
 /// Memory that a queue takes.
-pub const QUEUE_BYTES: u64 = SLOTS + 16 * SLOT_BYTES;
+pub const QUEUE_BYTES: u64 = SLOTS + QUEUE_SLOTS as u64 * SLOT_BYTES;
 
 /// The driver's side of a virtqueue, with 16 slots of buffers behind it.
 pub struct GuestQueue {
@@ -152,6 +161,16 @@ impl GuestQueue {
         self.kick.write(1).unwrap();
     }
 
+    /// Kicks if the device asked for that at one of the chains announced since the index was `since`.
+    pub fn kick_if_asked(&self, since: u16) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let asked = self.region.get16(self.at + USED + 4 + 8 * u64::from(self.size));
+        if !self.event_idx || self.avail.wrapping_sub(asked).wrapping_sub(1) < self.avail.wrapping_sub(since)
+        {
+            self.kick();
+        }
+    }
+
     /// The next used entry, if one comes in time.
     pub fn wait(&mut self, at_most: Duration) -> Option<(u16, u32)> {
         let start = Instant::now();
@@ -169,6 +188,30 @@ impl GuestQueue {
         }
         let word = |i: usize| u32::from_le_bytes(entry[i..i + 4].try_into().unwrap());
         Some((u16::try_from(word(0)).unwrap(), word(4)))
+    }
+
+    /// The next used entry, for a driver that sleeps until it is signalled; `None`: no signal came in time.
+    pub fn wait_for_signal(&mut self, at_most: Duration) -> Option<(u16, u32)> {
+        loop {
+            // what was asked for at the last entry comes before the look
+            std::sync::atomic::fence(Ordering::SeqCst);
+            if let Some(entry) = self.wait(Duration::ZERO) {
+                return Some(entry);
+            }
+            let mut call = libc::pollfd { fd: self.call.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one descriptor, on the stack for as long as the call lasts.
+            let n = unsafe { libc::poll(&raw mut call, 1, at_most.as_millis() as libc::c_int) };
+            if n == 0 {
+                return None;
+            }
+            let _ = self.call.read();
+        }
+    }
+
+    /// As [`Self::post`], with descriptors of the slot's own: for requests that end in any order. Needs a size of 64.
+    pub fn post_in_place(&mut self, n: u64, kind: u32, sector: u64, out: &[u8], inward: u32) -> u16 {
+        self.next_desc = 4 * u16::try_from(n).unwrap();
+        self.post(n, kind, sector, out, inward)
     }
 
     fn slot(&self, n: u64) -> u64 {
@@ -195,8 +238,17 @@ impl GuestQueue {
         self.push(&parts)
     }
 
+    /// Where the data of slot `n` is.
+    pub fn data_at(&self, n: u64) -> u64 {
+        self.slot(n) + DATA
+    }
+
     pub fn status(&self, n: u64) -> u8 {
         self.region.get(self.slot(n) + 16, 1)[0]
+    }
+
+    pub fn data_into(&self, n: u64, out: &mut [u8]) {
+        self.region.memory.read_slice(out, GuestAddress(self.slot(n) + DATA)).unwrap();
     }
 
     pub fn data(&self, n: u64, len: usize) -> Vec<u8> {

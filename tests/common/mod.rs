@@ -2,8 +2,10 @@
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 pub mod guest;
+pub mod hostile;
 pub mod ram;
 
+use guest::GuestQueue;
 use ram::{Pace, RamDisk};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -11,7 +13,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use vdblk::vhost::{Device, Endpoint, ServeOptions, serve};
 use vdblk::virtio::DeviceShape;
-use vhost::vhost_user::Frontend;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub const DISK_BYTES: usize = 8 << 20;
@@ -93,4 +97,24 @@ impl Drop for Server {
             }
         }
     }
+}
+
+/// Negotiates everything that is offered.
+pub fn negotiate(fe: &mut Frontend) -> u64 {
+    let features = fe.get_features().unwrap();
+    fe.set_owner().unwrap();
+    let protocol = fe.get_protocol_features().unwrap();
+    fe.set_protocol_features(protocol).unwrap();
+    fe.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    fe.set_features(features).unwrap();
+    features
+}
+
+pub fn set_up(fe: &Frontend, i: usize, q: &GuestQueue) {
+    fe.set_vring_num(i, q.size).unwrap();
+    fe.set_vring_base(i, 0).unwrap();
+    fe.set_vring_addr(i, &q.config()).unwrap();
+    fe.set_vring_call(i, &q.call).unwrap();
+    fe.set_vring_err(i, &q.err).unwrap();
+    fe.set_vring_kick(i, &q.kick).unwrap();
 }

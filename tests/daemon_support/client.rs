@@ -52,6 +52,11 @@ impl Guest {
         Guest { front_end: fe, features, queues }
     }
 
+    /// The first queue.
+    pub fn queue(&mut self) -> &mut GuestQueue {
+        &mut self.queues[0]
+    }
+
     pub fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }

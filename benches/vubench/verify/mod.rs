@@ -19,9 +19,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// A request that takes longer than this is called lost.
-const STALL: Duration = Duration::from_secs(15);
-
 pub(crate) struct Cfg {
     pub(crate) unit: usize,
     pub(crate) max_units: usize,
@@ -41,6 +38,18 @@ pub(crate) struct Cfg {
     pub(crate) kills: u32,
     /// whose lock is free when the last I/O of a killed server has ended
     pub(crate) image: Option<String>,
+    pub(crate) spoil: Option<Spoil>,
+    /// a request that takes longer than this is called lost
+    pub(crate) stall: Duration,
+}
+
+/// What is done to a record of what is in flight, to see that its absence is noticed.
+#[derive(Clone, Copy, PartialEq, Debug, clap::ValueEnum)]
+pub(crate) enum Spoil {
+    /// A request is missing, as if it had not been marked before it was started.
+    Lose,
+    /// One that was answered is there, as if its mark had not been cleared.
+    Double,
 }
 
 pub(crate) fn run(o: &Opts, c: Cfg, mut server: Option<&mut Server>) -> io::Result<(Stats, Info)> {
@@ -152,7 +161,7 @@ impl<'a> Runner<'a> {
         }
         if self.s.over() {
             self.m.st.server_gone = true;
-        } else if self.last_completion.elapsed() > STALL {
+        } else if self.last_completion.elapsed() > self.m.c.stall {
             self.m.st.lost = outstanding as u64;
         }
         Ok(self.m.st.server_gone || self.m.st.lost > 0)
@@ -257,6 +266,9 @@ impl<'a> Runner<'a> {
             return Ok(());
         };
         self.m.st.kills += 1;
+        if self.m.c.spoil == Some(Spoil::Double) {
+            self.await_an_answer()?;
+        }
         server.kill();
         let killed = Instant::now();
         // a process that ends takes nothing along that it has acknowledged; but without a record of what is in
@@ -269,9 +281,30 @@ impl<'a> Runner<'a> {
         self.collect()?;
         self.dead_since = Some(ended.unwrap_or(killed));
         self.m.st.in_flight_at_kills += self.outstanding() as u64;
+        self.spoil()?;
         self.s.recover()?;
         self.last_completion = Instant::now();
         Ok(())
+    }
+
+    /// Afterwards something has been answered that can be said to be in flight.
+    fn await_an_answer(&mut self) -> io::Result<()> {
+        while self.flight.iter().flatten().all(Option::is_some) && !self.s.over() {
+            self.completion_comes();
+            self.collect()?;
+        }
+        Ok(())
+    }
+
+    /// Changes the record of one request, if that is asked for.
+    fn spoil(&mut self) -> io::Result<()> {
+        let Some(how) = self.m.c.spoil else { return Ok(()) };
+        let wanted = |op: &Option<Op>| op.is_some() == (how == Spoil::Lose);
+        let slots = self.flight.iter().map(|f| f.iter().position(wanted));
+        match slots.enumerate().find_map(|(queue, slot)| Some((queue, slot?))) {
+            Some((queue, slot)) => self.s.mark(queue, slot, how == Spoil::Double),
+            None => Ok(()),
+        }
     }
 
     /// Takes all completions that are there.

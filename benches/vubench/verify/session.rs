@@ -4,7 +4,13 @@ use crate::queue::Queue;
 use crate::sys::poll_fd;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use vhost::vhost_user::message::VhostUserInflight;
+
+/// Bytes of a queue's header in an inflight region, and of an entry, whose first byte is the mark. A queue's part
+/// begins at a multiple of 64 with vdblk; the specification leaves it open.
+const INFLIGHT_HEADER: u64 = 16;
+const INFLIGHT_ENTRY: u64 = 16;
 
 pub(super) struct Session<'a> {
     o: &'a Opts,
@@ -35,6 +41,17 @@ impl Session<'_> {
             q.kick.write(1)?;
         }
         Ok(())
+    }
+
+    /// Says in the inflight region that the slot's request is in flight, or is not.
+    pub(super) fn mark(&self, queue: usize, slot: usize, in_flight: bool) -> io::Result<()> {
+        let Some((d, f)) = &self.inflight else {
+            return Err(io::Error::other("the server keeps no inflight region"));
+        };
+        let queue_bytes = (INFLIGHT_HEADER + INFLIGHT_ENTRY * u64::from(d.queue_size)).next_multiple_of(64);
+        let head = u64::from(self.qs[queue].head(slot));
+        let at = d.mmap_offset + queue as u64 * queue_bytes + INFLIGHT_HEADER + INFLIGHT_ENTRY * head;
+        f.write_all_at(&[u8::from(in_flight)], at)
     }
 
     fn start(&mut self, base: impl Fn(&Queue) -> u16) -> io::Result<()> {

@@ -1,7 +1,7 @@
 #!/bin/bash
 # run.sh SOCKET [WORD...] - boots nano under QEMU on one vhost-user-blk socket (about a second).
 # Prints what it saw; fails unless it says NANO-OK. It writes to the first 16 KiB of the disk.
-# WORDs for its command line: loops=N qd=N (N random reads).
+# WORDs for its command line: loops=N qd=N (N random reads), has=SECTOR, keep=SECTOR (nano.c).
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 G=${VD_GUEST_DIR:-$HOME/.cache/vdblk-guest}

@@ -1,5 +1,6 @@
 //! The command line.
 
+use super::usage::existing_dir;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,9 +9,34 @@ use vdblk::format::Format;
 use vdblk::job::{self, parse_size};
 use vdblk::vd::{DiskOptions, ImageSpec, OpenDisk};
 
+const ENDS: &str = "Sizes are bytes, or have a suffix for powers of 1024: 512M, 10G, 1.5T (k, M, G, T, P).\n\
+                    Exit status: 0 done, 1 an error, with one line on standard error, 2 wrong usage; those of \
+                    compare, check and repair are told with them.";
+
+/// The script language of `vdimg io`.
+const SCRIPT: &str = "\
+Commands, one a line of standard input or one each --command. Empty lines
+and lines that begin with # are passed over.
+  read [-P PATTERN] [-v] OFFSET LENGTH
+                     reads; -P: every byte must be PATTERN; -v: prints the bytes
+  write [-P PATTERN] OFFSET LENGTH
+                     writes PATTERN (default 0xcd)
+  write -z [-u] OFFSET LENGTH
+                     writes zeros; -u: their space may go back
+  discard OFFSET LENGTH
+                     the range is not needed: it reads as zeros or as before
+  flush              makes durable what was written
+  sleep MS           waits, in milliseconds
+r, w, d and f are short for read, write, discard and flush.
+OFFSET and LENGTH are multiples of 512, in bytes or with a suffix (k, M, G, T,
+P). PATTERN is a byte, 0 to 255 or 0x00 to 0xff.
+The first command that fails ends the script; what was written before stays.
+Exit status: 0 all done, 1 an error or a pattern that is not there, 2 wrong
+usage, also of a --command.";
+
 /// Makes, converts, compares, checks, repairs and looks at disk images.
 #[derive(Debug, Parser)]
-#[command(name = "vdimg", version, max_term_width = 100)]
+#[command(name = "vdimg", version, max_term_width = 100, after_help = ENDS)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -20,7 +46,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Tell what an image is. Takes no locks: works while the image is served.
     Info(Info),
-    /// Make a new image.
+    /// Make a new image; with --parent a diff of the last one named, those before are that one's own parents.
     Create(Create),
     /// Copy everything an image and its parents show into a new image.
     Convert(Convert),
@@ -28,11 +54,13 @@ pub(crate) enum Command {
     Compare(Compare),
     /// Look for damage in one image. Exit status: 0 clean, 2 corrupt, 3 leaks only, 1 error.
     Check(Check),
-    /// Put right what check finds. Exit status: 0 clean now, 2 still corrupt, 3 leaks left, 1 error.
+    /// Put right what check finds; bytes that belong to no block are given up, and named. Exit status: 0 clean now,
+    /// 2 still corrupt, 3 leaks left, 1 error; with --dry-run as check.
     Repair(Repair),
     /// Tell where each range of the disk lies.
     Map(Map),
     /// Read and write by commands: read, write, discard, flush, sleep.
+    #[command(after_help = SCRIPT)]
     Io(Io),
 }
 
@@ -46,14 +74,15 @@ impl Command {
 /// Where the parents of an image are.
 #[derive(Debug, Args)]
 pub(crate) struct Parents {
-    /// A parent, base first; repeat for each.
+    /// A parent, base first (repeatable). Those that are not named are searched by UUID: in the folders of --parent-dir,
+    /// then, if none was named, in the image's own; each with the folders below it, and of one called Snapshots the one
+    /// above too.
     #[arg(long = "parent", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents: Vec<ImageSpec>,
-    /// A folder to search for parents by UUID, before the image's own (or the one above, if that is called Snapshots);
-    /// repeatable.
-    #[arg(long = "parent-dir", value_name = "DIR")]
+    /// A folder to search parents in that are not named; see --parent (repeatable).
+    #[arg(long = "parent-dir", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs: Vec<PathBuf>,
-    /// Take parents whose UUID is not the one the child names.
+    /// Take parents although their UUID is not the one the child names.
     #[arg(long)]
     pub(crate) allow_parent_mismatch: bool,
 }
@@ -61,7 +90,7 @@ pub(crate) struct Parents {
 /// An existing image.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// Format of the image; raw is never guessed. Default: what extension and contents agree on.
+    /// Format of the image: raw or vdi [default: what extension and contents agree on; the extension .raw says raw].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
@@ -70,7 +99,7 @@ pub(crate) struct Image {
 
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Lock {
-    /// Seconds to wait for an image another process has locked.
+    /// Seconds to wait for an image another process has locked, 0 or more.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     lock_wait: u32,
 }
@@ -122,36 +151,39 @@ pub(crate) enum Output {
 pub(crate) struct Info {
     #[command(flatten)]
     pub(crate) image: Image,
+    /// How to print it.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) output: Output,
+    /// The image.
     pub(crate) file: PathBuf,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// Format of the new image.
+    /// Format of the new image: raw or vdi.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Format,
-    /// Size of the disk, such as 512M or 10G. Default: the parent's.
+    /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
     #[arg(long, value_parser = parse_size, required_unless_present = "parents")]
     pub(crate) size: Option<u64>,
-    /// Variant of the format; vdi: dynamic, fixed, zero-expand.
+    /// Variant of the format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
-    /// UUID of the new image. Default: a random one.
+    /// UUID of the new image, where the format has one [default: a random one].
     #[arg(long)]
     pub(crate) uuid: Option<Uuid>,
-    /// A comment, where the format keeps one.
+    /// A comment, where the format keeps one; vdi: at most 255 bytes.
     #[arg(long)]
     pub(crate) comment: Option<String>,
-    /// An option of the format; vdi: AllocationBlockSize=SIZE. Repeatable.
+    /// An option of the format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
+    /// [default: 1M].
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
-    /// Makes the image a diff of the last parent named; those before are that one's own parents, base first.
     #[command(flatten)]
     pub(crate) parents: Parents,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The new image. Nothing may be there yet; an extension has to be that of the format.
     pub(crate) file: PathBuf,
 }
 
@@ -159,18 +191,21 @@ pub(crate) struct Create {
 pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) image: Image,
-    /// Format of the new image.
+    /// Format of the new image: raw or vdi.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
-    /// Variant of the new image's format; vdi: dynamic, fixed, zero-expand.
+    /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
-    /// An option of the new image's format; vdi: AllocationBlockSize=SIZE. Repeatable.
+    /// An option of the new image's format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
+    /// [default: 1M].
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The image to copy, with its parents.
     pub(crate) source: PathBuf,
+    /// The new image. Nothing may be there yet; an extension has to be that of the format.
     pub(crate) target: PathBuf,
 }
 
@@ -178,28 +213,37 @@ pub(crate) struct Convert {
 pub(crate) struct Compare {
     #[command(flatten)]
     pub(crate) image: Image,
-    /// Format of the second image.
+    /// Format of the second image, as --format.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format2: Option<Format>,
-    /// A parent of the second image, base first; repeat for each.
+    /// A parent of the second image, base first, as --parent (repeatable).
     #[arg(long = "parent2", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents2: Vec<ImageSpec>,
-    /// A folder to search for parents of the second image; repeatable.
-    #[arg(long = "parent-dir2", value_name = "DIR")]
+    /// A folder to search parents of the second image in, as --parent-dir (repeatable).
+    #[arg(long = "parent-dir2", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs2: Vec<PathBuf>,
+    /// Take parents of the second image although their UUID is not the one the child names.
+    #[arg(long)]
+    pub(crate) allow_parent_mismatch2: bool,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The first image; the options without a 2 are about it.
     pub(crate) first: PathBuf,
+    /// The second image.
     pub(crate) second: PathBuf,
 }
 
-/// Options on parents are taken and not needed: a diff is looked at by itself.
+// Options on parents are taken and not needed: a diff is looked at by itself.
 #[derive(Debug, Args)]
 pub(crate) struct Check {
     #[command(flatten)]
     pub(crate) image: Image,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) output: Output,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The image. Its parents are not looked at.
     pub(crate) file: PathBuf,
 }
 
@@ -212,6 +256,7 @@ pub(crate) struct Repair {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The image. Its parents are not looked at.
     pub(crate) file: PathBuf,
 }
 
@@ -219,10 +264,12 @@ pub(crate) struct Repair {
 pub(crate) struct Map {
     #[command(flatten)]
     pub(crate) image: Image,
+    /// How to print it; json has qemu-img's keys.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) output: Output,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The image.
     pub(crate) file: PathBuf,
 }
 
@@ -236,15 +283,12 @@ pub(crate) struct Io {
     /// Write to an image although a diff in its folder has it as its parent.
     #[arg(long)]
     pub(crate) allow_write_to_parent: bool,
-    /// A command; repeatable. Default: one per line of standard input.
-    ///
-    /// read [-P PATTERN] [-v] OFFSET LENGTH,
-    /// write [-P PATTERN | -z [-u]] OFFSET LENGTH,
-    /// discard OFFSET LENGTH, flush, sleep MS
+    /// A command, see below (repeatable) [default: those of standard input].
     #[arg(short = 'c', long = "command", value_name = "COMMAND")]
     pub(crate) commands: Vec<job::Command>,
     #[command(flatten)]
     pub(crate) lock: Lock,
+    /// The image.
     pub(crate) file: PathBuf,
 }
 

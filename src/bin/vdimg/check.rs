@@ -1,21 +1,84 @@
 //! `vdimg check` and `vdimg repair`.
 
-use super::args::{Check, Repair};
+use super::args::{Check, Output, Repair};
 use super::terminal;
+use serde::Serialize;
 use std::fmt::Write;
+use std::path::Path;
 use vdblk::Result;
 use vdblk::format::Format;
 use vdblk::format::vdi::{CheckReport, Severity};
 use vdblk::job::{Checked, Repaired, check_image, repair_image};
 
 pub(crate) fn check(args: &Check) -> Result<u8> {
-    match check_image(&args.image.spec(&args.file), args.lock.wait())? {
-        Checked::NothingToCheck(format) => nothing_to_do(format),
-        Checked::Report(report) => {
-            terminal::print(&describe(&report))?;
-            Ok(report.exit_code())
-        }
-    }
+    let (format, report) = match check_image(&args.image.spec(&args.file), args.lock.wait())? {
+        Checked::NothingToCheck(format) if args.output == Output::Human => return nothing_to_do(format),
+        Checked::NothingToCheck(format) => (format, None),
+        // The one format with something to check so far.
+        Checked::Report(report) => (Format::Vdi, Some(report)),
+    };
+    let status = report.as_ref().map_or(0, CheckReport::exit_code);
+    let text = match (args.output, &report) {
+        (Output::Human, Some(report)) => describe(report),
+        _ => json(&args.file, format, report.as_ref()),
+    };
+    terminal::print(&text)?;
+    Ok(status)
+}
+
+/// What `--output json` prints. The names are a promise.
+#[derive(Serialize)]
+struct Json<'a> {
+    file: String,
+    format: &'a str,
+    /// `clean`, `leaks`, `corrupt`, or `nothing-to-check`.
+    result: &'a str,
+    corruptions: u64,
+    leaks: u64,
+    /// Corruptions that repair cannot put right.
+    unrepairable: u64,
+    blocks: Option<u32>,
+    allocated_blocks: Option<u64>,
+    /// The first ones; the counts are of all.
+    findings: Vec<JsonFinding<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonFinding<'a> {
+    /// `corruption` or `leak`.
+    severity: &'a str,
+    text: &'a str,
+    repairable: bool,
+}
+
+fn json(file: &Path, format: Format, report: Option<&CheckReport>) -> String {
+    let none = CheckReport::default();
+    let r = report.unwrap_or(&none);
+    let findings = r.findings.iter().map(|f| JsonFinding {
+        severity: match f.severity {
+            Severity::Corruption => "corruption",
+            Severity::Leak => "leak",
+        },
+        text: &f.text,
+        repairable: f.repairable,
+    });
+    let json = Json {
+        file: file.display().to_string(),
+        format: format.name(),
+        result: match (report, r.corruptions, r.leaks) {
+            (None, ..) => "nothing-to-check",
+            (_, 0, 0) => "clean",
+            (_, 0, _) => "leaks",
+            _ => "corrupt",
+        },
+        corruptions: r.corruptions,
+        leaks: r.leaks,
+        unrepairable: r.unrepairable,
+        blocks: report.map(|r| r.blocks),
+        allocated_blocks: report.map(|r| r.allocated),
+        findings: findings.collect(),
+    };
+    serde_json::to_string_pretty(&json).expect("numbers and texts") + "\n"
 }
 
 pub(crate) fn repair(args: &Repair) -> Result<u8> {
@@ -66,7 +129,9 @@ fn describe(report: &CheckReport) -> String {
     if report.is_clean() {
         let _ = writeln!(t, "No errors; {} of {} blocks are allocated.", report.allocated, report.blocks);
     } else {
-        let _ = writeln!(t, "{} corruptions, {} leaks.", report.corruptions, report.leaks);
+        let s = |n: u64| if n == 1 { "" } else { "s" };
+        let (c, l) = (report.corruptions, report.leaks);
+        let _ = writeln!(t, "{c} corruption{}, {l} leak{}.", s(c), s(l));
     }
     t
 }

@@ -15,7 +15,7 @@ pub(crate) fn run(args: &Compare) -> Result<u8> {
         parents: Parents {
             parents: args.parents2.clone(),
             parent_dirs: args.parent_dirs2.clone(),
-            allow_parent_mismatch: args.image.parents.allow_parent_mismatch,
+            allow_parent_mismatch: args.allow_parent_mismatch2,
         },
     };
     let a = open_disk(&args.image.open(&args.first, args.lock))?;

@@ -1,12 +1,14 @@
 //! `vdimg info`.
 
 use super::args::{Info, Output};
-use super::terminal::{human_bytes, print};
+use super::terminal::print;
 use serde::Serialize;
 use std::fmt::Write;
+use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
-use vdblk::job::{Inspected, inspect_image};
+use vdblk::job::{Inspected, human_bytes, inspect_image};
+use vdblk::map::ImageInfo;
 use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 
 /// What `--output json` prints. The names are a promise.
@@ -24,6 +26,44 @@ struct Json<'a> {
     parent_modification_uuid: Option<String>,
     comment: Option<&'a str>,
     geometry: Option<Geometry>,
+    file: String,
+    version: Option<&'a str>,
+    /// Top first; none where a parent was not found or not good.
+    chain: Option<Vec<Link>>,
+    /// Why there is none.
+    chain_error: Option<String>,
+}
+
+/// An image of the chain.
+#[derive(Serialize)]
+struct Link {
+    file: String,
+    format: &'static str,
+    version: Option<String>,
+    variant: &'static str,
+    virtual_size: u64,
+    uuid: Option<String>,
+    modification_uuid: Option<String>,
+    parent_uuid: Option<String>,
+}
+
+impl Link {
+    fn new(file: &Path, i: &ImageInfo) -> Self {
+        Link {
+            file: file.display().to_string(),
+            format: i.format,
+            version: i.version.clone(),
+            variant: i.variant,
+            virtual_size: i.virtual_size,
+            uuid: text(i.uuid),
+            modification_uuid: text(i.modification_uuid),
+            parent_uuid: text(i.parent_uuid),
+        }
+    }
+}
+
+fn text(uuid: Option<Uuid>) -> Option<String> {
+    uuid.map(|u| u.hyphenated().to_string())
 }
 
 #[derive(Serialize)]
@@ -35,17 +75,21 @@ struct Geometry {
 
 pub(crate) fn run(args: &Info) -> Result<u8> {
     let image = inspect_image(&args.image.spec(&args.file))?;
+    let chain = chain(args, &image);
     let text = match args.output {
-        Output::Json => json(&image),
-        Output::Human => human(&image) + &chain(args, &image),
+        Output::Json => json(&image, chain),
+        Output::Human => human(&image) + &human_chain(&chain),
     };
     print(&text)?;
     Ok(0)
 }
 
-fn json(image: &Inspected) -> String {
+fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
     let i = &image.info;
-    let text = |u: Option<Uuid>| u.map(|u| u.hyphenated().to_string());
+    let (chain, chain_error) = match chain {
+        Ok(links) => (Some(links), None),
+        Err(e) => (None, Some(e.to_string())),
+    };
     let json = Json {
         format: i.format,
         variant: i.variant,
@@ -59,6 +103,10 @@ fn json(image: &Inspected) -> String {
         parent_modification_uuid: text(i.parent_modification_uuid),
         comment: i.comment.as_deref(),
         geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
+        file: image.path.display().to_string(),
+        version: i.version.as_deref(),
+        chain,
+        chain_error,
     };
     serde_json::to_string_pretty(&json).expect("numbers and texts") + "\n"
 }
@@ -98,10 +146,10 @@ fn human(image: &Inspected) -> String {
     t
 }
 
-/// The files a diff stands on, if they are found.
-fn chain(args: &Info, image: &Inspected) -> String {
+/// The image and what it stands on, top first. Only of a diff the files are opened.
+fn chain(args: &Info, image: &Inspected) -> Result<Vec<Link>> {
     if image.info.parent_uuid.is_none() && image.info.variant != "diff" {
-        return String::new();
+        return Ok(vec![Link::new(&image.path, &image.info)]);
     }
     let opened = open_disk(&OpenDisk {
         image: args.image.spec(&args.file),
@@ -111,13 +159,19 @@ fn chain(args: &Info, image: &Inspected) -> String {
         lock_wait: None,
         options: DiskOptions { read_only: true, ..DiskOptions::default() },
         ..OpenDisk::new(&args.file)
-    });
-    match opened {
+    })?;
+    Ok(opened.images.iter().map(|i| Link::new(&i.path, &i.info)).collect())
+}
+
+/// Nothing for an image that stands alone.
+fn human_chain(chain: &Result<Vec<Link>>) -> String {
+    match chain {
         Err(e) => format!("chain: not complete: {e}\n"),
-        Ok(disk) => {
+        Ok(links) if links.len() < 2 => String::new(),
+        Ok(links) => {
             let mut t = String::from("chain, base last:\n");
-            for i in &disk.images {
-                let _ = writeln!(t, "  {} ({}, {})", i.path.display(), i.format, i.info.variant);
+            for l in links {
+                let _ = writeln!(t, "  {} ({}, {})", l.file, l.format, l.variant);
             }
             t
         }

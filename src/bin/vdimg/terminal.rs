@@ -21,23 +21,6 @@ pub(crate) fn print(text: &str) -> Result<()> {
     }
 }
 
-/// A number of bytes for people.
-pub(crate) fn human_bytes(bytes: u64) -> String {
-    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
-    let power = (bytes.max(1).ilog2() / 10).min(5);
-    if power == 0 {
-        return format!("{bytes} bytes");
-    }
-    let tenths = (u128::from(bytes) * 10) >> (10 * power);
-    let unit = units[power as usize];
-    let short = if tenths.is_multiple_of(10) {
-        format!("{} {unit}", tenths / 10)
-    } else {
-        format!("{}.{} {unit}", tenths / 10, tenths % 10)
-    };
-    format!("{short} ({bytes} bytes)")
-}
-
 /// Warnings of the library as lines on standard error. Its errors are not shown: each of them comes back as the one
 /// line that a command ends with.
 pub(crate) fn show_warnings() {

@@ -7,7 +7,8 @@
 //! - A place cut off in the middle is filled up with zeros.
 //! - A place that several entries name stays with the first; each other gets a copy of its own. VirtualBox frees
 //!   them all; here every block reads after the repair what it read before.
-//! - The count is set anew, holes are filled from the end, the file is cut.
+//! - The count is set anew, holes are filled from the end, the file is cut. Bytes that belong to no block go that way:
+//!   each such range is named, and whether it is zeros.
 //!
 //! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written
 //! over a place before the entry that named it is durably gone.
@@ -17,7 +18,9 @@ use super::dense::relocations;
 use super::layout::{Entry, FREE, PAGE_ENTRIES, idx};
 use super::table::survey;
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::MAX_CHECK_LINES;
+use crate::limits::{
+    MAX_CHECK_LINES, MAX_ORPHAN_LOOK_BYTES, MAX_SEPARATED_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES,
+};
 use crate::map::{Bitmap, ByteSource, HostBlock, HostOffset};
 use std::collections::BTreeSet;
 
@@ -54,7 +57,7 @@ pub enum RepairStep {
 pub struct Repair {
     /// What was found.
     pub report: CheckReport,
-    /// What will be done about it, a line each, [`MAX_CHECK_LINES`] at most.
+    /// What will be done about it, a line each: [`MAX_CHECK_LINES`] at most, and two with sums.
     pub lines: Vec<String>,
     /// The steps; empty for a clean image.
     pub steps: Vec<RepairStep>,
@@ -63,8 +66,8 @@ pub struct Repair {
 /// Plans the repair of an image. Nothing is written.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] where the header itself is wrong, with the first reason; otherwise as
-/// [`super::check()`].
+/// [`ErrorKind::Corrupt`] where the header itself is wrong, with the first reason; [`ErrorKind::Limit`] where more would
+/// have to be copied than any crash explains; otherwise as [`super::check()`].
 pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
     let hopeless = |report: &CheckReport| {
         let first = report.findings.iter().find(|f| !f.repairable).map_or("unknown", |f| &f.text);
@@ -80,6 +83,10 @@ pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
     }
     let mut work = Work::new(examined);
     work.free_what_is_gone();
+    work.refuse_flood()?;
+    if !work.image.is_fixed() {
+        work.name_orphans(source)?;
+    }
     work.write_pages();
     work.separate();
     work.raise();
@@ -87,7 +94,7 @@ pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
     if !work.image.is_fixed() {
         work.make_dense();
     }
-    Ok(Repair { report, lines: work.lines, steps: work.steps })
+    Ok(Repair { report, lines: work.told(), steps: work.steps })
 }
 
 struct Work {
@@ -104,6 +111,10 @@ struct Work {
     pages: BTreeSet<u32>,
     file_bytes: u64,
     lines: Vec<String>,
+    /// Lines for which there was no room.
+    untold: u64,
+    /// Bytes that are given up and not known to be zeros.
+    given_up: u64,
     steps: Vec<RepairStep>,
 }
 
@@ -121,6 +132,8 @@ impl Work {
             pages: BTreeSet::new(),
             file_bytes,
             lines: Vec::new(),
+            untold: 0,
+            given_up: 0,
             steps: vec![RepairStep::Sync],
         }
     }
@@ -128,7 +141,64 @@ impl Work {
     fn say(&mut self, line: String) {
         if self.lines.len() < MAX_CHECK_LINES {
             self.lines.push(line);
+        } else {
+            self.untold += 1;
         }
+    }
+
+    fn told(&mut self) -> Vec<String> {
+        let mut lines = std::mem::take(&mut self.lines);
+        if self.untold > 0 {
+            lines.push(format!("and {} things more", self.untold));
+        }
+        if self.given_up > 0 {
+            lines.push(format!(
+                "in all {} bytes of the file that belong to no block are given up; a copy of the file made before keeps \
+                 them",
+                self.given_up
+            ));
+        }
+        lines
+    }
+
+    /// Ranges of the file behind the table that no entry names, in order.
+    fn orphans(&self) -> Vec<(u64, u64)> {
+        let layout = self.image.layout;
+        let far: BTreeSet<u32> =
+            self.displaced.iter().map(|(_, p)| p.0).filter(|p| *p >= self.high_water).collect();
+        let near = (0..self.high_water).filter(|p| self.used.contains(*p));
+        let (mut found, mut from) = (Vec::new(), layout.start_of(0).0);
+        for place in near.chain(far) {
+            let start = layout.start_of(place).0;
+            if start > from {
+                found.push((from, start));
+            }
+            from = layout.end_of(place + 1).0;
+        }
+        if self.file_bytes > from {
+            found.push((from, self.file_bytes));
+        }
+        found
+    }
+
+    /// What belongs to no block is written over or cut off below: here it is said.
+    fn name_orphans(&mut self, source: &dyn ByteSource) -> Result<()> {
+        let mut looks = MAX_ORPHAN_LOOK_BYTES;
+        for (from, to) in self.orphans() {
+            let len = to - from;
+            let look = len <= looks;
+            looks -= if look { len } else { 0 };
+            let what = match look {
+                true if all_zeros(source, from, to)? => "zeros",
+                true => "data",
+                false => "not looked at",
+            };
+            self.given_up += if what == "zeros" { 0 } else { len };
+            self.say(format!(
+                "bytes {from} to {to} of the file: given up, {len} bytes that belong to no block ({what})"
+            ));
+        }
+        Ok(())
     }
 
     fn set(&mut self, block: u32, value: u32) {
@@ -147,11 +217,32 @@ impl Work {
             let Entry::At(place) = Entry::of(self.image.table[idx(block)]) else { continue };
             if layout.data_of(place).0 >= self.image.file_bytes {
                 self.set(block, FREE);
-                self.say(format!("block {block}: freed, nothing is at place {}", place.0));
+                let unit = layout.unit(block);
+                let (from, to) = (unit.start().0, unit.end().0);
+                self.say(format!(
+                    "block {block} (bytes {from} to {to} of the disk): freed, its place {} lies behind the file's end",
+                    place.0
+                ));
             } else if place.0 >= layout.blocks || !self.take(place.0) {
                 self.displaced.push((block, place));
             }
         }
+    }
+
+    /// A small file can ask for copies without end.
+    fn refuse_flood(&self) -> Result<()> {
+        let layout = self.image.layout;
+        let there = |from: HostBlock| self.file_bytes.saturating_sub(layout.start_of(from.0).0);
+        let cost = |from| there(from).min(layout.stride()).max(META_PAGE_BYTES);
+        let bytes = self.displaced.iter().map(|(_, from)| cost(*from)).fold(0, u64::saturating_add);
+        if bytes <= MAX_SEPARATED_BYTES.max(self.file_bytes) {
+            return Ok(());
+        }
+        let what = format!(
+            "cannot be repaired: {} blocks lie where another does, and copies for them would take {bytes} bytes",
+            self.displaced.len()
+        );
+        Err(Error::new(ErrorKind::Limit, what).hint("no crash does that: take another copy of the image"))
     }
 
     /// A place behind all others, or a hole.
@@ -179,10 +270,12 @@ impl Work {
                 len: layout.stride(),
             });
             self.needed = self.needed.max(layout.end_of(from.0 + 1));
+            // Of other images all that belongs to no block was named before.
+            let over = if self.image.is_fixed() { ", over bytes that belonged to no block" } else { "" };
             self.say(if from.0 < layout.blocks {
-                format!("block {block}: moved to a copy of place {}, which another block has", from.0)
+                format!("block {block}: moved to a copy of place {}, which another block has{over}", from.0)
             } else {
-                format!("block {block}: moved to place {to} from {}, which may not exist", from.0)
+                format!("block {block}: moved to place {to} from {}, which may not exist{over}", from.0)
             });
         }
     }
@@ -256,9 +349,24 @@ impl Work {
         self.steps.push(RepairStep::Sync);
         let end = layout.end_of(count);
         if self.file_bytes > end.0 {
-            self.say(format!("file: cut by {} bytes nobody uses", self.file_bytes - end.0));
+            self.say(format!("file: cut from {} to {} bytes", self.file_bytes, end.0));
             self.set_len(end);
             self.steps.push(RepairStep::Sync);
         }
     }
+}
+
+/// True if a range of the file has no byte but zeros.
+fn all_zeros(source: &dyn ByteSource, from: u64, to: u64) -> Result<bool> {
+    let mut piece = vec![0u8; TABLE_PIECE_BYTES];
+    let mut at = from;
+    while at < to {
+        let len = usize::try_from(to - at).map_or(piece.len(), |left| left.min(piece.len()));
+        source.read_at(HostOffset(at), &mut piece[..len])?;
+        if piece[..len].iter().any(|b| *b != 0) {
+            return Ok(false);
+        }
+        at += len as u64;
+    }
+    Ok(true)
 }

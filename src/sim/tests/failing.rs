@@ -4,7 +4,9 @@
 use crate::error::Failure;
 use crate::io::{IoKind, IoOp};
 use crate::map::{FileId, GuestOffset, GuestRange};
-use crate::sim::{DATA, Failing, Fault, Faults, Images, Judge, Kind, Past, Rng, Shape, Trace, World};
+use crate::sim::{
+    DATA, Failing, Fault, Faults, Images, Judge, Kind, Past, Rng, Shape, Through, Trace, World,
+};
 use crate::vd::{DiskOptions, Request};
 
 const SIZE: u64 = (64 << 10) - 512;
@@ -114,14 +116,15 @@ impl Case<'_> {
     }
 
     fn open_again(&self, images: &Images, mut w: World, cut: bool) {
-        let left = images.top.cut_now();
+        let power_gone = images.top.cut_now();
         w.kill();
-        let (past, flushed) = w.afterwards(cut);
+        let left = w.afterwards(cut);
         if cut {
-            images.top.restart_with(left.random_state(&mut Rng(self.seed)));
+            images.top.restart_with(power_gone.random_state(&mut Rng(self.seed)));
         }
-        let mut w = self.world(images, &Faults::default(), past);
-        w.inherit(flushed);
+        let setup = (DiskOptions::default(), Faults::default(), Trace::default());
+        let mut w = World::after(images, setup, left, Through::Channels, self.seed)
+            .unwrap_or_else(|e| panic!("{}: {e}", self.name));
         w.look_again(cut);
         w.steps(30);
         w.close().unwrap_or_else(|e| panic!("{}: {e}", self.name));

@@ -1,6 +1,9 @@
 //! Power cuts at every moment of small workloads, and of random ones.
 
-use crate::sim::{Judge, Kind, Play, Stats, all_workloads, play, powercut_workload, small_disk};
+use crate::sim::{
+    Judge, Kills, Kind, Landing, Play, Stats, Thorough, all_workloads, play, powercut_after_kills,
+    powercut_workload, small_disk,
+};
 
 fn workloads(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -8,13 +11,13 @@ fn workloads(kind: Kind) {
     for (seed, ops) in (0..).zip(all_workloads()) {
         let disk = &disks[seed as usize % disks.len()];
         let (exhaustive, samples) = if cfg!(debug_assertions) { (8, 40) } else { (12, 200) };
-        let played = powercut_workload(disk, &ops, seed, Judge::new(exhaustive, samples, seed));
+        let played =
+            powercut_workload(disk, &ops, &Kills::default(), seed, Judge::new(exhaustive, samples, seed));
         assert!(played.wrong.is_none(), "{kind:?} {ops:?} seed {seed}: {:?}", played.wrong);
         sum.add(played.stats);
     }
     println!("{}: {sum:?}", kind.name());
     assert!(sum.states > 20_000 || kind == Kind::Raw, "too few states: {sum:?}");
-    assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
 }
 
 #[test]
@@ -37,6 +40,44 @@ fn powercut_in_small_workloads_diff_discard() {
     workloads(Kind::DiffDiscard);
 }
 
+/// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
+fn killed(kind: Kind) {
+    let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
+    let few = Thorough { every: 8, twice: 1, landings: &[Landing::Chance], exhaustive: 2, samples: 2 };
+    let many = Thorough { every: 1, twice: 1, landings: &Landing::EACH, exhaustive: 4, samples: 4 };
+    let how = if cfg!(debug_assertions) { few } else { many };
+    let (mut sum, mut lives) = (Stats::default(), 0);
+    for (seed, ops) in (0..).zip(all_workloads()) {
+        let disk = &disks[seed as usize % disks.len()];
+        let played = powercut_after_kills(disk, &ops, &how, seed);
+        assert!(played.wrong.is_none(), "{kind:?} {ops:?} seed {seed}: {:?}", played.wrong);
+        sum.add(played.stats);
+        lives += played.lives;
+    }
+    println!("{}: {lives} processes, {sum:?}", kind.name());
+    assert!(lives > 1000 && (sum.states > 2000 || kind == Kind::Raw), "too few: {lives} {sum:?}");
+}
+
+#[test]
+fn powercut_after_kills_raw() {
+    killed(Kind::Raw);
+}
+
+#[test]
+fn powercut_after_kills_vdi() {
+    killed(Kind::Vdi);
+}
+
+#[test]
+fn powercut_after_kills_diff() {
+    killed(Kind::Diff);
+}
+
+#[test]
+fn powercut_after_kills_diff_discard() {
+    killed(Kind::DiffDiscard);
+}
+
 #[test]
 fn powercut_random() {
     for kind in Kind::ALL {
@@ -48,6 +89,5 @@ fn powercut_random() {
         }
         println!("{}: {sum:?}", kind.name());
         assert!(sum.states > 20_000, "too few states: {sum:?}");
-        assert!(sum.unopened * 1000 <= sum.states, "too many need a repair: {sum:?}");
     }
 }

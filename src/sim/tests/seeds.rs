@@ -13,7 +13,7 @@ fn a_seed_replays_to_the_byte() {
 
 /// Seeds of this run: as many as VDBLK_SEEDS says.
 fn seeds() -> u64 {
-    let default = if cfg!(debug_assertions) { 500 } else { 2000 };
+    let default = if cfg!(debug_assertions) { 500 } else { 3000 };
     std::env::var("VDBLK_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(default)
 }
 
@@ -23,6 +23,7 @@ fn find_nothing(quarter: u64) {
     for seed in (quarter..seeds()).step_by(4) {
         let p = play(&Play::seed(seed));
         assert!(p.wrong.is_none(), "seed {seed}: {:?}", p.wrong);
+        assert!(p.requests >= 2000, "seed {seed} ended after {} requests", p.requests);
         requests += p.requests;
         lives += p.lives;
     }

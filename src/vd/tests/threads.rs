@@ -153,6 +153,26 @@ fn on_disk(path: &Path, vdi: &MemFile, direct: bool) -> Option<Arc<dyn HostFile>
     (f.traits().alignment.offset <= 512).then_some(f)
 }
 
+/// A parent in which about half of the sectors hold a value.
+fn full_parent(values: &mut [u64], rng: &mut Rng) -> Arc<MemFile> {
+    let f = new_vdi(values.len() as u64 * SECTOR, 65536, 1, None);
+    let disk = open(std::slice::from_ref(&f), true, DiskOptions::default());
+    let mut c = Channel::new(disk, Box::new(SimEngine::new(1)), 1).unwrap();
+    let mut at = 0;
+    while at < values.len() as u64 {
+        let n = (1 + rng.below(256)).min(values.len() as u64 - at);
+        if rng.chance(60) {
+            let (mut buf, value) = (AlignedBuf::new((n * SECTOR) as usize), 1 + rng.below(1000));
+            fill(buf.as_mut_slice(), at, value);
+            finish(&mut c, Request::Write(sector_range(at, n)), &buf).unwrap();
+            values[at as usize..(at + n) as usize].fill(value);
+        }
+        at += n;
+    }
+    c.close_disk(true).unwrap();
+    f
+}
+
 fn stress(kind: EngineKind, direct: bool, block: u64, size: u64, diff: bool, seed: u64, ops: u64) {
     if make_engine(kind, 1).is_err() {
         return eprintln!("skipped: no {kind}");
@@ -167,8 +187,7 @@ fn stress(kind: EngineKind, direct: bool, block: u64, size: u64, diff: bool, see
     files.push(f);
     let mut images = vec![top];
     if diff {
-        let (base, past) = rig::full_parent(size, 65536, 1, &mut rng);
-        start = past.iter().map(|p| p.after_cut(0)[0]).collect();
+        let base = full_parent(&mut start, &mut rng);
         let Some(f) = on_disk(&dir.path().join("base.vdi"), &base, direct) else { return };
         files.push(f);
         images.push(base);

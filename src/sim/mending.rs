@@ -1,0 +1,67 @@
+//! Repairs, and repairs that a power cut or a kill interrupts: a repair writes to the image like everybody else.
+
+use super::bytes::Bytes;
+use super::images::Images;
+use super::{Rng, SimFile};
+use crate::format::vdi;
+use crate::job::{Job, RepairJob, Step};
+
+/// A repaired copy, which is clean.
+pub(super) fn repaired(state: &Bytes) -> Result<Bytes, String> {
+    let file = SimFile::new("repaired", state.clone());
+    let repair = vdi::repair(state).map_err(|e| format!("cannot be repaired: {e}"))?;
+    let mut job = RepairJob::new(&*file, repair.steps);
+    while job.step().map_err(|e| e.to_string())? == Step::More {}
+    let bytes = file.bytes();
+    let report = vdi::check(&bytes).map_err(|e| e.to_string())?;
+    if report.is_clean() { Ok(bytes) } else { Err(format!("not clean after repair: {:?}", report.findings)) }
+}
+
+/// Looks at what an interrupted repair of `state` can leave: `samples` states of each moment before a sync ends, and
+/// what is there between any two steps. A second repair makes each of them clean, and the guest sees what it sees after
+/// a repair that nothing interrupts; where the image opens without a repair, all the time. Returns the states looked at.
+///
+/// # Errors
+/// The first thing that is not so.
+pub fn interrupted_repairs(
+    images: &Images,
+    state: &Bytes,
+    samples: u64,
+    rng: &mut Rng,
+) -> Result<u64, String> {
+    let view = |b: &Bytes| images.view(b).map_err(|e| e.to_string());
+    let expected = view(&repaired(state)?)?;
+    let opens = view(state).is_ok();
+    let check = |left: &Bytes| -> Result<(), String> {
+        if opens && view(left)? != expected {
+            return Err("the guest sees something else in the midst of a repair".into());
+        }
+        let again = view(&repaired(left)?)?;
+        let differs = again.iter().zip(&expected).position(|(a, b)| a != b);
+        differs.map_or(Ok(()), |at| Err(format!("after a second repair byte {at:#x} differs")))
+    };
+    let file = SimFile::new("mended", state.clone());
+    file.keep_cuts();
+    let repair = vdi::repair(state).map_err(|e| e.to_string())?;
+    let mut job = RepairJob::new(&*file, repair.steps);
+    let mut states = 0;
+    loop {
+        let step = job.step().map_err(|e| e.to_string())?;
+        for cut in file.take_cuts() {
+            let mut wrong = None;
+            cut.for_each_state(4, samples, rng, &mut |left| {
+                states += 1;
+                wrong = check(left).err();
+                wrong.is_none()
+            });
+            if let Some(wrong) = wrong {
+                return Err(format!("a repair whose power is cut: {wrong}"));
+            }
+        }
+        states += 1;
+        check(&file.bytes()).map_err(|e| format!("a killed repair: {e}"))?;
+        if step == Step::Done {
+            return Ok(states);
+        }
+    }
+}

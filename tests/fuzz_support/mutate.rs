@@ -1,0 +1,158 @@
+//! Changes of cases: any bytes, and VDIs by their fields.
+
+use crate::common::hostile::{Choices, Random};
+
+/// Changes some bytes of a case, its length included.
+pub(crate) fn bytes(case: &mut Vec<u8>, r: &mut Random, max: usize) {
+    for _ in 0..1 + r.below(4) {
+        let (at, n) = (r.below(case.len() as u64 + 1) as usize, 1 + r.below(16) as usize);
+        let end = (at + n).min(case.len());
+        match r.below(7) {
+            0 => case.truncate(at),
+            1 => drop(case.drain(at..end)),
+            2 => {
+                let copy = case[at..end].to_vec();
+                let to = r.below(case.len() as u64 + 1) as usize;
+                case.splice(to..to, copy);
+            }
+            3 => {
+                let new: Vec<u8> = (0..n).map(|_| r.next() as u8).collect();
+                case.splice(at..at, new);
+            }
+            4 => {
+                let word = r.number().to_le_bytes();
+                let n = [1, 2, 4, 8][r.below(4) as usize].min(case.len() - at);
+                case[at..at + n].copy_from_slice(&word[..n]);
+            }
+            _ if at < case.len() => case[at] = r.next() as u8,
+            _ => case.push(r.next() as u8),
+        }
+    }
+    case.truncate(max);
+}
+
+/// Fields of headers 1.x and 0.x: where, and their bytes.
+const FIELDS_V1: [(usize, usize); 19] = [
+    (0x40, 4),
+    (0x44, 4),
+    (0x48, 4),
+    (0x4c, 4),
+    (0x50, 4),
+    (0x154, 4),
+    (0x158, 4),
+    (0x168, 4),
+    (0x170, 8),
+    (0x178, 4),
+    (0x17c, 4),
+    (0x180, 4),
+    (0x184, 4),
+    (0x188, 8),
+    (0x198, 8),
+    (0x1a8, 8),
+    (0x1b8, 8),
+    (0x1d4, 4),
+    (0x54, 4),
+];
+const FIELDS_V0: [(usize, usize); 10] = [
+    (0x44, 4),
+    (0x48, 4),
+    (0x4c, 4),
+    (0x15c, 4),
+    (0x160, 8),
+    (0x168, 4),
+    (0x16c, 4),
+    (0x170, 4),
+    (0x174, 8),
+    (0x194, 8),
+];
+
+/// A number that a field of a VDI may have trouble with.
+fn number(r: &mut Random, now: u64) -> u64 {
+    match r.below(8) {
+        0 => [0, 1, 2, 4, 384, 400, 472, 512][r.below(8) as usize],
+        1 => 1 << r.below(64),
+        2 => (1u64 << r.below(64)).wrapping_sub(1),
+        3 => u64::MAX - r.below(3),
+        4 => now.wrapping_add(r.below(5)).wrapping_sub(2),
+        5 => now.wrapping_mul(2),
+        6 => now / 2,
+        _ => r.next(),
+    }
+}
+
+/// Changes a VDI by its fields and its table, or by any bytes.
+pub(crate) fn image(case: &mut Vec<u8>, r: &mut Random, max: usize) {
+    if case.len() < 512 {
+        return bytes(case, r, max);
+    }
+    for _ in 0..1 + r.below(3) {
+        match r.below(8) {
+            0 | 1 => field(case, r),
+            2..=4 => (0..1 + r.below(4)).for_each(|_| entry(case, r)),
+            5 => script(case, r),
+            6 => length(case, r, max),
+            _ if r.below(4) == 0 => return bytes(case, r, max),
+            _ => {}
+        }
+        if case.len() < 512 {
+            return;
+        }
+    }
+    case.truncate(max);
+}
+
+fn is_old(case: &[u8]) -> bool {
+    case[0x46..0x48] == [0, 0]
+}
+
+fn u32_at(case: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(case[at..at + 4].try_into().unwrap())
+}
+
+fn field(case: &mut [u8], r: &mut Random) {
+    let fields = if is_old(case) { &FIELDS_V0[..] } else { &FIELDS_V1[..] };
+    let (at, n) = fields[r.below(fields.len() as u64) as usize];
+    let mut word = [0; 8];
+    word[..n].copy_from_slice(&case[at..at + n]);
+    let new = number(r, u64::from_le_bytes(word)).to_le_bytes();
+    case[at..at + n].copy_from_slice(&new[..n]);
+}
+
+/// One entry of the table: a place twice, a place that cannot be, none.
+fn entry(case: &mut [u8], r: &mut Random) {
+    let (table, blocks) = match is_old(case) {
+        true => (420, u32_at(case, 0x16c)),
+        false => (u32_at(case, 0x154), u32_at(case, 0x180)),
+    };
+    if blocks == 0 {
+        return;
+    }
+    let at = |r: &mut Random| table as usize + 4 * (r.below(u64::from(blocks).min(4096)) as usize);
+    let (to, from) = (at(r), at(r));
+    let value = match r.below(6) {
+        0 if from + 4 <= case.len() => u32_at(case, from),
+        1 => u32::MAX - r.below(4) as u32,
+        2 => blocks.wrapping_add(r.below(4) as u32).wrapping_sub(2),
+        3 => number(r, u64::from(blocks)) as u32,
+        _ => r.below(u64::from(blocks).min(64)) as u32,
+    };
+    if to + 4 <= case.len() {
+        case[to..to + 4].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Other requests, another stack.
+fn script(case: &mut [u8], r: &mut Random) {
+    for _ in 0..1 + r.below(12) {
+        case[r.below(64) as usize] = r.next() as u8;
+    }
+}
+
+fn length(case: &mut Vec<u8>, r: &mut Random, max: usize) {
+    let len = match r.below(3) {
+        0 => case.len().saturating_sub(1 + r.below(5000) as usize),
+        1 => (case.len() + 1 + r.below(9000) as usize).min(max),
+        _ => (case.len() / 512).saturating_sub(r.below(20) as usize) * 512,
+    };
+    case.resize(len, 0x99);
+}
