@@ -111,6 +111,14 @@ pub struct ImageInfo {
     pub parent_uuid: Option<Uuid>,
     /// The parent's modification UUID when the diff was made.
     pub parent_modification_uuid: Option<Uuid>,
+    /// VMware's number of this state of the contents.
+    pub content_id: Option<u32>,
+    /// The parent's when the diff was made.
+    pub parent_content_id: Option<u32>,
+    /// What the image calls the parent's file, the best name first. Not to be trusted.
+    pub parent_names: Vec<String>,
+    /// The parent's format, as the image states it.
+    pub parent_format: Option<String>,
     /// The user's comment.
     pub comment: Option<String>,
     /// Geometry the image states: cylinders, heads, sectors.

@@ -261,6 +261,7 @@ impl ImageMap for VdiMap {
             comment,
             geometry: header.geometry(),
             version: Some(header.version()),
+            ..ImageInfo::default()
         }
     }
 }
