@@ -97,7 +97,7 @@ impl VdiCreate {
     /// What to write.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] naming the value that is not possible.
+    /// [`crate::ErrorKind::InvalidArgument`] naming the value that is not possible.
     pub fn blueprint(&self) -> Result<VdiBlueprint> {
         let blocks = self.checked_blocks()?;
         self.check_texts()?;
