@@ -28,6 +28,7 @@ const UNSAFE: &[&str] = &[
     "io/uring.rs",
     "vd/own.rs",
     "vhost/lost.rs",
+    "vhost/mapping.rs",
     "vhost/memory.rs",
     "vhost/ring.rs",
     "vhost/shared.rs",
