@@ -24,7 +24,8 @@ impl SharedFile {
     }
 
     /// Maps `len` bytes from `offset` on. Our own files are sealed; one that a front-end brings and shortens reads as
-    /// zeros there, which is checked like all it may write there.
+    /// zeros there, which is checked like all it may write there, and what is written there is nobody's:
+    /// [`Self::is_lost`].
     pub(super) fn map(file: File, offset: u64, len: u64) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the shared file is not a file"));
@@ -32,6 +33,11 @@ impl SharedFile {
         let mapping = Mapping::new(file, offset, len);
         let named = |e: io::Error| io::Error::new(e.kind(), format!("the shared file {e}"));
         mapping.map(SharedFile).map_err(named)
+    }
+
+    /// A part of it was found taken away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.0.is_lost()
     }
 
     /// All of it as words; a last part of one is left out.
