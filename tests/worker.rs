@@ -292,6 +292,27 @@ fn a_ring_that_contradicts_its_region_is_refused() {
     assert!(matches!(refused, RingError::InFlight(_)), "{refused}");
 }
 
+/// The answer asks nothing of the disk, and still of the memory.
+#[test]
+fn get_id_into_memory_that_is_taken_away_fails_and_ends_the_ring() {
+    let mut q = GuestQueue::new(&GuestRegion::new(0, QUEUE_BYTES + 4096, 0), 0, 128, true);
+    let mut w = worker(Scripted::new(|_, _| Some(Ok(()))));
+    start(&mut w, &q).unwrap();
+    let (header, status) = (q.data_at(0), q.data_at(0) + 16);
+    q.region.put(header, &[&T_GET_ID.to_le_bytes()[..], &[0; 12], &[0xee]].concat());
+    let parts = [(header, 16, false), (QUEUE_BYTES, 20, true), (status, 1, true)];
+    let head = q.push(&parts);
+    assert!(w.step(false));
+    assert_eq!((q.wait(Duration::ZERO), q.region.get(status, 1)), (Some((head, 21)), vec![0]));
+    let head = q.push(&parts);
+    q.region.shorten(QUEUE_BYTES);
+    assert!(w.step(false));
+    assert_eq!((q.wait(Duration::ZERO), q.region.get(status, 1)), (Some((head, 1)), vec![1]));
+    assert_eq!(w.counters().failed, 1);
+    q.post(1, T_IN, 0, &[], 512);
+    assert!(!w.step(false) && w.in_flight() == 0, "the ring goes on");
+}
+
 /// Guest memory that one page of a log stands for.
 const LOGGED_BYTES: u64 = 4096 * 8 * 4096;
 

@@ -502,10 +502,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             Action::Identify => return self.identify(head, status),
             Action::Discard | Action::WriteZeroes => match self.queue_segments(head, action) {
                 Some(first) => first,
-                None => {
-                    let written = self.put_status(status, STATUS_OK);
-                    return self.answer(head, written);
-                }
+                None => return self.answer_without_disk(head, status, 0),
             },
         };
         let (bufs, data) = match request {
@@ -548,7 +545,17 @@ impl<D: BlockDevice> QueueWorker<D> {
         let logged = self.mark(place);
         let written = SERIAL_BYTES - left.len();
         self.check_logged(logged);
-        let written = u32::try_from(written).unwrap_or(0) + self.put_status(status, STATUS_OK);
+        self.answer_without_disk(head, status, u32::try_from(written).unwrap_or(0));
+    }
+
+    /// Answers a request that asks nothing of the disk, after `data` bytes were written for it.
+    fn answer_without_disk(&mut self, head: u16, status: BufSlice, data: u32) {
+        let written = if self.memory_is_there() {
+            data + self.put_status(status, STATUS_OK)
+        } else {
+            self.note_failure(Failure::Os(libc::EFAULT));
+            self.put_status(status, STATUS_IOERR)
+        };
         self.answer(head, written);
     }
 
