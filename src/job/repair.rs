@@ -6,9 +6,10 @@ use crate::error::{Error, Result};
 use crate::format::vdi::{CheckReport, RepairStep};
 use crate::format::{Format, vdi};
 use crate::io::HostFile;
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{MAX_ZEROS_BYTES, SECTOR_BYTES};
 use crate::map::HostOffset;
 use crate::vd::{FileSource, ImageSpec};
+use std::io;
 use std::time::Duration;
 
 /// Outcome of a repair.
@@ -73,17 +74,35 @@ impl<'a> RepairJob<'a> {
         RepairJob { file, steps, next: 0, copied: 0 }
     }
 
-    /// A file that grows by truncation may, after a power cut, show there what it held before it was once cut, and that
-    /// would be a part of a block. What is allocated reads as zeros, and so do the holes it is turned into: a block may be
-    /// far larger than what is in it.
-    fn set_len(&self, to: HostOffset) -> std::io::Result<()> {
+    /// Sets the length; true when that is complete. A file that grows by truncation may, after a power cut, show there
+    /// what it held before it was once cut, and that would be a part of a block. What is allocated reads as zeros, and so
+    /// do the holes it is turned into: a block may be far larger than what is in it. Where the file system cannot allocate,
+    /// zeros are written.
+    fn set_len(&self, to: HostOffset) -> io::Result<bool> {
         let now = self.file.len()?;
-        if to.0 > now && self.file.allocate(now, to.0 - now).is_ok() {
-            // where that cannot be done the space stays
-            let _ = self.file.punch(now, to.0 - now);
-            return Ok(());
+        let Some(left) = to.0.checked_sub(now).filter(|left| *left > 0) else {
+            return self.file.set_len(to.0).map(|()| true);
+        };
+        // a piece at a time: more space need not be free at once
+        let piece = left.min(MAX_ZEROS_BYTES);
+        match self.file.allocate(now, piece) {
+            Ok(()) => {
+                // where that cannot be done the space stays
+                let _ = self.file.punch(now, piece);
+                Ok(piece == left)
+            }
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                if left > MAX_ZEROS_BYTES {
+                    return Err(io::Error::other(
+                        "that many zeros are not written where space cannot be allocated",
+                    ));
+                }
+                let piece = left.min(LANE_BYTES);
+                self.file.write_at(now, &vec![0; usize::try_from(piece).expect("1 MiB at most")])?;
+                Ok(piece == left)
+            }
+            Err(e) => Err(e),
         }
-        self.file.set_len(to.0)
     }
 
     /// What the present step does, behind "cannot".
@@ -100,7 +119,7 @@ impl<'a> RepairJob<'a> {
 
     /// Moves the next piece of a copy. True: that was the last. What is a hole on both sides is passed over: a block may be
     /// far larger than what a small file has of it.
-    fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> std::io::Result<bool> {
+    fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> io::Result<bool> {
         let (from, to, left) = (from.plus(self.copied).0, to.plus(self.copied).0, len - self.copied);
         let (source, target) = (self.hole_at(from)?, self.hole_at(to)?);
         let hole = source.min(target).min(left);
@@ -126,7 +145,7 @@ impl<'a> RepairJob<'a> {
     }
 
     /// Bytes of the hole at `off`, 0 where there is none; all there are where no data follow.
-    fn hole_at(&self, off: u64) -> std::io::Result<u64> {
+    fn hole_at(&self, off: u64) -> io::Result<u64> {
         Ok(self.file.next_data(off)?.map_or(u64::MAX, |data| data.saturating_sub(off)))
     }
 }
@@ -136,7 +155,7 @@ impl Job for RepairJob<'_> {
         let Some(step) = self.steps.get(self.next).cloned() else { return Ok(Step::Done) };
         let complete = match step {
             RepairStep::Write { at, bytes } => self.file.write_at(at.0, &bytes).map(|()| true),
-            RepairStep::SetLen { to } => self.set_len(to).map(|()| true),
+            RepairStep::SetLen { to } => self.set_len(to),
             RepairStep::Sync => self.file.sync().map(|()| true),
             RepairStep::Copy { from, to, len } => self.copy_piece(from, to, len),
         };
