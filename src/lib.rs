@@ -22,6 +22,7 @@ pub mod limits;
 pub mod map;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+mod size;
 pub mod vd;
 pub mod vhost;
 pub mod virtio;

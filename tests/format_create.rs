@@ -6,21 +6,21 @@ use format_support::{FileSource, Layer, read_all};
 use std::os::unix::fs::FileExt;
 use uuid::Uuid;
 use vdblk::format::vdi::{self, Parent, Variant, VdiCreate};
-use vdblk::format::{Format, OpenHow, open};
+use vdblk::format::{Format, OpenHow, open_single};
 use vdblk::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageMap, Intent};
 
 fn write(c: &VdiCreate) -> FileSource {
     let blueprint = c.blueprint().expect("a possible image");
     let file = tempfile::tempfile().expect("temporary file");
     file.set_len(blueprint.file_len()).expect("length");
-    for (at, bytes) in blueprint.writes() {
+    for (at, bytes) in blueprint.clone().into_writes() {
         file.write_all_at(&bytes, at.0).expect("write");
     }
     FileSource(file)
 }
 
 fn opened(source: &FileSource) -> Box<dyn ImageMap> {
-    open(Format::Vdi, source, FileId(0), OpenHow::default()).expect("opens")
+    open_single(Format::Vdi, source, FileId(0), OpenHow::default()).expect("opens")
 }
 
 fn create(size: u64) -> VdiCreate {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use vdblk::error::{Error, ErrorKind};
-use vdblk::format::{Format, OpenHow, detect, open, vdi};
+use vdblk::format::{Format, OpenHow, detect, open_single, vdi};
 use vdblk::map::{FileId, ImageMap};
 
 const BIG: u64 = 64 << 20;
@@ -41,7 +41,8 @@ impl Chain {
         let open_one = |(i, f): (usize, &&str)| {
             let source = FileSource::open(&dir.join(f));
             let how = OpenHow { read_only: i % 2 == 0, info_only: false };
-            let map = open(format, &source, FileId(i as u16), how).unwrap_or_else(|e| panic!("{f}: {e}"));
+            let map =
+                open_single(format, &source, FileId(i as u16), how).unwrap_or_else(|e| panic!("{f}: {e}"));
             (map, source)
         };
         Chain(files.iter().enumerate().map(open_one).rev().collect())
@@ -112,9 +113,9 @@ fn info_tells_what_virtualbox_tells() {
     for e in table("good.json").iter().filter(|e| e["format"] == "vdi") {
         let file = text(list(&e["chain"]).last().expect("a leaf"));
         let source = FileSource::open(&fixtures().join(file));
-        let full = open(Format::Vdi, &source, FileId(0), OpenHow::default()).unwrap().info();
+        let full = open_single(Format::Vdi, &source, FileId(0), OpenHow::default()).unwrap().info();
         let quick = OpenHow { read_only: true, info_only: true };
-        assert_eq!(open(Format::Vdi, &source, FileId(0), quick).unwrap().info(), full, "{file}");
+        assert_eq!(open_single(Format::Vdi, &source, FileId(0), quick).unwrap().info(), full, "{file}");
         let crashed = text(&e["id"]).starts_with("crash");
         if let (Some(n), false) = (e["allocated"].as_u64(), crashed) {
             assert_eq!(full.allocated_blocks, Some(n), "{file}");
@@ -131,7 +132,7 @@ fn info_tells_what_virtualbox_tells() {
 fn properties_of_single_images() {
     let info = |file: &str| {
         let source = FileSource::open(&fixtures().join(file));
-        open(Format::Vdi, &source, FileId(0), OpenHow::default()).unwrap().info()
+        open_single(Format::Vdi, &source, FileId(0), OpenHow::default()).unwrap().info()
     };
     let g = info("vdi-geometry.vdi");
     assert_eq!(g.geometry, Some((1, 255, 63)));
@@ -160,7 +161,7 @@ fn good_images_check_clean_and_crashed_ones_leak_at_most() {
 fn probe_and_open(path: &Path) -> Result<Box<dyn ImageMap>, Error> {
     let source = FileSource::open(path);
     let format = detect(path, &source, None)?;
-    open(format, &source, FileId(0), OpenHow::default())
+    open_single(format, &source, FileId(0), OpenHow::default())
 }
 
 #[test]

@@ -8,7 +8,7 @@ use format_support::range_of;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use uuid::Uuid;
-use vdblk::format::vdi;
+use vdblk::format::{RepairStep, vdi};
 use vdblk::map::GuestRange;
 
 const SECTOR: usize = 512;
@@ -366,9 +366,9 @@ proptest! {
 
 /// Opens, checks and repairs; the repaired file if there was something to repair.
 fn check_bytes(file: Vec<u8>) -> Option<Vec<u8>> {
-    use vdblk::format::{Format, OpenHow, open};
+    use vdblk::format::{Format, OpenHow, open_single};
     use vdblk::map::FileId;
-    let opened = open(Format::Vdi, &file, FileId(0), OpenHow::default());
+    let opened = open_single(Format::Vdi, &file, FileId(0), OpenHow::default());
     let Ok(report) = vdi::check(&file) else {
         assert!(opened.is_err());
         return None;
@@ -378,7 +378,7 @@ fn check_bytes(file: Vec<u8>) -> Option<Vec<u8>> {
         assert!(report.unrepairable > 0 && opened.is_err());
         return None;
     };
-    let too_long = |s: &vdi::RepairStep| matches!(s, vdi::RepairStep::SetLen { to } if to.0 > 8 << 20);
+    let too_long = |s: &RepairStep| matches!(s, RepairStep::SetLen { to, .. } if to.0 > 8 << 20);
     if repair.steps.iter().any(too_long) {
         return None; // a sparse file on a disk, too much for memory
     }
@@ -387,17 +387,17 @@ fn check_bytes(file: Vec<u8>) -> Option<Vec<u8>> {
     let fixed = medium.file;
     let after = vdi::check(&fixed).expect("a report");
     assert!(after.is_clean(), "{after:?}\n{repair:?}");
-    open(Format::Vdi, &fixed, FileId(0), OpenHow::default()).expect("repaired");
+    open_single(Format::Vdi, &fixed, FileId(0), OpenHow::default()).expect("repaired");
     assert!(vdi::repair(&fixed).expect("clean").steps.is_empty());
     Some(fixed)
 }
 
-fn apply(medium: &mut Medium, step: &vdi::RepairStep) {
+fn apply(medium: &mut Medium, step: &RepairStep) {
     match step {
-        vdi::RepairStep::Write { at, bytes } => medium.write(*at, bytes.clone()),
-        vdi::RepairStep::Copy { from, to, len } => medium.copy(*from, *to, *len),
-        vdi::RepairStep::SetLen { to } => medium.set_len(*to),
-        vdi::RepairStep::Sync => medium.sync(),
+        RepairStep::Write { at, bytes, .. } => medium.write(*at, bytes.clone()),
+        RepairStep::Copy { from, to, len, .. } => medium.copy(*from, *to, *len),
+        RepairStep::SetLen { to, .. } => medium.set_len(*to),
+        RepairStep::Sync { .. } => medium.sync(),
     }
 }
 

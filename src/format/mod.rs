@@ -3,11 +3,16 @@
 //! A format sees the words of [`crate::map`] and nothing of files, engines or guests. It is opened from a
 //! [`ByteSource`], answers from memory, and says as plans what shall be written.
 
+mod blocks;
+mod blueprint;
 mod detect;
 pub mod raw;
+mod report;
 pub mod vdi;
 
+pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
 pub use detect::{detect, extension_format, signature};
+pub use report::{CheckReport, Finding, Repair, RepairStep, Severity};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{ByteSource, FileId, ImageMap};
@@ -89,7 +94,30 @@ impl Format {
 
     /// True if [`open`] can open it.
     pub fn is_supported(self) -> bool {
-        matches!(self, Format::Raw | Format::Vdi)
+        self.driver().is_some()
+    }
+
+    /// Its images have a place for a comment.
+    pub fn keeps_comment(self) -> bool {
+        self.driver().is_some_and(|d| d.keeps_comment)
+    }
+
+    /// Its images have a place for a geometry of the user's choice.
+    pub fn keeps_geometry(self) -> bool {
+        self.driver().is_some_and(|d| d.keeps_geometry)
+    }
+
+    /// What vdblk knows of the format.
+    fn driver(self) -> Option<&'static Driver> {
+        match self {
+            Format::Raw => Some(&raw::DRIVER),
+            Format::Vdi => Some(&vdi::DRIVER),
+            _ => None,
+        }
+    }
+
+    fn supported(self) -> Result<&'static Driver> {
+        self.driver().ok_or_else(|| self.unsupported())
     }
 
     /// The name as people write it in a sentence.
@@ -146,21 +174,125 @@ pub struct OpenHow {
     pub info_only: bool,
 }
 
-/// Opens an image of `format` whose bytes are `source` and which plans will call `file`.
+/// A file of an image, for its format.
+#[derive(Clone, Copy)]
+pub struct ImageFile<'a> {
+    /// What plans and extents will call it.
+    pub id: FileId,
+    /// Its bytes.
+    pub source: &'a dyn ByteSource,
+}
+
+impl fmt::Debug for ImageFile<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ImageFile").field(&self.id).finish()
+    }
+}
+
+/// A further file that an image consists of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// Its name as the image states it: nothing an image says decides by itself what is opened.
+    pub name: String,
+    /// It is written when the image is.
+    pub writable: bool,
+}
+
+type Files<'a> = &'a [ImageFile<'a>];
+type Named = fn(&dyn ByteSource) -> Result<Vec<Reference>>;
+
+/// What a format can do, a function each.
+#[derive(Debug)]
+struct Driver {
+    open: fn(Files<'_>, OpenHow) -> Result<Box<dyn ImageMap>>,
+    /// The further files; `None`: there never are any.
+    references: Option<Named>,
+    /// `None`: there is nothing that could be wrong.
+    check: Option<fn(Files<'_>) -> Result<CheckReport>>,
+    repair: Option<fn(Files<'_>) -> Result<Repair>>,
+    /// `None`: none can be made.
+    blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
+    keeps_comment: bool,
+    keeps_geometry: bool,
+}
+
+/// The file of a format whose images have one.
+fn only<'a>(files: &[ImageFile<'a>]) -> ImageFile<'a> {
+    let [file] = files else { unreachable!("references named no further file") };
+    *file
+}
+
+/// The further files that an image consists of, in the order in which [`open`] takes them behind the first.
+///
+/// # Errors
+/// As [`open`].
+pub fn references(format: Format, first: &dyn ByteSource) -> Result<Vec<Reference>> {
+    format.supported()?.references.map_or_else(|| Ok(Vec::new()), |f| f(first))
+}
+
+/// Opens an image of `format`: its own file, and behind it those that [`references`] named.
 ///
 /// # Errors
 /// [`ErrorKind::NotThisFormat`], [`ErrorKind::Corrupt`], [`ErrorKind::Unsupported`] or [`ErrorKind::Limit`],
 /// each with one line that names the field; [`ErrorKind::Io`] and friends from reading. Nothing was written.
-pub fn open(
+pub fn open(format: Format, files: &[ImageFile<'_>], how: OpenHow) -> Result<Box<dyn ImageMap>> {
+    (format.supported()?.open)(files, how)
+}
+
+/// Opens an image that consists of one file, whose bytes are `source` and which plans will call `file`.
+///
+/// # Errors
+/// As [`open`]; [`ErrorKind::Unsupported`] if it names further files.
+pub fn open_single(
     format: Format,
     source: &dyn ByteSource,
     file: FileId,
     how: OpenHow,
 ) -> Result<Box<dyn ImageMap>> {
-    match format {
-        Format::Raw => Ok(Box::new(raw::RawMap::open(source, file, how)?)),
-        Format::Vdi => Ok(Box::new(vdi::VdiMap::open(source, file, how)?)),
-        other => Err(other.unsupported()),
+    if let Some(more) = references(format, source)?.first() {
+        let what = format!("consists of several files, '{}' among them", more.name);
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
+    open(format, &[ImageFile { id: file, source }], how)
+}
+
+/// What is wrong with an image; `None` where the format has nothing that could be.
+///
+/// # Errors
+/// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading. An image that cannot be used is no error but
+/// a report with a corruption.
+pub fn check(format: Format, files: &[ImageFile<'_>]) -> Result<Option<CheckReport>> {
+    format.supported()?.check.map(|f| f(files)).transpose()
+}
+
+/// Plans the repair of an image. Nothing is written. `None` where nothing can be wrong.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where it is impossible, with the first reason; [`ErrorKind::Limit`]; [`ErrorKind::Unsupported`] where
+/// vdblk does not repair the format; otherwise as [`check`].
+pub fn repair(format: Format, files: &[ImageFile<'_>]) -> Result<Option<Repair>> {
+    let driver = format.supported()?;
+    match (driver.repair, driver.check) {
+        (Some(f), _) => f(files).map(Some),
+        (None, None) => Ok(None),
+        (None, Some(_)) => {
+            let what = format!("the repair of {} images is not supported", format.title());
+            Err(Error::new(ErrorKind::Unsupported, what))
+        }
+    }
+}
+
+/// A new image.
+///
+/// # Errors
+/// [`ErrorKind::InvalidArgument`] naming the value that is not possible; [`ErrorKind::Unsupported`] for formats that are only read.
+pub fn blueprint(format: Format, new: &NewImage) -> Result<Blueprint> {
+    match format.driver().and_then(|d| d.blueprint) {
+        Some(f) => f(new),
+        None => {
+            let what = format!("{} images cannot be created yet", format.title());
+            Err(Error::new(ErrorKind::Unsupported, what))
+        }
     }
 }
 
@@ -181,7 +313,7 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_named() {
-        let e = open(Format::Vmdk, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
+        let e = open_single(Format::Vmdk, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
         assert_eq!(
             e.to_string(),
             "this is VMDK, which is not supported yet (convert it to vdi or raw first)"

@@ -4,7 +4,8 @@
 //! it is while nobody writes; before the first change of a session the file is lengthened to whole sectors
 //! ([`ImageMap::begin`]), so that no write has to decide about half a sector.
 
-use super::OpenHow;
+use super::blueprint::refused;
+use super::{Blueprint, Driver, Format, ImageFile, NewImage, OpenHow, only};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::{
@@ -16,6 +17,36 @@ use uuid::Uuid;
 
 /// The only plan a raw image ever makes.
 const LENGTHEN: PlanToken = PlanToken(0);
+
+/// Raw as one of the formats.
+pub(super) const DRIVER: Driver = Driver {
+    open: |files, how| {
+        let ImageFile { id, source } = only(files);
+        Ok(Box::new(RawMap::open(source, id, how)?))
+    },
+    references: None,
+    check: None,
+    repair: None,
+    blueprint: Some(blueprint),
+    keeps_comment: false,
+    keeps_geometry: false,
+};
+
+fn blueprint(new: &NewImage) -> Result<Blueprint> {
+    new.without(Format::Raw, "parent", new.parent.is_some())?;
+    new.without(Format::Raw, "UUID", new.uuid.is_some())?;
+    new.without(Format::Raw, "comment", new.comment.is_some())?;
+    new.only_options(&[])?;
+    let fixed = match new.variant.as_deref().map(str::to_ascii_lowercase).as_deref() {
+        None | Some("dynamic") => false,
+        Some("fixed") => true,
+        Some(v) => {
+            return Err(refused(format!("unknown variant '{v}'")).hint("dynamic (a sparse file) or fixed"));
+        }
+    };
+    let whole = (HostOffset(0), new.size_bytes);
+    Ok(Blueprint::single(new.size_bytes, fixed.then_some(whole), []))
+}
 
 /// The identity.
 #[derive(Debug)]

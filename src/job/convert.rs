@@ -33,12 +33,11 @@ pub fn convert(how: &Convert, watch: &mut Watch<'_>) -> Result<()> {
     let source = open_disk(&how.source)?;
     watch.stop_if_cancelled()?;
     let top = &source.images[0].info;
-    let keeps = how.format != Format::Raw;
     create_image(&CreateImage {
         variant: how.variant.clone(),
         options: how.options.clone(),
-        comment: top.comment.clone().filter(|_| keeps),
-        geometry: top.geometry.filter(|_| keeps),
+        comment: top.comment.clone().filter(|_| how.format.keeps_comment()),
+        geometry: top.geometry.filter(|_| how.format.keeps_geometry()),
         ..CreateImage::new(&how.target, how.format, top.virtual_size)
     })?;
     let unfinished = Unfinished(&how.target);

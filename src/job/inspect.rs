@@ -2,9 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::format::{self, Format};
-use crate::io::{HostFile, OpenHow, OsFile};
 use crate::map::{FileId, ImageInfo};
-use crate::vd::{FileSource, ImageSpec};
+use crate::vd::{ImageFiles, ImageSpec};
 use std::path::PathBuf;
 
 /// What is known of one image.
@@ -16,9 +15,9 @@ pub struct Inspected {
     pub format: Format,
     /// What it says of itself.
     pub info: ImageInfo,
-    /// Length of the file in bytes.
+    /// Length of its files in bytes.
     pub file_size: u64,
-    /// Bytes of storage the file takes.
+    /// Bytes of storage they take.
     pub storage_bytes: u64,
 }
 
@@ -27,18 +26,20 @@ pub struct Inspected {
 /// # Errors
 /// With the file: of opening it, of its format.
 pub fn inspect_image(spec: &ImageSpec) -> Result<Inspected> {
-    let file = OsFile::open(&spec.path, OpenHow::default())?;
-    let named = |e: Error| e.at(&spec.path);
-    let source = FileSource::new(&file)?;
-    let format = format::detect(&spec.path, &source, spec.format).map_err(named)?;
+    let image = ImageFiles::open(&spec.path, spec.format, false, None)?;
     let how = format::OpenHow { read_only: true, info_only: true };
-    let map = format::open(format, &source, FileId(0), how).map_err(named)?;
-    let size = |e| Error::io("find out its length", e).at(&spec.path);
+    let map = image.map(FileId(0), how)?;
+    let (mut file_size, mut storage_bytes) = (0u64, 0u64);
+    for file in image.files() {
+        let size = |e| Error::io("find out its length", e).at(file.path());
+        file_size = file_size.saturating_add(file.len().map_err(size)?);
+        storage_bytes = storage_bytes.saturating_add(file.allocated().map_err(size)?);
+    }
     Ok(Inspected {
         path: spec.path.clone(),
-        format,
+        format: image.format(),
         info: map.info(),
-        file_size: file.len().map_err(size)?,
-        storage_bytes: file.allocated().map_err(size)?,
+        file_size,
+        storage_bytes,
     })
 }

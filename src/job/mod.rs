@@ -10,11 +10,11 @@ mod inspect;
 mod lanes;
 mod repair;
 mod script;
-mod size;
 mod survey;
 #[cfg(test)]
 mod tests;
 
+pub use crate::size::{human_bytes, parse_size};
 pub use check::{Checked, check_image};
 pub use compare::{CompareJob, Comparison, compare_disks};
 pub use convert::{Convert, convert};
@@ -23,7 +23,6 @@ pub use create::{CreateImage, create_image, create_overlay};
 pub use inspect::{Inspected, inspect_image};
 pub use repair::{RepairJob, Repaired, repair_image};
 pub use script::{Command, Script};
-pub use size::{human_bytes, parse_size};
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};

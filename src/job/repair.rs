@@ -1,14 +1,12 @@
 //! Repairing one image, without its parents.
 
-use super::check::Locked;
 use super::{Job, LANE_BYTES, Progress, Step, Watch};
 use crate::error::{Error, Result};
-use crate::format::vdi::{CheckReport, RepairStep};
-use crate::format::{Format, vdi};
+use crate::format::{CheckReport, Format, RepairStep};
 use crate::io::HostFile;
 use crate::limits::{MAX_ZEROS_BYTES, SECTOR_BYTES};
-use crate::map::HostOffset;
-use crate::vd::{FileSource, ImageSpec};
+use crate::map::{FileId, HostOffset};
+use crate::vd::{ImageFiles, ImageSpec};
 use std::io;
 use std::time::Duration;
 
@@ -39,29 +37,21 @@ pub fn repair_image(
     wait: Duration,
     watch: &mut Watch<'_>,
 ) -> Result<Repaired> {
-    let image = Locked::open(spec, !dry_run, wait)?;
-    match image.format {
-        Format::Vdi => {}
-        Format::Raw => return Ok(Repaired::NothingToRepair(Format::Raw)),
-        format => {
-            image.refuse_format()?;
-            return Ok(Repaired::NothingToRepair(format));
-        }
-    }
-    let plan = vdi::repair(&FileSource::new(&image.file)?).map_err(|e| image.named(e))?;
+    let image = ImageFiles::open(&spec.path, spec.format, !dry_run, Some(wait))?;
+    let Some(plan) = image.repair()? else { return Ok(Repaired::NothingToRepair(image.format())) };
     let (before, lines) = (plan.report, plan.lines);
     if dry_run {
         return Ok(Repaired::Report { before, lines, after: None });
     }
-    watch.run(&mut RepairJob::new(&image.file, plan.steps))?;
-    let after = vdi::check(&FileSource::new(&image.file)?).map_err(|e| image.named(e))?;
-    Ok(Repaired::Report { before, lines, after: Some(after) })
+    let files: Vec<_> = image.files().iter().map(|f| &**f).collect();
+    watch.run(&mut RepairJob::new(files, plan.steps))?;
+    Ok(Repaired::Report { before, lines, after: image.check()? })
 }
 
 /// Carries out the steps of a repair, in order, each complete before the next.
 #[derive(Debug)]
 pub struct RepairJob<'a> {
-    file: &'a dyn HostFile,
+    files: Vec<&'a dyn HostFile>,
     steps: Vec<RepairStep>,
     next: usize,
     /// Bytes done of a copy.
@@ -69,36 +59,35 @@ pub struct RepairJob<'a> {
 }
 
 impl<'a> RepairJob<'a> {
-    /// A repair of `file` by `steps`.
-    pub fn new(file: &'a dyn HostFile, steps: Vec<RepairStep>) -> Self {
-        RepairJob { file, steps, next: 0, copied: 0 }
+    /// A repair of the image with these files by `steps`.
+    pub fn new(files: Vec<&'a dyn HostFile>, steps: Vec<RepairStep>) -> Self {
+        RepairJob { files, steps, next: 0, copied: 0 }
     }
 
     /// Sets the length; true when that is complete. A file that grows by truncation may, after a power cut, show there
     /// what it held before it was once cut, and that would be a part of a block. What is allocated reads as zeros, and so
     /// do the holes it is turned into: a block may be far larger than what is in it. Where the file system cannot allocate,
     /// zeros are written.
-    fn set_len(&self, to: HostOffset) -> io::Result<bool> {
-        let now = self.file.len()?;
+    fn set_len(file: &dyn HostFile, to: HostOffset) -> io::Result<bool> {
+        let now = file.len()?;
         let Some(left) = to.0.checked_sub(now).filter(|left| *left > 0) else {
-            return self.file.set_len(to.0).map(|()| true);
+            return file.set_len(to.0).map(|()| true);
         };
         // a piece at a time: more space need not be free at once
         let piece = left.min(MAX_ZEROS_BYTES);
-        match self.file.allocate(now, piece) {
+        match file.allocate(now, piece) {
             Ok(()) => {
                 // where that cannot be done the space stays
-                let _ = self.file.punch(now, piece);
+                let _ = file.punch(now, piece);
                 Ok(piece == left)
             }
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 if left > MAX_ZEROS_BYTES {
-                    return Err(io::Error::other(
-                        "that many zeros are not written where space cannot be allocated",
-                    ));
+                    let what = "that many zeros are not written where space cannot be allocated";
+                    return Err(io::Error::other(what));
                 }
                 let piece = left.min(LANE_BYTES);
-                self.file.write_at(now, &vec![0; usize::try_from(piece).expect("1 MiB at most")])?;
+                file.write_at(now, &vec![0; usize::try_from(piece).expect("1 MiB at most")])?;
                 Ok(piece == left)
             }
             Err(e) => Err(e),
@@ -108,58 +97,72 @@ impl<'a> RepairJob<'a> {
     /// What the present step does, behind "cannot".
     fn tried(&self) -> String {
         match self.steps.get(self.next) {
-            Some(RepairStep::Write { at, bytes }) => format!("repair its {} bytes at {at}", bytes.len()),
+            Some(RepairStep::Write { at, bytes, .. }) => format!("repair its {} bytes at {at}", bytes.len()),
             Some(RepairStep::Copy { from, to, .. }) => {
                 format!("copy its bytes at {} to {}", from.plus(self.copied), to.plus(self.copied))
             }
-            Some(RepairStep::SetLen { to }) => format!("set its length to {} bytes", to.0),
-            Some(RepairStep::Sync) | None => "make its repair durable".to_string(),
+            Some(RepairStep::SetLen { to, .. }) => format!("set its length to {} bytes", to.0),
+            Some(RepairStep::Sync { .. }) | None => "make its repair durable".to_string(),
         }
+    }
+
+    fn file(&self, id: FileId) -> &'a dyn HostFile {
+        self.files[usize::from(id.0)]
     }
 
     /// Moves the next piece of a copy. True: that was the last. What is a hole on both sides is passed over: a block may be
     /// far larger than what a small file has of it.
-    fn copy_piece(&mut self, from: HostOffset, to: HostOffset, len: u64) -> io::Result<bool> {
+    fn copy_piece(
+        &mut self,
+        file: &dyn HostFile,
+        from: HostOffset,
+        to: HostOffset,
+        len: u64,
+    ) -> io::Result<bool> {
         let (from, to, left) = (from.plus(self.copied).0, to.plus(self.copied).0, len - self.copied);
-        let (source, target) = (self.hole_at(from)?, self.hole_at(to)?);
+        let (source, target) = (hole_at(file, from)?, hole_at(file, to)?);
         let hole = source.min(target).min(left);
         if hole > 0 {
             self.copied += hole;
             return Ok(self.copied == len);
         }
         let data = if source == 0 { from } else { to };
-        let run = self.file.next_hole(data)?.saturating_sub(data).max(SECTOR_BYTES);
+        let run = file.next_hole(data)?.saturating_sub(data).max(SECTOR_BYTES);
         let n = left.min(run).min(LANE_BYTES);
         let mut piece = vec![0; usize::try_from(n).expect("1 MiB at most")];
         let mut got = 0;
         while got < piece.len() {
-            match self.file.read_at(from + got as u64, &mut piece[got..])? {
+            match file.read_at(from + got as u64, &mut piece[got..])? {
                 // The place is cut off in the middle: the rest of it reads as zeros.
                 0 => break,
                 more => got += more,
             }
         }
-        self.file.write_at(to, &piece)?;
+        file.write_at(to, &piece)?;
         self.copied += n;
         Ok(self.copied == len)
     }
+}
 
-    /// Bytes of the hole at `off`, 0 where there is none; all there are where no data follow.
-    fn hole_at(&self, off: u64) -> io::Result<u64> {
-        Ok(self.file.next_data(off)?.map_or(u64::MAX, |data| data.saturating_sub(off)))
-    }
+/// Bytes of the hole at `off`, 0 where there is none; all there are where no data follow.
+fn hole_at(file: &dyn HostFile, off: u64) -> io::Result<u64> {
+    Ok(file.next_data(off)?.map_or(u64::MAX, |data| data.saturating_sub(off)))
 }
 
 impl Job for RepairJob<'_> {
     fn step(&mut self) -> Result<Step> {
         let Some(step) = self.steps.get(self.next).cloned() else { return Ok(Step::Done) };
-        let complete = match step {
-            RepairStep::Write { at, bytes } => self.file.write_at(at.0, &bytes).map(|()| true),
-            RepairStep::SetLen { to } => self.set_len(to),
-            RepairStep::Sync => self.file.sync().map(|()| true),
-            RepairStep::Copy { from, to, len } => self.copy_piece(from, to, len),
+        let (id, complete) = match step {
+            RepairStep::Write { file, at, bytes } => {
+                (file, self.file(file).write_at(at.0, &bytes).map(|()| true))
+            }
+            RepairStep::SetLen { file, to } => (file, Self::set_len(self.file(file), to)),
+            RepairStep::Sync { file } => (file, self.file(file).sync().map(|()| true)),
+            RepairStep::Copy { file, from, to, len } => {
+                (file, self.copy_piece(self.file(file), from, to, len))
+            }
         };
-        if complete.map_err(|e| Error::io(self.tried(), e).at(self.file.path()))? {
+        if complete.map_err(|e| Error::io(self.tried(), e).at(self.file(id).path()))? {
             self.next += 1;
             self.copied = 0;
         }

@@ -99,7 +99,7 @@ impl Survey {
         let start = GuestOffset(self.at);
         let (mut len, mut depth, mut kind) = (rest, self.layers.len() - 1, PieceKind::Unallocated);
         for (i, layer) in self.disk.chain().layers().iter().enumerate() {
-            let Some(e) = self.layers[i].extent_at(layer, start)? else { break };
+            let Some(e) = self.layers[i].extent_at(&self.disk, layer, start)? else { break };
             len = len.min(e.len);
             kind = match e.kind {
                 ExtentKind::Parent => continue,
@@ -171,7 +171,7 @@ impl LayerView {
     }
 
     /// The rest of the extent around `at`; offsets never go back. `None` behind the image's end.
-    fn extent_at(&mut self, layer: &Layer, at: GuestOffset) -> Result<Option<Extent>> {
+    fn extent_at(&mut self, disk: &Disk, layer: &Layer, at: GuestOffset) -> Result<Option<Extent>> {
         if at.0 >= self.size {
             return Ok(None);
         }
@@ -185,10 +185,13 @@ impl LayerView {
         self.list.clear();
         (self.index, self.start) = (0, at.0);
         let rest = GuestRange::between(at, GuestOffset(self.size));
-        layer.map.map(rest, Intent::Read, &mut self.list).map_err(|miss| match miss {
-            Miss::Fail(f) => Error::from(f),
-            Miss::NeedsPlan | Miss::NeedsRoom => unreachable!("a read asked for a plan"),
-        })?;
+        while let Err(miss) = layer.map.map(rest, Intent::Read, &mut self.list) {
+            match miss {
+                Miss::NeedsPage(key) => disk.load_page(layer.number, key)?,
+                Miss::Fail(f) => return Err(f.into()),
+                Miss::NeedsPlan | Miss::NeedsRoom => unreachable!("a read asked for a plan"),
+            }
+        }
         Ok(self.list.as_slice().first().copied())
     }
 }

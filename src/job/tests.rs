@@ -3,7 +3,7 @@
 use super::{CompareJob, CopyJob, Job, Piece, PieceKind, RepairJob, Step, Survey, Watch};
 use crate::error::{ErrorKind, Failure};
 use crate::format::vdi::{self, Parent, Variant, VdiCreate};
-use crate::format::{self, Format};
+use crate::format::{self, Format, RepairStep};
 use crate::io::testing::scratch_dir;
 use crate::io::{AlignedBuf, HostFile, MemFile, OpenHow, OsFile, OsHost};
 use crate::map::{ByteSource, FileId, GuestOffset, GuestRange, HostOffset};
@@ -28,7 +28,7 @@ fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>, variant: Var
     let b = c.blueprint().unwrap();
     let f = MemFile::new(format!("{uuid:x}.vdi"), Vec::new());
     f.set_len(b.file_len()).unwrap();
-    for (off, bytes) in b.writes() {
+    for (off, bytes) in b.into_writes() {
         f.write_at(off.0, &bytes).unwrap();
     }
     Arc::new(f)
@@ -38,7 +38,7 @@ fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>, variant: Var
 fn open(files: &[(Format, Arc<MemFile>)], read_only: bool) -> Arc<Disk> {
     let layers = files.iter().zip(0u16..).map(|((format, f), i)| {
         let how = format::OpenHow { read_only: read_only || i > 0, info_only: false };
-        let map = format::open(*format, &f.bytes() as &dyn ByteSource, FileId(i), how).unwrap();
+        let map = format::open_single(*format, &f.bytes() as &dyn ByteSource, FileId(i), how).unwrap();
         Layer { number: u32::from(i), map: map.into() }
     });
     let layers = layers.collect();
@@ -300,7 +300,7 @@ fn damaged(dir: &Path, blocks: u32, block: u64, entry: impl Fn(u32) -> u32) -> O
     let path = dir.join("damaged.vdi");
     std::fs::write(&path, b"").unwrap();
     let f = OsFile::open(&path, OpenHow { write: true, ..OpenHow::default() }).unwrap();
-    b.writes().for_each(|(off, bytes)| f.write_at(off.0, &bytes).unwrap());
+    b.clone().into_writes().for_each(|(off, bytes)| f.write_at(off.0, &bytes).unwrap());
     let table: Vec<u8> = (0..blocks).flat_map(|b| entry(b).to_le_bytes()).collect();
     f.write_at(1 << 20, &table).unwrap();
     f.write_at(b.file_len(), &[0x77; 4096]).unwrap();
@@ -310,7 +310,7 @@ fn damaged(dir: &Path, blocks: u32, block: u64, entry: impl Fn(u32) -> u32) -> O
 fn repair(f: &OsFile) -> crate::Result<()> {
     let plan = vdi::repair(&FileSource::new(f)?)?;
     let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
-    watch.run(&mut RepairJob::new(f, plan.steps))
+    watch.run(&mut RepairJob::new(vec![f], plan.steps))
 }
 
 #[test]
@@ -343,7 +343,8 @@ fn a_repair_that_would_copy_without_end_is_refused() {
 fn a_file_is_lengthened_by_zeros_where_nothing_can_be_allocated() {
     let (at, to) = (700, (5 << 20) + 1000);
     let lengthen = |f: &SimFile, to: u64| -> crate::Result<u64> {
-        let mut job = RepairJob::new(f, vec![vdi::RepairStep::SetLen { to: HostOffset(to) }]);
+        let mut job =
+            RepairJob::new(vec![f], vec![RepairStep::SetLen { file: FileId(0), to: HostOffset(to) }]);
         let mut steps = 0;
         while job.step()? == Step::More {
             steps += 1;

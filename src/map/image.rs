@@ -21,6 +21,9 @@ pub enum Miss {
     NeedsPlan,
     /// No prepared host block is left: carry out [`ImageMap::room`] and ask again.
     NeedsRoom,
+    /// This page of a table is not in memory: read it ([`ImageMap::page_place`], [`ImageMap::page_read`]) and ask again.
+    /// Only where nothing of the range could be answered; otherwise the answer ends before it.
+    NeedsPage(MetaKey),
     /// It cannot be done.
     Fail(Failure),
 }
@@ -62,6 +65,17 @@ pub enum Settled {
     },
 }
 
+/// Where a page of metadata lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagePlace {
+    /// The file.
+    pub file: FileId,
+    /// Where the page begins in it.
+    pub off: HostOffset,
+    /// Its bytes, at most [`crate::limits::META_PAGE_BYTES`].
+    pub len: usize,
+}
+
 /// What the data path has to know of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -97,6 +111,14 @@ pub struct ImageInfo {
     pub parent_uuid: Option<Uuid>,
     /// The parent's modification UUID when the diff was made.
     pub parent_modification_uuid: Option<Uuid>,
+    /// VMware's number of this state of the contents.
+    pub content_id: Option<u32>,
+    /// The parent's when the diff was made.
+    pub parent_content_id: Option<u32>,
+    /// What the image calls the parent's file, the best name first. Not to be trusted.
+    pub parent_names: Vec<String>,
+    /// The parent's format, as the image states it.
+    pub parent_format: Option<String>,
     /// The user's comment.
     pub comment: Option<String>,
     /// Geometry the image states: cylinders, heads, sectors.
@@ -147,6 +169,23 @@ pub trait ImageMap: Send + Sync + Debug {
     /// [`Miss::NeedsPlan`] for overwriting such a unit.
     fn must_write(&self, _at: GuestOffset) -> bool {
         false
+    }
+
+    /// Where the page lies that a look-up or a plan has missed.
+    ///
+    /// # Errors
+    /// [`Failure::Corrupt`] if the image says of no such page, or of one outside its file.
+    fn page_place(&self, _key: MetaKey) -> std::result::Result<PagePlace, Failure> {
+        Err(Failure::Corrupt)
+    }
+
+    /// The bytes of that page, as they were read after it was missed. False if it could not be kept because running plans
+    /// hold every place it could have: ask again when some of them have ended.
+    ///
+    /// # Errors
+    /// [`Failure::Corrupt`] if they cannot be right.
+    fn page_read(&self, _key: MetaKey, _bytes: &[u8]) -> std::result::Result<bool, Failure> {
+        Err(Failure::Corrupt)
     }
 
     /// The bytes of a metadata page as it is published, with `ops` over it: where they go, and the bytes.

@@ -6,6 +6,7 @@
 
 mod alloc;
 mod bitmap;
+mod cache;
 mod claims;
 mod extent;
 mod image;
@@ -17,9 +18,10 @@ mod source;
 
 pub use alloc::{HostBlock, HostBlocks, Taken};
 pub use bitmap::Bitmap;
+pub use cache::PageCache;
 pub use claims::{ClaimKey, Claims, Waiter};
 pub use extent::{Extent, ExtentKind, ExtentList};
-pub use image::{Change, ImageInfo, ImageMap, Intent, Limits, Miss, Settled};
+pub use image::{Change, ImageInfo, ImageMap, Intent, Limits, Miss, PagePlace, Settled};
 pub use plan::{MetaKey, MetaOp, Plan, PlanToken, Step};
 pub use range::{BlockIndex, FileId, GuestOffset, GuestRange, HostOffset};
 pub use source::ByteSource;

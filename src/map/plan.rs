@@ -10,20 +10,25 @@ use uuid::Uuid;
 pub enum MetaKey {
     /// The header.
     Header,
-    /// A page of the block table.
-    Table(u32),
+    /// A page of a table.
+    Page {
+        /// Which table, in the format's own counting (0 where there is one).
+        table: u8,
+        /// The page's number in it.
+        number: u64,
+    },
 }
 
 /// A change of metadata by name. Bytes are computed when the write is submitted, never earlier:
 /// whatever was published or released for that write by then is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetaOp {
-    /// Entry `index` of the block table becomes `value` (in the format's own coding).
+    /// Entry `index` of the page's table becomes `value` (in the format's own coding).
     Entry {
-        /// The guest block.
-        index: u32,
+        /// Its number, counted from the table's first.
+        index: u64,
         /// What the table shall say.
-        value: u32,
+        value: u64,
         /// `value` names a host block (O1 applies).
         pointer: bool,
     },
@@ -157,8 +162,10 @@ impl Plan {
 mod tests {
     use super::*;
 
-    const POINTER: Step =
-        Step::Meta { key: MetaKey::Table(0), op: MetaOp::Entry { index: 0, value: 0, pointer: true } };
+    const POINTER: Step = Step::Meta {
+        key: MetaKey::Page { table: 0, number: 0 },
+        op: MetaOp::Entry { index: 0, value: 0, pointer: true },
+    };
     const DATA: Step = Step::Guest { part: GuestRange::EMPTY, file: FileId(0), to: HostOffset(0) };
 
     #[test]

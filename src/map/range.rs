@@ -12,7 +12,7 @@ pub struct HostOffset(pub u64);
 
 /// The number of a block of the virtual disk (of an image's own block size).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct BlockIndex(pub u32);
+pub struct BlockIndex(pub u64);
 
 /// A file of the container: the index under which every engine knows it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

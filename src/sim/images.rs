@@ -3,11 +3,10 @@
 use super::bytes::Bytes;
 use super::past::{Past, fill};
 use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
-use crate::format::vdi::{Parent, VdiCreate};
-use crate::format::{self, Format};
+use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
-use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageMap};
-use crate::vd::{Chain, Disk, DiskOptions, Layer, Request, Scratch};
+use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
+use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -103,15 +102,35 @@ impl Host for SimHost {
     }
 }
 
-fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
+/// A new image of one file.
+fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
     let id = Uuid::from_u128(uuid);
-    let mut c = VdiCreate::new(size, id, id);
-    c.block_bytes = block;
-    c.parent = parent.map(|p| Parent { uuid: Uuid::from_u128(p), modification: Uuid::from_u128(p) });
-    let blueprint = c.blueprint().expect("a shape a VDI can have");
+    let parent = parent.map(Uuid::from_u128).map(|p| NewParent {
+        info: ImageInfo { uuid: Some(p), modification_uuid: Some(p), ..ImageInfo::default() },
+        path: Some("parent".into()),
+    });
+    let option = match format {
+        Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
+        _ => None,
+    };
+    let blueprint = format::blueprint(
+        format,
+        &NewImage {
+            file_name: "top".into(),
+            size_bytes: size,
+            variant: None,
+            uuid: (format != Format::Raw).then_some(id),
+            modification: id,
+            parent,
+            comment: None,
+            geometry: None,
+            options: option.into_iter().collect(),
+        },
+    );
+    let [file] = blueprint.expect("a shape the format can have").files.try_into().expect("one file");
     let mut b = Bytes::default();
-    b.set_len(blueprint.file_len());
-    for (off, bytes) in blueprint.writes() {
+    b.set_len(file.len);
+    for (off, bytes) in file.pieces {
         b.write(off.0, &bytes);
     }
     b
@@ -119,7 +138,17 @@ fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
 
 fn open_map(bytes: &Bytes, format: Format, id: FileId, read_only: bool) -> Result<Arc<dyn ImageMap>> {
     let how = format::OpenHow { read_only, info_only: false };
-    Ok(format::open(format, bytes, id, how)?.into())
+    Ok(format::open_single(format, bytes, id, how)?.into())
+}
+
+/// What a check finds in an image of one file; `None` where nothing can be wrong.
+pub(super) fn check(format: Format, bytes: &Bytes) -> Result<Option<CheckReport>> {
+    format::check(format, &[ImageFile { id: FileId(0), source: bytes }])
+}
+
+/// The repair of an image of one file.
+pub(super) fn repair(format: Format, bytes: &Bytes) -> Result<Option<Repair>> {
+    format::repair(format, &[ImageFile { id: FileId(0), source: bytes }])
 }
 
 impl Images {
@@ -136,20 +165,13 @@ impl Images {
         let mut parent = None;
         for uuid in (1..).take(parents) {
             let own = Shape { kind: Kind::Vdi, size, block: 4096 << rng.below(4) };
-            let bytes = new_vdi(size, own.block, uuid, parent);
+            let bytes = new_image(Format::Vdi, size, own.block, uuid, parent);
             let images = Images { shape: own, top: SimFile::new("parent.vdi", bytes), below: sealed(&below) };
             past = written_full(&images, past, rng);
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
-        let bytes = match kind {
-            Kind::Raw => {
-                let mut b = Bytes::default();
-                b.set_len(size);
-                b
-            }
-            _ => new_vdi(size, block, 100, parent),
-        };
+        let bytes = new_image(kind.format(), size, block, 100, parent);
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below) }, past)
     }
 
@@ -201,15 +223,26 @@ impl Images {
         let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];
         let mut rest = GuestRange::between(GuestOffset(0), GuestOffset(chain.size_bytes()));
         while !rest.is_empty() {
-            chain.map(rest, &mut list, &mut scratch)?;
+            let bytes_of = |file: FileId| if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
+            match chain.map(rest, &mut list, &mut scratch) {
+                Ok(()) => {}
+                Err(Lack::Failed(f)) => return Err(f.into()),
+                Err(Lack::Page { layer, key }) => {
+                    let map = &chain.layer(layer).map;
+                    let place = map.page_place(key)?;
+                    let mut page = vec![0; place.len];
+                    bytes_of(place.file).read(place.off.0, &mut page);
+                    map.page_read(key, &page)?;
+                    continue;
+                }
+            }
             for e in list.as_slice() {
                 let at = usize::try_from(rest.start().0).expect("a small disk");
                 let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
-                if let ExtentKind::Data { file, off } = e.kind {
-                    let bytes = if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
-                    if bytes.read(off.0, out) < out.len() {
-                        return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
-                    }
+                if let ExtentKind::Data { file, off } = e.kind
+                    && bytes_of(file).read(off.0, out) < out.len()
+                {
+                    return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
                 }
                 rest = rest.skip(e.len);
             }
@@ -251,7 +284,11 @@ fn written_full(images: &Images, past: Vec<Past>, rng: &mut Rng) -> Vec<Past> {
 /// A disk of zeros in a VDI of its own, for copies.
 pub(super) fn copy_target(size: u64) -> Images {
     let shape = Shape { kind: Kind::Vdi, size, block: 8192 };
-    Images { shape, top: SimFile::new("copy.vdi", new_vdi(size, 8192, 3, None)), below: vec![] }
+    Images {
+        shape,
+        top: SimFile::new("copy.vdi", new_image(Format::Vdi, size, 8192, 3, None)),
+        below: vec![],
+    }
 }
 
 /// An engine with habits of its own.

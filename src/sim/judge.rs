@@ -4,10 +4,10 @@ use super::Rng;
 use super::bytes::Bytes;
 use super::cut::Cut;
 use super::foreign::{self, Order};
-use super::images::{Images, Kind};
+use super::images::{Images, check};
 use super::mending::{interrupted_repairs, repaired};
 use super::past::{Past, fill, value_of};
-use crate::format::vdi;
+use crate::format::Format;
 
 /// What was looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,13 +93,10 @@ impl Judge {
     /// One state.
     fn state(&mut self, images: &Images, state: &Bytes, allowed: &[Vec<u64>]) -> Result<(), String> {
         self.stats.states += 1;
-        let is_vdi = images.shape.kind != Kind::Raw;
         let seen = images.view(state).map_err(|e| format!("does not open: {e}"))?;
         compare(&seen, allowed)?;
-        if !is_vdi {
-            return Ok(());
-        }
-        let report = vdi::check(state).map_err(|e| e.to_string())?;
+        let format = images.shape.kind.format();
+        let Some(report) = check(format, state).map_err(|e| e.to_string())? else { return Ok(()) };
         if report.corruptions > 0 {
             return Err(format!("opens, and is corrupt: {:?}", report.findings));
         }
@@ -108,7 +105,9 @@ impl Judge {
             if images.view(&repaired).map_err(|e| e.to_string())? != seen {
                 return Err("a repair changed what the guest sees".into());
             }
-            self.foreign(images, state, &seen)?;
+            if format == Format::Vdi {
+                self.foreign(images, state, &seen)?;
+            }
         }
         Ok(())
     }
@@ -118,7 +117,7 @@ impl Judge {
         if self.rng.chance(5) {
             self.stats.interrupted += interrupted_repairs(images, state, 4, &mut self.rng.clone())?;
         }
-        repaired(state)
+        repaired(images.shape.kind.format(), state)
     }
 
     /// Two blocks of other programs change nothing but themselves.

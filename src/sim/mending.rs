@@ -1,20 +1,22 @@
 //! Repairs, and repairs that a power cut or a kill interrupts: a repair writes to the image like everybody else.
 
 use super::bytes::Bytes;
-use super::images::Images;
+use super::images::{Images, check, repair};
 use super::{Rng, SimFile};
-use crate::format::vdi;
+use crate::format::Format;
 use crate::job::{Job, RepairJob, Step};
 
 /// A repaired copy, which is clean.
-pub(super) fn repaired(state: &Bytes) -> Result<Bytes, String> {
+pub(super) fn repaired(format: Format, state: &Bytes) -> Result<Bytes, String> {
     let file = SimFile::new("repaired", state.clone());
-    let repair = vdi::repair(state).map_err(|e| format!("cannot be repaired: {e}"))?;
-    let mut job = RepairJob::new(&*file, repair.steps);
+    let planned = repair(format, state).map_err(|e| format!("cannot be repaired: {e}"))?;
+    let mut job = RepairJob::new(vec![&*file], planned.map(|p| p.steps).unwrap_or_default());
     while job.step().map_err(|e| e.to_string())? == Step::More {}
     let bytes = file.bytes();
-    let report = vdi::check(&bytes).map_err(|e| e.to_string())?;
-    if report.is_clean() { Ok(bytes) } else { Err(format!("not clean after repair: {:?}", report.findings)) }
+    match check(format, &bytes).map_err(|e| e.to_string())? {
+        Some(report) if !report.is_clean() => Err(format!("not clean after repair: {:?}", report.findings)),
+        _ => Ok(bytes),
+    }
 }
 
 /// Looks at what an interrupted repair of `state` can leave: `samples` states of each moment before a sync ends, and
@@ -31,13 +33,14 @@ pub fn interrupted_repairs(
     rng: &mut Rng,
 ) -> Result<u64, String> {
     let view = |b: &Bytes| images.view(b).map_err(|e| e.to_string());
-    let expected = view(&repaired(state)?)?;
+    let format = images.shape.kind.format();
+    let expected = view(&repaired(format, state)?)?;
     let opens = view(state).is_ok();
-    let check = |left: &Bytes| -> Result<(), String> {
+    let judge = |left: &Bytes| -> Result<(), String> {
         if opens && view(left)? != expected {
             return Err("the guest sees something else in the midst of a repair".into());
         }
-        let again = view(&repaired(left)?)?;
+        let again = view(&repaired(format, left)?)?;
         let differs = again.iter().zip(&expected).position(|(a, b)| a != b);
         differs.map_or(Ok(()), |at| Err(format!("after a second repair byte {at:#x} differs")))
     };
@@ -46,8 +49,8 @@ pub fn interrupted_repairs(
     if rng.chance(40) {
         file.fail_direct_fallocate(libc::EOPNOTSUPP);
     }
-    let repair = vdi::repair(state).map_err(|e| e.to_string())?;
-    let mut job = RepairJob::new(&*file, repair.steps);
+    let planned = repair(format, state).map_err(|e| e.to_string())?;
+    let mut job = RepairJob::new(vec![&*file], planned.map(|p| p.steps).unwrap_or_default());
     let mut states = 0;
     loop {
         let step = job.step().map_err(|e| e.to_string())?;
@@ -55,7 +58,7 @@ pub fn interrupted_repairs(
             let mut wrong = None;
             cut.for_each_state(4, samples, rng, &mut |left| {
                 states += 1;
-                wrong = check(left).err();
+                wrong = judge(left).err();
                 wrong.is_none()
             });
             if let Some(wrong) = wrong {
@@ -63,7 +66,7 @@ pub fn interrupted_repairs(
             }
         }
         states += 1;
-        check(&file.bytes()).map_err(|e| format!("a killed repair: {e}"))?;
+        judge(&file.bytes()).map_err(|e| format!("a killed repair: {e}"))?;
         if step == Step::Done {
             return Ok(states);
         }

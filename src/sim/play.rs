@@ -3,9 +3,10 @@
 use super::cut::Cut;
 use super::fault::{Failing, Fault, Faults};
 use super::foreign;
-use super::images::{Images, Kind, Shape, copy_target};
+use super::images::{Images, Kind, Shape, check, copy_target};
 use super::judge::{Judge, Stats};
 use super::{Left, Rng, Through, Trace, World};
+use crate::format::Format;
 use crate::io::IoKind;
 use crate::job::{CompareJob, CopyJob, Job, Step};
 use crate::map::{GuestOffset, GuestRange};
@@ -359,7 +360,7 @@ impl Game {
 
     fn others_take_blocks_away(&mut self, left: &mut Left) {
         let Shape { kind, block, .. } = self.images.shape;
-        if kind == Kind::Raw {
+        if kind.format() != Format::Vdi {
             return;
         }
         let sectors = usize::try_from(block / 512).expect("a small block");
@@ -378,11 +379,9 @@ impl Game {
     }
 
     fn check_clean(&self, w: &mut World) {
-        if self.images.shape.kind == Kind::Raw {
-            return;
-        }
-        match crate::format::vdi::check(&self.images.top.bytes()) {
-            Ok(report) if report.is_clean() => {}
+        match check(self.images.shape.kind.format(), &self.images.top.bytes()) {
+            Ok(None) => {}
+            Ok(Some(report)) if report.is_clean() => {}
             other => {
                 w.wrong.get_or_insert(format!("not clean after a close: {other:?}"));
             }

@@ -1,6 +1,6 @@
 //! What a slot does next: requests of all kinds, step by step, until they wait for something.
 
-use super::chain::failure;
+use super::chain::Lack;
 use super::channel::Channel;
 use super::disk::Started;
 use super::slot::{Job, Work};
@@ -89,7 +89,8 @@ impl Channel {
     fn start_reads(&mut self, slot: u16) -> Next {
         let rest = self.slot(slot).rest();
         let mut extents = std::mem::take(&mut self.extents);
-        match self.disk.chain.map(rest, &mut extents, &mut self.scratch) {
+        let mapped = self.disk.chain.map(rest, &mut extents, &mut self.scratch);
+        match mapped {
             Ok(()) => {
                 for e in extents.as_slice() {
                     let at = self.slot(slot).cursor;
@@ -107,10 +108,14 @@ impl Channel {
                     }
                 }
             }
-            Err(f) => self.slot(slot).failure = Some(f),
+            Err(Lack::Failed(f)) => self.slot(slot).failure = Some(f),
+            Err(Lack::Page { .. }) => {}
         }
         self.extents = extents;
-        Next::Again
+        match mapped {
+            Err(Lack::Page { layer, key }) => self.want_page(slot, (layer, key)),
+            _ => Next::Again,
+        }
     }
 
     fn clear_request_bytes(&mut self, slot: u16, at: u64, len: u64) {
@@ -151,10 +156,12 @@ impl Channel {
         match mapped {
             Ok(()) => Next::Again,
             Err(Miss::NeedsPlan) => self.take_claim(slot),
-            Err(miss) => {
-                self.slot(slot).failure = Some(failure(miss));
+            Err(Miss::NeedsPage(key)) => self.want_page(slot, (self.disk.chain.top().number, key)),
+            Err(Miss::Fail(f)) => {
+                self.slot(slot).failure = Some(f);
                 Next::Again
             }
+            Err(Miss::NeedsRoom) => unreachable!("a look-up asked for room"),
         }
     }
 

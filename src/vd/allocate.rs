@@ -5,6 +5,7 @@
 
 use super::Request;
 use super::advance::Next;
+use super::chain::Lack;
 use super::channel::Channel;
 use super::slot::{Job, Run, Work};
 use crate::error::Failure;
@@ -57,6 +58,14 @@ impl Channel {
         Next::Again
     }
 
+    /// Waits for what is lacking, to try the same again; or gives the part up.
+    fn part_lacks(&mut self, slot: u16, lack: Lack) -> Next {
+        match lack {
+            Lack::Failed(f) => self.part_failed(slot, f),
+            Lack::Page { layer, key } => self.want_page(slot, (layer, key)),
+        }
+    }
+
     pub(super) fn part_failed(&mut self, slot: u16, f: Failure) -> Next {
         self.slot(slot).failure.get_or_insert(f);
         self.part_done(slot, None)
@@ -69,8 +78,12 @@ impl Channel {
             return self.part_failed(slot, f);
         }
         self.extents.clear();
-        if self.disk.chain.top().map.map(part, Intent::Overwrite, &mut self.extents).is_ok() {
-            return self.part_done(slot, None);
+        let top = self.disk.chain.top();
+        match top.map.map(part, Intent::Overwrite, &mut self.extents) {
+            Ok(()) => return self.part_done(slot, None),
+            Err(Miss::NeedsPage(key)) => return self.want_page(slot, (top.number, key)),
+            // whatever else is the matter, the decision meets it too
+            Err(_) => {}
         }
         match self.decide(slot, part) {
             Ok(Some(work)) => {
@@ -78,12 +91,12 @@ impl Channel {
                 Next::Again
             }
             Ok(None) => self.part_done(slot, Some(part)),
-            Err(f) => self.part_failed(slot, f),
+            Err(lack) => self.part_lacks(slot, lack),
         }
     }
 
     /// What to do about `part`, whose unit is not allocated. `None`: nothing.
-    fn decide(&mut self, slot: u16, part: GuestRange) -> Result<Option<Work>, Failure> {
+    fn decide(&mut self, slot: u16, part: GuestRange) -> Result<Option<Work>, Lack> {
         let unit = self.disk.chain.top().map.unit(part.start());
         let Job::Request(request) = self.slot(slot).job else { unreachable!("only requests take claims") };
         let zeros = match request {
@@ -107,7 +120,7 @@ impl Channel {
     }
 
     /// Nothing but zeros shows in the range, as far as metadata can tell.
-    fn reads_as_zero(&mut self, r: GuestRange) -> Result<bool, Failure> {
+    fn reads_as_zero(&mut self, r: GuestRange) -> Result<bool, Lack> {
         let mut rest = r;
         while !rest.is_empty() {
             self.disk.chain.map(rest, &mut self.extents, &mut self.scratch)?;
@@ -144,7 +157,7 @@ impl Channel {
                         self.slot(slot).work = Work::Comparing { part, done, reading: Some(len) };
                         Next::Again
                     }
-                    Err(f) => self.part_failed(slot, f),
+                    Err(lack) => self.part_lacks(slot, lack),
                 }
             }
             Some(len) if self.piece_equals_request(slot, rest.take(len)) => {
@@ -160,7 +173,7 @@ impl Channel {
     }
 
     /// Fills the slot's buffer with what the disk reads from the start of `r` on; says how many bytes that is.
-    pub(super) fn read_piece(&mut self, slot: u16, r: GuestRange) -> Result<u64, Failure> {
+    pub(super) fn read_piece(&mut self, slot: u16, r: GuestRange) -> Result<u64, Lack> {
         use crate::io::{IoKind, IoOp};
         let mut extents = std::mem::take(&mut self.extents);
         let mapped = self.disk.chain.map(r, &mut extents, &mut self.scratch);
@@ -212,6 +225,7 @@ impl Channel {
                 Next::Again
             }
             Err(Miss::NeedsRoom) => self.wait_for_room(slot, part, change),
+            Err(Miss::NeedsPage(key)) => self.want_page(slot, (self.disk.chain.top().number, key)),
             // A format that cannot mark a block as zeros gets the zeros written.
             Err(Miss::Fail(Failure::Unsupported)) if matches!(change, Change::Zero { .. }) => {
                 let change = Change::Write { part, beneath_zero: false };
@@ -240,7 +254,8 @@ impl Channel {
                 return Next::Again;
             }
             Err(Miss::NeedsRoom) => {}
-            Err(miss) => return self.part_failed(slot, super::chain::failure(miss)),
+            // asked again without the lock
+            Err(_) => return Next::Again,
         }
         let Some(plan) = map.room(true) else {
             return self.part_failed(slot, Failure::Os(libc::ENOSPC));

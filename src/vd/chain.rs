@@ -2,7 +2,7 @@
 
 use crate::error::Failure;
 use crate::io::HostFile;
-use crate::map::{Extent, ExtentKind, ExtentList, GuestOffset, GuestRange, ImageMap, Intent, Miss};
+use crate::map::{Extent, ExtentKind, ExtentList, GuestOffset, GuestRange, ImageMap, Intent, MetaKey, Miss};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +21,37 @@ pub struct Layer {
 pub struct Chain {
     layers: Vec<Layer>,
     size_bytes: AtomicU64,
+}
+
+/// Why a look-up through a chain gave no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lack {
+    /// It cannot be done.
+    Failed(Failure),
+    /// A page of a table is not in memory: load it ([`super::Disk`] does), and ask again.
+    Page {
+        /// The number of the image in the disk's life.
+        layer: u32,
+        /// The page.
+        key: MetaKey,
+    },
+}
+
+impl From<Failure> for Lack {
+    fn from(f: Failure) -> Self {
+        Lack::Failed(f)
+    }
+}
+
+impl Lack {
+    /// What `miss` of the image with this number means for whoever only reads.
+    pub(super) fn of(layer: u32, miss: Miss) -> Self {
+        match miss {
+            Miss::Fail(f) => Lack::Failed(f),
+            Miss::NeedsPage(key) => Lack::Page { layer, key },
+            Miss::NeedsPlan | Miss::NeedsRoom => unreachable!("a read asked for a plan"),
+        }
+    }
 }
 
 /// Lists for the levels of a look-up, kept by the caller so that a look-up allocates nothing.
@@ -66,6 +97,14 @@ impl Chain {
         &self.layers[0]
     }
 
+    /// The image with this number.
+    ///
+    /// # Panics
+    /// If the chain has none.
+    pub(crate) fn layer(&self, number: u32) -> &Layer {
+        self.layers.iter().find(|l| l.number == number).expect("an image of the chain")
+    }
+
     /// All images, top first.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
@@ -74,8 +113,8 @@ impl Chain {
     /// Where `r` is, through all images: `Data` and `Zero` only. May cover only a prefix (see [`ExtentList`]).
     ///
     /// # Errors
-    /// What a format says of its metadata.
-    pub fn map(&self, r: GuestRange, out: &mut ExtentList, scratch: &mut Scratch) -> Result<(), Failure> {
+    /// What a format says of its metadata, or lacks of it for the first byte.
+    pub fn map(&self, r: GuestRange, out: &mut ExtentList, scratch: &mut Scratch) -> Result<(), Lack> {
         out.clear();
         // Most look-ups end in the top image: no copy between lists.
         read_map(&self.layers[0], r, out)?;
@@ -93,14 +132,18 @@ impl Chain {
         r: GuestRange,
         out: &mut ExtentList,
         scratch: &mut [ExtentList],
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Lack> {
         let Some(layer) = self.layers.get(depth) else {
             out.push(Extent { len: r.len(), kind: ExtentKind::Zero });
             return Ok(());
         };
         let (mine, deeper) = scratch.split_first_mut().expect("scratch for every image");
         mine.clear();
-        read_map(layer, r, mine)?;
+        match read_map(layer, r, mine) {
+            // what has been found so far is an answer
+            Err(Lack::Page { .. }) if out.covered() > 0 => return Ok(()),
+            other => other?,
+        }
         let mut at = r.start();
         for e in mine.as_slice() {
             let part = GuestRange::new(at, e.len).expect("inside a range");
@@ -120,23 +163,15 @@ impl Chain {
 }
 
 /// A look-up in one image; what lies behind its end reads as zeros (a diff may be larger than its parent).
-fn read_map(layer: &Layer, r: GuestRange, out: &mut ExtentList) -> Result<(), Failure> {
+fn read_map(layer: &Layer, r: GuestRange, out: &mut ExtentList) -> Result<(), Lack> {
     let disk = GuestRange::between(GuestOffset(0), GuestOffset(layer.map.limits().size_bytes));
     let inside = r.intersect(disk);
     if !inside.is_empty() {
-        layer.map.map(inside, Intent::Read, out).map_err(failure)?;
+        layer.map.map(inside, Intent::Read, out).map_err(|miss| Lack::of(layer.number, miss))?;
     }
     let beyond = r.len() - inside.len();
     if beyond > 0 && out.covered() == inside.len() {
         out.push(Extent { len: beyond, kind: ExtentKind::Zero });
     }
     Ok(())
-}
-
-/// A miss that may not happen to readers.
-pub(crate) fn failure(miss: Miss) -> Failure {
-    match miss {
-        Miss::Fail(f) => f,
-        Miss::NeedsPlan | Miss::NeedsRoom => unreachable!("a read asked for a plan"),
-    }
 }

@@ -1,6 +1,7 @@
 //! What the channels of a disk share.
 
 use super::chain::Chain;
+use super::loads::Loads;
 use super::mailbox::Mailboxes;
 use super::own::Own;
 use super::pages::Pages;
@@ -91,6 +92,7 @@ pub struct Disk {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) claims: Claims,
     pub(crate) pages: Pages,
+    pub(crate) loads: Loads,
     pub(crate) start: Start,
     pub(crate) room: Mutex<Room>,
     bounce: Arc<BouncePool>,
@@ -134,6 +136,7 @@ impl Disk {
             host,
             claims: Claims::default(),
             pages: Pages::default(),
+            loads: Loads::default(),
             start: Start::default(),
             room: Mutex::default(),
             bounce: Arc::new(BouncePool::default()),
@@ -215,7 +218,11 @@ impl Disk {
     pub(crate) fn held(&self) -> usize {
         let room = self.room.lock().expect("room lock");
         let waiters = self.bounce_waiters.lock().expect("bounce lock").len() + room.waiters.len();
-        self.claims.held() + self.bounce.in_use() + self.pages.in_flight_count() + waiters
+        self.claims.held()
+            + self.bounce.in_use()
+            + self.pages.in_flight_count()
+            + self.loads.in_flight_count()
+            + waiters
     }
 
     /// A change may begin.

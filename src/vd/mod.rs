@@ -11,6 +11,8 @@ mod bounce;
 mod chain;
 mod channel;
 mod disk;
+mod image_files;
+mod loads;
 mod mailbox;
 mod marker;
 mod open;
@@ -18,6 +20,7 @@ mod ops;
 mod own;
 mod pages;
 mod parents;
+mod references;
 mod request;
 mod run;
 mod slot;
@@ -27,9 +30,10 @@ mod sync;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{Chain, Layer, Scratch};
+pub use chain::{Chain, Lack, Layer, Scratch};
 pub use channel::Channel;
 pub use disk::{CacheMode, Disk, DiskOptions};
+pub use image_files::ImageFiles;
 pub use open::{ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
 pub(crate) use own::Own;
 pub use request::{BlockDevice, Done, Outcome, Request};

@@ -1,15 +1,16 @@
 //! Opening a disk: its image, its parents, their locks.
 
 use super::chain::{Chain, Layer};
+use super::image_files::{Further, ImageFiles};
 use super::marker::SyncFailureMarker;
 use super::parents::{ParentSearch, above_snapshots, default_dirs};
-use super::source::open_map;
+use super::references::parent_path;
 use super::stand_in::stand_in;
 use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Format};
-use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
-use crate::limits::{MAX_CHAIN_IMAGES, SECTOR_BYTES};
+use crate::io::{HostFile, ImageLock, OpenHow, OsFile, OsHost};
+use crate::limits::{MAX_CHAIN_IMAGES, MAX_FILES, SECTOR_BYTES};
 use crate::map::{FileId, ImageInfo, ImageMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -88,12 +89,18 @@ pub struct OpenImage {
     /// What it says of itself.
     pub info: ImageInfo,
     map: Arc<dyn ImageMap>,
-    file: Arc<dyn HostFile>,
+    /// Its own first.
+    files: Vec<Arc<dyn HostFile>>,
     /// Held by the disk once it is open.
-    lock: Option<ImageLock>,
+    locks: Vec<ImageLock>,
 }
 
 impl OpenImage {
+    /// The file that was named.
+    fn file(&self) -> &Arc<dyn HostFile> {
+        &self.files[0]
+    }
+
     /// The UUID that a diff over this image names: its own, or for a raw file one made from its name, number, size and time
     /// of change.
     pub fn uuid(&self) -> Option<Uuid> {
@@ -127,17 +134,17 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     if write && !how.allow_write_to_parent {
         refuse_parent_of_another(&images[0])?;
     }
-    let marker = SyncFailureMarker::of(images[0].file.traits().identity, &images[0].path);
+    let marker = SyncFailureMarker::of(images[0].file().traits().identity, &images[0].path);
     if write {
         marker.refuse_if_set().map_err(|e| e.at(&how.image.path))?;
         refuse_unaligned_metadata(&images[0])?;
     }
     images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
-    let files = images.iter().map(|i| i.file.clone()).collect();
+    let files = images.iter().flat_map(|i| i.files.iter().cloned()).collect();
     let on_failure = Box::new(move || marker.set());
     let disk = Disk::new(Chain::new(layers), files, how.options, Arc::new(OsHost), on_failure);
-    disk.hold(images.iter_mut().filter_map(|i| i.lock.take()).collect());
+    disk.hold(images.iter_mut().flat_map(|i| std::mem::take(&mut i.locks)).collect());
     Ok(OpenedDisk { disk, images })
 }
 
@@ -147,26 +154,32 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     let file = OsFile::open(&spec.path, open_how).map_err(|e| advise(e, write))?;
     let file: Arc<dyn HostFile> = Arc::new(file);
     // Before the lock, which we would wait for ourselves to give up.
-    if above.iter().any(|i| i.file.traits().identity == file.traits().identity) {
+    if above.iter().any(|i| i.files.iter().any(|f| f.traits().identity == file.traits().identity)) {
         let what = "appears twice in its own chain";
         return Err(Error::new(ErrorKind::ParentMismatch, what)
             .at(&spec.path)
             .hint("name its parents with --parent, base first"));
     }
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
-    let mode = if write { LockMode::Exclusive } else { LockMode::Shared };
-    let lock = how.lock_wait.map(|wait| ImageLock::take(&*file, mode, wait)).transpose()?;
+    let further = Further { how: open_how, lock_wait: how.lock_wait };
+    let lock = further.lock(&*file)?;
     refuse_if_replaced(spec, &*file)?;
-    let id = FileId(u16::try_from(above.len()).expect("limits::MAX_CHAIN_IMAGES"));
-    let (format, map) = open_map(
-        &spec.path,
-        &file,
-        spec.format,
-        id,
-        format::OpenHow { read_only: !write, info_only: false },
-    )?;
-    let info = map.info();
-    Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), file, lock })
+    let mut image = ImageFiles::around(&spec.path, file, spec.format, further)?;
+    let first = first_file_id(above, &image).map_err(|e| e.at(&spec.path))?;
+    let map = image.map(first, format::OpenHow { read_only: !write, info_only: false })?;
+    let locks = lock.into_iter().chain(image.take_locks()).collect();
+    let (format, files) = (image.format(), image.files().to_vec());
+    Ok(OpenImage { path: spec.path.clone(), format, info: map.info(), map: map.into(), files, locks })
+}
+
+/// The number of an image's first file: they are counted through the chain.
+fn first_file_id(above: &[OpenImage], image: &ImageFiles) -> Result<FileId> {
+    let before: usize = above.iter().map(|i| i.files.len()).sum();
+    if before + image.files().len() > MAX_FILES {
+        let what = format!("more than {MAX_FILES} files in a chain");
+        return Err(Error::new(ErrorKind::Limit, what));
+    }
+    Ok(FileId(u16::try_from(before).expect("limits::MAX_FILES")))
 }
 
 /// Whoever held the lock before us may have put another file in its place, or none: what we then wrote would be lost.
@@ -217,35 +230,47 @@ fn named_places(how: &OpenDisk) -> Vec<ParentSearch> {
 
 /// Looks in these places, one after the other, for each parent that is missing.
 fn search_parents(how: &OpenDisk, images: &mut Vec<OpenImage>, places: &mut [ParentSearch]) -> Result<()> {
-    while let Some(wanted) = images.last().and_then(|i| i.info.parent_uuid) {
+    loop {
         let child = images.last().expect("the image itself");
-        let mut found = None;
-        for place in &mut *places {
-            found = place.find(wanted, &child.path)?;
-            if found.is_some() {
-                break;
-            }
+        if !needs_parent(&child.info) {
+            return Ok(());
         }
-        let Some(path) = found else {
+        let Some(spec) = find_parent(how, child, places)? else {
             let waived = how.allow_parent_mismatch && !how.parents.is_empty();
             return if waived { Ok(()) } else { Err(missing_parent(child)) };
         };
-        let spec = ImageSpec { path, format: None };
         let parent = open_parent(how, &spec, images)?;
         images.push(parent);
     }
-    let base = images.last().expect("the image itself");
-    if needs_parent(&base.info) { Err(missing_parent(base)) } else { Ok(()) }
+}
+
+/// The parent by its UUID, and where the image knows none, by the name it gives it.
+fn find_parent(how: &OpenDisk, child: &OpenImage, places: &mut [ParentSearch]) -> Result<Option<ImageSpec>> {
+    if let Some(wanted) = child.info.parent_uuid {
+        for place in places {
+            if let Some(path) = place.find(wanted, &child.path)? {
+                return Ok(Some(ImageSpec { path, format: None }));
+            }
+        }
+    }
+    let folders: Vec<_> = how.parent_dirs.iter().cloned().chain(default_dirs(&how.image.path)).collect();
+    let Some(path) = parent_path(&child.path, &child.info.parent_names, &folders)? else { return Ok(None) };
+    let stated = child.info.parent_format.as_deref();
+    // A raw parent's name need not say that it is one; what has a signature has to bear it.
+    let format = stated.and_then(|f| f.parse().ok()).filter(|f| *f == Format::Raw);
+    Ok(Some(ImageSpec { path, format }))
 }
 
 fn needs_parent(info: &ImageInfo) -> bool {
-    info.variant == "diff" || info.parent_uuid.is_some()
+    info.variant == "diff" || info.parent_uuid.is_some() || !info.parent_names.is_empty()
 }
 
 fn missing_parent(child: &OpenImage) -> Error {
-    let what = match child.info.parent_uuid {
-        Some(u) => format!("its parent {u} was not found"),
-        None => "is a differencing image, and its parent was not named".to_string(),
+    let what = match (child.info.parent_uuid, child.info.parent_names.first()) {
+        (Some(u), None) => format!("its parent {u} was not found"),
+        (Some(u), Some(name)) => format!("its parent {u} '{}' was not found", name.escape_debug()),
+        (None, Some(name)) => format!("its parent '{}' was not found", name.escape_debug()),
+        (None, None) => "is a differencing image, and its parent was not named".to_string(),
     };
     Error::new(ErrorKind::NotFound, what)
         .at(&child.path)
@@ -278,8 +303,15 @@ fn check_link(child: &OpenImage, parent: &OpenImage, allow_mismatch: bool) -> Re
 }
 
 fn wrong_parent(child: &OpenImage, parent: &OpenImage) -> Option<String> {
-    let (wanted, got) = (child.info.parent_uuid?, parent.info.uuid?);
-    (wanted != got).then(|| format!("its parent has UUID {wanted}, but {} has {got}", parent.path.display()))
+    let other = |what: &str, wanted: String, got: String| {
+        (wanted != got)
+            .then(|| format!("its parent has {what} {wanted}, but {} has {got}", parent.path.display()))
+    };
+    if let (Some(wanted), Some(got)) = (child.info.parent_uuid, parent.info.uuid) {
+        return other("UUID", wanted.to_string(), got.to_string());
+    }
+    let (wanted, got) = (child.info.parent_content_id?, parent.info.content_id?);
+    other("content ID", format!("{wanted:08x}"), format!("{got:08x}"))
 }
 
 /// Said once the disk is open, so that what is refused is told in one line. The parent's modification UUID is only
@@ -315,7 +347,7 @@ fn refuse_parent_of_another(image: &OpenImage) -> Result<()> {
 /// Unbuffered I/O writes whole device sectors. Guests write sectors of 512 bytes, and metadata may share a sector with
 /// data: where the device's are larger, two writers of one would overwrite each other.
 fn refuse_unaligned_metadata(image: &OpenImage) -> Result<()> {
-    let unit = u64::from(image.file.traits().alignment.offset);
+    let unit = u64::from(image.file().traits().alignment.offset);
     if unit > SECTOR_BYTES {
         let what = format!(
             "its storage takes only writes of {unit} bytes past the page cache, guests write {SECTOR_BYTES}"

@@ -38,7 +38,7 @@ impl Channel {
     }
 
     /// Gives an operation to the engine, or does it at once.
-    fn start_op(&mut self, i: usize) {
+    pub(super) fn start_op(&mut self, i: usize) {
         self.start_op_how(i, true);
     }
 
@@ -211,7 +211,7 @@ impl Channel {
             let wanted: usize = theirs.iter().map(|b| b.len()).sum();
             scatter(&own.as_slice()[skip..skip + wanted], &theirs);
         }
-        drop(self.ops.free(i));
+        let own = self.ops.free(i);
         match owner {
             Owner::Slot(s) => {
                 self.slot(s).settle_one(result);
@@ -219,6 +219,7 @@ impl Channel {
             }
             Owner::Sync(file) => self.sync_ended(file, result),
             Owner::Page(id) => self.page_ended(id, io.file, result),
+            Owner::Load(id) => self.load_ended(id, own, result),
         }
     }
 
@@ -263,8 +264,7 @@ impl Channel {
     /// Submits the write of a page with everything that was released for it. `at_once`: it may be done right here.
     pub(super) fn submit_page(&mut self, id: PageId, at_once: bool) {
         let ops = self.disk.pages.in_flight(id);
-        let layer =
-            self.disk.chain.layers().iter().find(|l| l.number == id.0).expect("a page of an open image");
+        let layer = self.disk.chain.layer(id.0);
         let mut bytes = Vec::new();
         let place = layer.map.compose(id.1, &ops, &mut bytes);
         let (file, off) = match place {
@@ -294,7 +294,7 @@ impl Channel {
         if let Err(f) = result {
             tracing::error!("{}: cannot write metadata: {f}", disk.file(file).file.path().display());
         }
-        let layer = disk.chain.layers().iter().find(|l| l.number == id.0).expect("a page of an open image");
+        let layer = disk.chain.layer(id.0);
         let (told, again) = disk.pages.ended(id, |ops| {
             if result.is_ok() {
                 layer.map.publish(id.1, ops);

@@ -1,14 +1,12 @@
 //! Finding the images a disk belongs with: parents by their UUID, children by the parent they name.
 
-use super::source::open_map;
+use super::image_files::ImageFiles;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, extension_format};
-use crate::io::{HostFile, OpenHow, OsFile};
 use crate::limits::{MAX_PARENT_SEARCH_DEPTH, MAX_PARENT_SEARCH_FILES};
 use crate::map::FileId;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use uuid::Uuid;
 
 /// Where an image's parents are looked for if nothing was said: its own folder, or the one above if its name is
@@ -115,10 +113,9 @@ fn look(path: &Path, found: &mut Found) {
     if extension_format(path).is_none_or(|f| f == format::Format::Raw) {
         return;
     }
-    let Ok(file) = OsFile::open(path, OpenHow::default()) else { return };
-    let file: Arc<dyn HostFile> = Arc::new(file);
     let how = format::OpenHow { read_only: true, info_only: true };
-    let Ok((_, map)) = open_map(path, &file, None, FileId(0), how) else { return };
+    let opened = ImageFiles::open(path, None, false, None).and_then(|files| files.map(FileId(0), how));
+    let Ok(map) = opened else { return };
     let info = map.info();
     if let Some(u) = info.uuid {
         found.by_uuid.entry(u).or_default().push(path.to_path_buf());

@@ -2,6 +2,7 @@
 
 use super::Request;
 use super::advance::Next;
+use super::chain::Lack;
 use super::channel::{Channel, NOBODY};
 use super::disk::Disk;
 use super::pages::PageId;
@@ -196,7 +197,11 @@ impl Channel {
                         return Ok(Some(Next::Wait));
                     }
                     let copy = run.copy.as_mut().expect("a copy under way");
-                    self.start_piece(slot, copy, part)?;
+                    match self.start_piece(slot, copy, part) {
+                        Ok(()) => {}
+                        Err(Lack::Failed(f)) => return Err(f),
+                        Err(Lack::Page { layer, key }) => drop(self.want_page(slot, (layer, key))),
+                    }
                 }
                 Some((len, CopyPhase::Reading)) => {
                     copy.piece = Some((len, CopyPhase::Writing));
@@ -222,7 +227,7 @@ impl Channel {
     }
 
     /// Reads the next piece of a copy into the buffer, or skips it where it is zeros on zeros.
-    fn start_piece(&mut self, slot: u16, copy: &mut Copy, part: GuestRange) -> Result<(), Failure> {
+    fn start_piece(&mut self, slot: u16, copy: &mut Copy, part: GuestRange) -> Result<(), Lack> {
         let most = (copy.len - copy.done).min(BOUNCE_BYTES as u64);
         let len = match copy.from {
             CopyFrom::File { off } => {

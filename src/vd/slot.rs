@@ -191,6 +191,8 @@ pub(crate) enum Owner {
     Sync(FileId),
     /// Everyone whose change rides in a page.
     Page(PageId),
+    /// Everyone who waits for a page to be in memory.
+    Load(PageId),
 }
 
 /// An operation in flight (or queued for the engine).

@@ -1,25 +1,8 @@
 //! Files as formats see them while they are opened.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, Format};
 use crate::io::HostFile;
-use crate::map::{ByteSource, FileId, HostOffset, ImageMap};
-use std::path::Path;
-use std::sync::Arc;
-
-/// Finds out a file's format and opens it.
-pub(super) fn open_map(
-    path: &Path,
-    file: &Arc<dyn HostFile>,
-    stated: Option<Format>,
-    id: FileId,
-    how: format::OpenHow,
-) -> Result<(Format, Box<dyn ImageMap>)> {
-    let source = FileSource::new(&**file)?;
-    let format = format::detect(path, &source, stated).map_err(|e| e.at(path))?;
-    let map = format::open(format, &source, id, how).map_err(|e| e.at(path))?;
-    Ok((format, map))
-}
+use crate::map::{ByteSource, HostOffset};
 
 /// The bytes of a file, for formats.
 #[derive(Debug)]

@@ -40,7 +40,7 @@ fn new_vdi(size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Arc<MemFi
     let b = c.blueprint().unwrap();
     let f = MemFile::new(format!("{uuid:x}.vdi"), Vec::new());
     f.set_len(b.file_len()).unwrap();
-    for (off, bytes) in b.writes() {
+    for (off, bytes) in b.into_writes() {
         f.write_at(off.0, &bytes).unwrap();
     }
     Arc::new(f)
@@ -51,7 +51,7 @@ fn open(files: &[Arc<MemFile>], read_only_below: bool, options: DiskOptions) -> 
         let how =
             format::OpenHow { read_only: options.read_only || (read_only_below && i > 0), info_only: false };
         let bytes = f.bytes();
-        let map = format::open(Format::Vdi, &bytes as &dyn ByteSource, FileId(i), how);
+        let map = format::open_single(Format::Vdi, &bytes as &dyn ByteSource, FileId(i), how);
         Layer { number: u32::from(i), map: map.unwrap_or_else(|e| panic!("{e}")).into() }
     });
     let layers = layers.collect();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use uuid::Uuid;
 use vdblk::error::{Error, ErrorKind, Result};
-use vdblk::format::{self, Format};
+use vdblk::format::{self, Format, NewParent};
 use vdblk::job::{CreateImage, create_image};
 use vdblk::map::{ByteSource, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset};
 use vdblk::map::{ImageInfo, ImageMap, Intent};
@@ -35,7 +35,8 @@ pub fn raw(path: &Path, size: u64) -> PathBuf {
 pub fn diff(path: &Path, parent: &Path, size: Option<u64>) -> PathBuf {
     let info = info(parent);
     let size = size.unwrap_or(info.virtual_size);
-    create_image(&CreateImage { parent: Some(info), ..CreateImage::new(path, Format::Vdi, size) })
+    let parent = Some(NewParent { info, path: None });
+    create_image(&CreateImage { parent, ..CreateImage::new(path, Format::Vdi, size) })
         .expect("a new differencing VDI");
     path.to_path_buf()
 }
@@ -66,7 +67,7 @@ fn open(path: &Path, number: u16) -> (Source, Box<dyn ImageMap>) {
     let is_raw = path.extension().is_some_and(|e| e == "raw");
     let format = if is_raw { Format::Raw } else { Format::Vdi };
     let how = format::OpenHow { read_only: true, info_only: false };
-    let map = format::open(format, &source, FileId(number), how).expect("a good image");
+    let map = format::open_single(format, &source, FileId(number), how).expect("a good image");
     (source, map)
 }
 

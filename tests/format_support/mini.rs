@@ -3,7 +3,7 @@
 
 use super::{Layer, range_of, read};
 use vdblk::error::Failure;
-use vdblk::format::{Format, OpenHow, open};
+use vdblk::format::{Format, OpenHow, open_single};
 use vdblk::map::{
     ByteSource, Change, ExtentKind, ExtentList, FileId, GuestRange, HostOffset, ImageMap, Intent, MetaKey,
     MetaOp, Miss, Plan, Settled, Step,
@@ -120,14 +120,14 @@ pub(crate) struct Fault {
 
 impl Mini {
     pub(crate) fn open(file: Vec<u8>, parent: Vec<u8>, world: World) -> Self {
-        let map = open(Format::Vdi, &file, FileId(0), OpenHow::default()).expect("a sound image");
+        let map = open_single(Format::Vdi, &file, FileId(0), OpenHow::default()).expect("a sound image");
         Mini { map, medium: Medium::new(file), parent, world }
     }
 
     /// Another process opens the file as this one left it, synced or not.
     pub(crate) fn open_again(&mut self) {
-        self.map =
-            open(Format::Vdi, &self.medium.file, FileId(0), OpenHow::default()).expect("a sound image");
+        self.map = open_single(Format::Vdi, &self.medium.file, FileId(0), OpenHow::default())
+            .expect("a sound image");
     }
 
     /// The content as the guest sees it.
@@ -277,6 +277,7 @@ impl Mini {
                 }
                 Err(Miss::Fail(f)) => return Err(f),
                 Err(Miss::NeedsPlan) => panic!("a plan that needs a plan"),
+                Err(Miss::NeedsPage(key)) => panic!("the table is in memory, {key:?} included"),
             }
         }
     }
@@ -300,14 +301,14 @@ impl Mini {
 /// The content of an image over the bytes of a parent, as opened for reading.
 pub(crate) fn content_of(file: &[u8], parent: &[u8]) -> Vec<u8> {
     let how = OpenHow { read_only: true, info_only: false };
-    let map = open(Format::Vdi, &file, FileId(0), how).expect("a sound image");
+    let map = open_single(Format::Vdi, &file, FileId(0), how).expect("a sound image");
     content(&*map, file, parent)
 }
 
 fn content(map: &dyn ImageMap, file: &[u8], parent: &[u8]) -> Vec<u8> {
     let size = map.limits().size_bytes;
     let mut all = vec![0; size as usize];
-    let raw = open(Format::Raw, &parent, FileId(1), OpenHow::default()).expect("raw");
+    let raw = open_single(Format::Raw, &parent, FileId(1), OpenHow::default()).expect("raw");
     let layers = [Layer { map, bytes: &file as &dyn ByteSource }, Layer { map: &*raw, bytes: &parent }];
     let used = if map.limits().is_diff { &layers[..] } else { &layers[..1] };
     read(used, range_of(0, size), &mut all);

@@ -12,8 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use vdblk::error::{Error, ErrorKind, Result};
-use vdblk::format::vdi::{self, CheckReport};
-use vdblk::format::{Format, OpenHow, open};
+use vdblk::format::{CheckReport, Format, OpenHow, open_single, vdi};
 use vdblk::io::{BufSlice, HostFile, OsHost};
 use vdblk::job::{RepairJob, Survey, Watch};
 use vdblk::map::{FileId, GuestOffset, GuestRange, ImageMap};
@@ -77,7 +76,7 @@ fn assert_one_line(e: &Error) {
 fn judge_opening(case: &[u8]) -> Option<CheckReport> {
     let how = |read_only, info_only| OpenHow { read_only, info_only };
     let [write, read, info] = [(false, false), (true, false), (true, true)]
-        .map(|(read_only, info_only)| open(Format::Vdi, &case, FileId(0), how(read_only, info_only)));
+        .map(|(read_only, info_only)| open_single(Format::Vdi, &case, FileId(0), how(read_only, info_only)));
     let checked = vdi::check(&case);
     let errors = [write.as_ref().err(), read.as_ref().err(), info.as_ref().err(), checked.as_ref().err()];
     errors.iter().flatten().for_each(|e| assert_one_line(e));
@@ -139,7 +138,7 @@ struct Served<'a> {
 fn open_map(file: &SparseFile, number: usize, read_only: bool) -> Result<Arc<dyn ImageMap>> {
     let source = FileSource::new(file)?;
     let id = FileId(u16::try_from(number).unwrap());
-    Ok(open(Format::Vdi, &source, id, OpenHow { read_only, info_only: false })?.into())
+    Ok(open_single(Format::Vdi, &source, id, OpenHow { read_only, info_only: false })?.into())
 }
 
 impl<'a> Served<'a> {
@@ -318,7 +317,7 @@ fn repair_file(file: &SparseFile) -> Result<bool> {
     assert_eq!(plan.steps.is_empty(), plan.report.is_clean());
     let changes = !plan.steps.is_empty();
     let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
-    watch.run(&mut RepairJob::new(file, plan.steps))?;
+    watch.run(&mut RepairJob::new(vec![file], plan.steps))?;
     Ok(changes)
 }
 

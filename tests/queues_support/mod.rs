@@ -16,11 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
-use vdblk::format::Format;
+use vdblk::format::{Format, NewParent};
 use vdblk::io::{EngineKind, make_engine};
-use vdblk::job::{
-    Checked, CompareJob, CopyJob, CreateImage, Watch, check_image, compare_disks, create_image,
-};
+use vdblk::job::{CompareJob, CopyJob, CreateImage, Watch, check_image, compare_disks, create_image};
 use vdblk::map::ImageInfo;
 use vdblk::vd::{BlockDevice, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use vdblk::vhost::{Device, Endpoint, ServeOptions, serve};
@@ -106,7 +104,7 @@ impl Rig {
         let mut new = CreateImage::new(path, format, self.way.size);
         if format == Format::Vdi {
             new.options = vec![("AllocationBlockSize".to_string(), self.way.block.to_string())];
-            new.parent = self.base.as_ref().map(|b| b.0.clone());
+            new.parent = self.base.as_ref().map(|b| NewParent { info: b.0.clone(), path: None });
         }
         create_image(&new).unwrap();
     }
@@ -162,7 +160,7 @@ impl Rig {
         );
         drop(reopened);
         let spec = ImageSpec { path: path.into(), format: None };
-        if let Checked::Report(report) = check_image(&spec, Duration::from_secs(10)).unwrap() {
+        if let Some(report) = check_image(&spec, Duration::from_secs(10)).unwrap().report {
             assert!(report.is_clean(), "{:?}, seed {seed}: {report:?}", self.way);
         }
         Ok((content, Shown { operations, seen, torn, copies }))

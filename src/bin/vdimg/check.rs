@@ -6,17 +6,14 @@ use serde::Serialize;
 use std::fmt::Write;
 use std::path::Path;
 use vdblk::Result;
-use vdblk::format::Format;
-use vdblk::format::vdi::{CheckReport, Severity};
+use vdblk::format::{CheckReport, Format, Severity};
 use vdblk::job::{Checked, Repaired, check_image, repair_image};
 
 pub(crate) fn check(args: &Check) -> Result<u8> {
-    let (format, report) = match check_image(&args.image.spec(&args.file), args.lock.wait())? {
-        Checked::NothingToCheck(format) if args.output == Output::Human => return nothing_to_do(format),
-        Checked::NothingToCheck(format) => (format, None),
-        // The one format with something to check so far.
-        Checked::Report(report) => (Format::Vdi, Some(report)),
-    };
+    let Checked { format, report } = check_image(&args.image.spec(&args.file), args.lock.wait())?;
+    if report.is_none() && args.output == Output::Human {
+        return nothing_to_do(format);
+    }
     let status = report.as_ref().map_or(0, CheckReport::exit_code);
     let text = match (args.output, &report) {
         (Output::Human, Some(report)) => describe(report),
@@ -37,7 +34,7 @@ struct Json<'a> {
     leaks: u64,
     /// Corruptions that repair cannot put right.
     unrepairable: u64,
-    blocks: Option<u32>,
+    blocks: Option<u64>,
     allocated_blocks: Option<u64>,
     /// The first ones; the counts are of all.
     findings: Vec<JsonFinding<'a>>,

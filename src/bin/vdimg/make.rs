@@ -2,6 +2,8 @@
 
 use super::args::{Convert, Create};
 use super::terminal;
+use std::path::{Path, PathBuf};
+use vdblk::format::NewParent;
 use vdblk::job::{self, CreateImage, create_image};
 use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
 use vdblk::{Error, ErrorKind, Result};
@@ -16,16 +18,31 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
     };
     // The geometry belongs to a size.
     let geometry = parent_info.as_ref().filter(|p| p.virtual_size == size_bytes).and_then(|p| p.geometry);
+    let parent = args.parents.parents.last().zip(parent_info);
+    let parent = parent.map(|(spec, info)| NewParent { info, path: named_from(&args.file, &spec.path) });
     create_image(&CreateImage {
         variant: args.variant.clone(),
         uuid: args.uuid,
-        parent: parent_info,
+        parent,
         comment: args.comment.clone(),
         geometry,
         options: args.options.clone(),
         ..CreateImage::new(&args.file, args.format, size_bytes)
     })?;
     Ok(0)
+}
+
+/// What a new image calls its parent: the bare name in the same folder, otherwise where it is.
+fn named_from(image: &Path, parent: &Path) -> Option<String> {
+    let folder = |p: &Path| {
+        std::fs::canonicalize(p.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."))).ok()
+    };
+    let name = if folder(image) == folder(parent) {
+        PathBuf::from(parent.file_name()?)
+    } else {
+        std::fs::canonicalize(parent).ok()?
+    };
+    name.to_str().map(str::to_string)
 }
 
 /// The last parent that was named, on top of those before.

@@ -1,76 +1,12 @@
 //! What is wrong with a VDI. Unlike opening, checking goes on behind the first finding, and takes everything
 //! from which the table can still be found.
 
+use super::super::report::{CheckReport, Severity};
 use super::header::{Header, Kind};
 use super::layout::{Entry, Layout};
 use super::table::{self, Used, survey};
-use crate::error::{Error, ErrorKind, Result};
-use crate::limits::MAX_CHECK_LINES;
+use crate::error::{ErrorKind, Result};
 use crate::map::{ByteSource, HostOffset};
-
-/// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
-    /// Data is lost or will be once somebody writes.
-    Corruption,
-    /// Space nobody uses; no data is in danger.
-    Leak,
-}
-
-/// One thing that is wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// How bad it is.
-    pub severity: Severity,
-    /// One line.
-    pub text: String,
-    /// [`super::repair()`] can put it right.
-    pub repairable: bool,
-}
-
-/// Everything a check found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CheckReport {
-    /// The first [`MAX_CHECK_LINES`] findings; the counts below are of all.
-    pub findings: Vec<Finding>,
-    /// Findings that are corruptions.
-    pub corruptions: u64,
-    /// Findings that are leaks.
-    pub leaks: u64,
-    /// Corruptions that cannot be repaired.
-    pub unrepairable: u64,
-    /// Blocks of the disk; 0 where the header does not let them be found.
-    pub blocks: u32,
-    /// Blocks that have a place.
-    pub allocated: u64,
-}
-
-impl CheckReport {
-    /// Nothing was found.
-    pub fn is_clean(&self) -> bool {
-        self.corruptions == 0 && self.leaks == 0
-    }
-
-    /// Exit status of a check: 0 clean, 2 corrupt, 3 leaks only (qemu-img's numbers).
-    pub fn exit_code(&self) -> u8 {
-        match (self.corruptions, self.leaks) {
-            (0, 0) => 0,
-            (0, _) => 3,
-            _ => 2,
-        }
-    }
-
-    fn add(&mut self, severity: Severity, repairable: bool, text: String) {
-        match severity {
-            Severity::Corruption => self.corruptions += 1,
-            Severity::Leak => self.leaks += 1,
-        }
-        self.unrepairable += u64::from(!repairable);
-        if self.findings.len() < MAX_CHECK_LINES {
-            self.findings.push(Finding { severity, text, repairable });
-        }
-    }
-}
 
 /// A VDI of which the table was found.
 pub(super) struct Examined {
@@ -98,7 +34,9 @@ pub(super) fn examine(source: &dyn ByteSource) -> Result<std::result::Result<Exa
     let found = Header::read(source).and_then(|h| h.layout(source.len()).map(|l| (h, l)));
     let (header, layout) = match found {
         Ok(found) => found,
-        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Limit) => return Ok(Err(hopeless(&e))),
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Limit) => {
+            return Ok(Err(CheckReport::hopeless(&e)));
+        }
         Err(e) => return Err(e),
     };
     let mut table = Vec::new();
@@ -108,19 +46,13 @@ pub(super) fn examine(source: &dyn ByteSource) -> Result<std::result::Result<Exa
     Ok(Ok(e))
 }
 
-fn hopeless(e: &Error) -> CheckReport {
-    let mut report = CheckReport::default();
-    report.add(Severity::Corruption, false, e.to_string());
-    report
-}
-
 impl Examined {
     pub(super) fn is_fixed(&self) -> bool {
         self.header.kind() == Kind::Fixed
     }
 
     fn judge(&mut self) {
-        let mut report = CheckReport { blocks: self.layout.blocks, ..CheckReport::default() };
+        let mut report = CheckReport { blocks: u64::from(self.layout.blocks), ..CheckReport::default() };
         for broken in self.header.broken_rules(&self.layout) {
             report.add(Severity::Corruption, broken.count_alone, broken.what);
         }

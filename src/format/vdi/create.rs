@@ -1,8 +1,10 @@
 //! New VDIs, laid out as VirtualBox does: header of 400 bytes, table at 1 MiB, data at the next boundary of 1 MiB.
 
+use super::super::blueprint::refused;
+use super::super::{Blueprint, NewImage};
 use super::header::{Header, Kind, NewHeader};
 use super::layout::FREE;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::limits::{
     MAX_BLOCK_BYTES, MAX_DISK_BYTES, MAX_TABLE_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES, TABLE_PIECE_BYTES,
 };
@@ -95,8 +97,8 @@ impl VdiCreate {
     /// What to write.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] naming the value that is not possible.
-    pub fn blueprint(&self) -> Result<Blueprint> {
+    /// [`crate::ErrorKind::InvalidArgument`] naming the value that is not possible.
+    pub fn blueprint(&self) -> Result<VdiBlueprint> {
         let blocks = self.checked_blocks()?;
         self.check_texts()?;
         let fixed = self.variant == Variant::Fixed;
@@ -122,7 +124,7 @@ impl VdiCreate {
         let mut head = Vec::new();
         header.write_to(&mut head);
         let file_len = data_at + u64::from(allocated) * self.block_bytes;
-        Ok(Blueprint { head, blocks, fixed, file_len, data_at: HostOffset(data_at) })
+        Ok(VdiBlueprint { head, blocks, fixed, file_len, data_at: HostOffset(data_at) })
     }
 
     fn kind(&self) -> Kind {
@@ -179,13 +181,33 @@ impl VdiCreate {
     }
 }
 
-fn refused(what: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidArgument, what)
+/// The same from the words all formats share.
+///
+/// # Errors
+/// As [`VdiCreate::blueprint`].
+pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
+    new.only_options(&["AllocationBlockSize"])?;
+    let mut c = VdiCreate::new(new.size_bytes, new.uuid.unwrap_or_else(Uuid::new_v4), new.modification);
+    if let Some(v) = &new.variant {
+        c.variant = v.parse()?;
+    }
+    if let Some(size) = new.option_size("AllocationBlockSize")? {
+        c.block_bytes = size;
+    }
+    c.comment = new.comment.clone().unwrap_or_default();
+    c.geometry = new.geometry;
+    c.parent = new.parent.as_ref().map(|p| Parent {
+        // A raw file has no UUID to name; a diff must name one all the same.
+        uuid: p.info.uuid.unwrap_or_else(Uuid::new_v4),
+        modification: p.info.modification_uuid.unwrap_or_default(),
+    });
+    let b = c.blueprint()?;
+    Ok(Blueprint::single(b.file_len(), b.preallocate(), b.into_writes()))
 }
 
 /// A new image as pieces to write.
 #[derive(Clone, Debug)]
-pub struct Blueprint {
+pub struct VdiBlueprint {
     head: Vec<u8>,
     blocks: u32,
     fixed: bool,
@@ -193,7 +215,7 @@ pub struct Blueprint {
     data_at: HostOffset,
 }
 
-impl Blueprint {
+impl VdiBlueprint {
     /// Length of the file in bytes. What no piece covers reads as zeros.
     pub fn file_len(&self) -> u64 {
         self.file_len
@@ -206,12 +228,11 @@ impl Blueprint {
 
     /// The pieces in the order of writing: table first, header last, so that a file that was begun and not
     /// finished is no VDI. A piece has at most [`TABLE_PIECE_BYTES`].
-    pub fn writes(&self) -> impl Iterator<Item = (HostOffset, Vec<u8>)> + '_ {
+    pub fn into_writes(self) -> impl Iterator<Item = (HostOffset, Vec<u8>)> + Send {
         let entries = u32::try_from(TABLE_PIECE_BYTES / 4).expect("a small constant");
         let pieces = self.blocks.div_ceil(entries);
-        (0..pieces)
-            .map(move |p| self.table_piece(p, entries))
-            .chain(std::iter::once_with(|| (HostOffset(0), self.head.clone())))
+        let head = (HostOffset(0), self.head.clone());
+        (0..pieces).map(move |p| self.table_piece(p, entries)).chain(std::iter::once(head))
     }
 
     fn table_piece(&self, piece: u32, entries: u32) -> (HostOffset, Vec<u8>) {
@@ -226,6 +247,7 @@ impl Blueprint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     fn create(size_bytes: u64) -> VdiCreate {
         VdiCreate::new(size_bytes, Uuid::from_u128(1), Uuid::from_u128(2))
@@ -255,7 +277,7 @@ mod tests {
     fn the_layout_is_virtualboxs() {
         let b = create(16 << 20).blueprint().unwrap();
         assert_eq!(b.file_len(), 2 << 20);
-        let w: Vec<_> = b.writes().collect();
+        let w: Vec<_> = b.into_writes().collect();
         assert_eq!(w[0], (HostOffset(1 << 20), vec![0xff; 64]));
         assert_eq!((w[1].0, w[1].1.len()), (HostOffset(0), 472));
         let fixed = VdiCreate { variant: Variant::Fixed, ..create(16 << 20) }.blueprint().unwrap();
@@ -267,7 +289,7 @@ mod tests {
     fn a_huge_table_comes_in_pieces() {
         let b = create(64 << 40).blueprint().unwrap();
         let mut end = u64::from(TABLE_AT);
-        for (at, bytes) in b.writes().filter(|(at, _)| at.0 > 0) {
+        for (at, bytes) in b.into_writes().filter(|(at, _)| at.0 > 0) {
             assert_eq!(at.0, end);
             assert!(bytes.len() <= TABLE_PIECE_BYTES);
             end += bytes.len() as u64;

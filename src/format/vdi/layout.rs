@@ -85,6 +85,12 @@ impl Layout {
         self.start_of(place.0).plus(self.extra_bytes)
     }
 
+    /// The place whose data begins there.
+    pub(super) fn place_of(&self, data: HostOffset) -> HostBlock {
+        let into = data.0.checked_sub(self.data_at.0).expect("data lies in the data area");
+        HostBlock(u32::try_from(into / self.stride()).expect("places have 32-bit numbers"))
+    }
+
     /// End of a file that has `places` places.
     pub(super) fn end_of(&self, places: u32) -> HostOffset {
         self.start_of(places)
@@ -96,7 +102,7 @@ impl Layout {
     }
 
     pub(super) fn page_of(&self, block: u32) -> MetaKey {
-        MetaKey::Table(block / PAGE_ENTRIES)
+        MetaKey::Page { table: 0, number: u64::from(block / PAGE_ENTRIES) }
     }
 
     /// The entries of a page: first one, and one behind the last.
@@ -110,8 +116,13 @@ impl Layout {
         self.table_at.plus(u64::from(block) * 4)
     }
 
+    /// The block around `at`; behind the last one for an offset behind the disk.
+    pub(super) fn block_or_end(&self, at: GuestOffset) -> u32 {
+        self.block_at(at).unwrap_or(self.blocks)
+    }
+
     pub(super) fn claim(&self, at: GuestOffset) -> BlockIndex {
-        BlockIndex(self.block_at(at).unwrap_or(self.blocks))
+        BlockIndex(u64::from(self.block_or_end(at)))
     }
 }
 

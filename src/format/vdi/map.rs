@@ -120,7 +120,7 @@ impl VdiMap {
         let published = self.table.get(idx(first)..idx(end)).unwrap_or_default();
         out.extend(published.iter().flat_map(|e| e.load(Ordering::Acquire).to_le_bytes()));
         for op in ops {
-            let MetaOp::Entry { index, value, .. } = *op else {
+            let Some((index, value)) = entry_in(op) else {
                 debug_assert!(false, "not an entry: {op:?}");
                 continue;
             };
@@ -167,7 +167,7 @@ impl ImageMap for VdiMap {
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
-        self.layout.unit(self.layout.claim(at).0)
+        self.layout.unit(self.layout.block_or_end(at))
     }
 
     fn claim_of(&self, at: GuestOffset) -> BlockIndex {
@@ -182,25 +182,27 @@ impl ImageMap for VdiMap {
         };
         let block = self.layout.block_at(at).ok_or(Miss::Fail(Failure::OutOfRange))?;
         let plan = match change {
-            Change::Write { part, beneath_zero } => writer.plan_write(self, block, part, beneath_zero)?,
-            Change::Zero { .. } => writer.plan_zero(self, block)?,
+            Change::Write { part, beneath_zero } => {
+                writer.blocks.plan_write(self, u64::from(block), part, beneath_zero)?
+            }
+            Change::Zero { .. } => writer.blocks.plan_zero(self, u64::from(block))?,
         };
         plan.assert_ordered();
         Ok(plan)
     }
 
     fn room(&self, urgent: bool) -> Option<Plan> {
-        self.writer.as_ref()?.room(self, urgent)
+        self.writer.as_ref()?.blocks.room(self, urgent)
     }
 
     fn settle(&self, token: PlanToken, how: Settled) {
         if let Some(writer) = &self.writer {
-            writer.settle(token, how);
+            writer.blocks.settle(self, token, how);
         }
     }
 
     fn must_write(&self, at: GuestOffset) -> bool {
-        self.writer.as_ref().is_some_and(|w| w.doubts(self.layout.claim(at).0))
+        self.writer.as_ref().is_some_and(|w| w.blocks.doubts(u64::from(self.layout.block_or_end(at))))
     }
 
     fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
@@ -211,7 +213,10 @@ impl ImageMap for VdiMap {
                 header.write_to(out);
                 HostOffset(0)
             }
-            MetaKey::Table(page) => self.compose_page(page, ops, out),
+            MetaKey::Page { number, .. } => {
+                let page = u32::try_from(number).expect("a page of this table");
+                self.compose_page(page, ops, out)
+            }
         };
         Ok((self.file, at))
     }
@@ -221,7 +226,7 @@ impl ImageMap for VdiMap {
             return Self::apply_to_header(&mut self.header(), ops);
         }
         for op in ops {
-            if let MetaOp::Entry { index, value, .. } = *op
+            if let Some((index, value)) = entry_in(op)
                 && let Some(entry) = self.table.get(idx(index))
             {
                 entry.store(value, Ordering::Release);
@@ -256,6 +261,7 @@ impl ImageMap for VdiMap {
             comment,
             geometry: header.geometry(),
             version: Some(header.version()),
+            ..ImageInfo::default()
         }
     }
 }
@@ -263,7 +269,14 @@ impl ImageMap for VdiMap {
 /// A change of one entry.
 pub(super) fn set_entry(layout: &Layout, block: u32, value: u32) -> Step {
     let pointer = matches!(Entry::of(value), Entry::At(_));
-    Step::Meta { key: layout.page_of(block), op: MetaOp::Entry { index: block, value, pointer } }
+    let op = MetaOp::Entry { index: u64::from(block), value: u64::from(value), pointer };
+    Step::Meta { key: layout.page_of(block), op }
+}
+
+/// The entry a change made by [`set_entry`] concerns, and its new value.
+fn entry_in(op: &MetaOp) -> Option<(u32, u32)> {
+    let MetaOp::Entry { index, value, .. } = *op else { return None };
+    Some((u32::try_from(index).ok()?, u32::try_from(value).ok()?))
 }
 
 /// A change of the header.

@@ -11,8 +11,24 @@ mod repair;
 mod table;
 mod writer;
 
-pub use check::{CheckReport, Finding, Severity, check};
-pub use create::{Blueprint, Parent, Variant, VdiCreate};
+pub use check::check;
+pub use create::{Parent, Variant, VdiBlueprint, VdiCreate};
 pub use header::SIGNATURE;
 pub use map::VdiMap;
-pub use repair::{Repair, RepairStep, repair};
+pub use repair::repair;
+
+use super::{Driver, ImageFile, only};
+
+/// VDI as one of the formats.
+pub(super) const DRIVER: Driver = Driver {
+    open: |files, how| {
+        let ImageFile { id, source } = only(files);
+        Ok(Box::new(VdiMap::open(source, id, how)?))
+    },
+    references: None,
+    check: Some(|files| check(only(files).source)),
+    repair: Some(|files| repair(only(files).source)),
+    blueprint: Some(create::blueprint),
+    keeps_comment: true,
+    keeps_geometry: true,
+};

@@ -13,7 +13,8 @@
 //! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written
 //! over a place before the entry that named it is durably gone.
 
-use super::check::{CheckReport, Examined, examine};
+use super::super::report::{CheckReport, Repair, RepairStep};
+use super::check::{Examined, examine};
 use super::dense::relocations;
 use super::layout::{Entry, FREE, PAGE_ENTRIES, idx};
 use super::table::survey;
@@ -21,47 +22,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{
     MAX_CHECK_LINES, MAX_ORPHAN_LOOK_BYTES, MAX_SEPARATED_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES,
 };
-use crate::map::{Bitmap, ByteSource, HostBlock, HostOffset};
+use crate::map::{Bitmap, ByteSource, FileId, HostBlock, HostOffset};
 use std::collections::BTreeSet;
 
-/// One step; each is complete before the next begins.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RepairStep {
-    /// Bytes to write.
-    Write {
-        /// Where.
-        at: HostOffset,
-        /// What; at most a page of the table.
-        bytes: Vec<u8>,
-    },
-    /// Bytes to copy inside the file; the ranges never overlap.
-    Copy {
-        /// Where they are.
-        from: HostOffset,
-        /// Where they go.
-        to: HostOffset,
-        /// How many.
-        len: u64,
-    },
-    /// The file's new length: cut, or lengthened by zeros.
-    SetLen {
-        /// The length.
-        to: HostOffset,
-    },
-    /// Everything before becomes durable.
-    Sync,
-}
-
-/// What a repair will do.
-#[derive(Clone, Debug)]
-pub struct Repair {
-    /// What was found.
-    pub report: CheckReport,
-    /// What will be done about it, a line each: [`MAX_CHECK_LINES`] at most, and two with sums.
-    pub lines: Vec<String>,
-    /// The steps; empty for a clean image.
-    pub steps: Vec<RepairStep>,
-}
+/// A VDI has one file.
+const FILE: FileId = FileId(0);
 
 /// Plans the repair of an image. Nothing is written.
 ///
@@ -134,7 +99,7 @@ impl Work {
             lines: Vec::new(),
             untold: 0,
             given_up: 0,
-            steps: vec![RepairStep::Sync],
+            steps: vec![RepairStep::Sync { file: FILE }],
         }
     }
 
@@ -265,6 +230,7 @@ impl Work {
             let to = self.new_place();
             self.set(block, to);
             self.copies.push(RepairStep::Copy {
+                file: FILE,
                 from: layout.start_of(from.0),
                 to: layout.start_of(to),
                 len: layout.stride(),
@@ -292,7 +258,7 @@ impl Work {
         let least = if self.image.is_fixed() { layout.blocks } else { self.high_water };
         let safe = if said > layout.blocks { least } else { said.max(least) };
         self.set_count(safe);
-        self.steps.push(RepairStep::Sync);
+        self.steps.push(RepairStep::Sync { file: FILE });
     }
 
     fn write_copies(&mut self) {
@@ -301,7 +267,7 @@ impl Work {
     }
 
     fn set_len(&mut self, to: HostOffset) {
-        self.steps.push(RepairStep::SetLen { to });
+        self.steps.push(RepairStep::SetLen { file: FILE, to });
         self.file_bytes = to.0;
     }
 
@@ -314,21 +280,21 @@ impl Work {
         self.image.header.set_allocated(count);
         let mut bytes = Vec::new();
         self.image.header.write_to(&mut bytes);
-        self.steps.push(RepairStep::Write { at: HostOffset(0), bytes });
+        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(0), bytes });
     }
 
     fn write_pages(&mut self) {
         if self.pages.is_empty() {
             return;
         }
-        self.steps.push(RepairStep::Sync);
+        self.steps.push(RepairStep::Sync { file: FILE });
         for page in std::mem::take(&mut self.pages) {
             let (first, end) = self.image.layout.entries_of(page);
             let entries = &self.image.table[idx(first)..idx(end)];
             let bytes = entries.iter().flat_map(|v| v.to_le_bytes()).collect();
-            self.steps.push(RepairStep::Write { at: self.image.layout.entry_at(first), bytes });
+            self.steps.push(RepairStep::Write { file: FILE, at: self.image.layout.entry_at(first), bytes });
         }
-        self.steps.push(RepairStep::Sync);
+        self.steps.push(RepairStep::Sync { file: FILE });
     }
 
     fn make_dense(&mut self) {
@@ -338,7 +304,7 @@ impl Work {
         let moves = relocations(self.image.table.iter().copied(), &used);
         for m in &moves {
             let (from, to) = (layout.start_of(m.from.0), layout.start_of(m.to.0));
-            self.steps.push(RepairStep::Copy { from, to, len: layout.stride() });
+            self.steps.push(RepairStep::Copy { file: FILE, from, to, len: layout.stride() });
             self.set(m.block, m.to.0);
         }
         if !moves.is_empty() {
@@ -346,12 +312,12 @@ impl Work {
         }
         self.write_pages();
         self.set_count(count);
-        self.steps.push(RepairStep::Sync);
+        self.steps.push(RepairStep::Sync { file: FILE });
         let end = layout.end_of(count);
         if self.file_bytes > end.0 {
             self.say(format!("file: cut from {} to {} bytes", self.file_bytes, end.0));
             self.set_len(end);
-            self.steps.push(RepairStep::Sync);
+            self.steps.push(RepairStep::Sync { file: FILE });
         }
     }
 }

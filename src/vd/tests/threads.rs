@@ -194,7 +194,7 @@ fn stress(kind: EngineKind, direct: bool, block: u64, size: u64, diff: bool, see
     }
     let layers = images.iter().zip(0u16..).map(|(f, i)| {
         let how = format::OpenHow { read_only: i > 0, info_only: false };
-        let map = format::open(Format::Vdi, &f.bytes() as &dyn ByteSource, FileId(i), how).unwrap();
+        let map = format::open_single(Format::Vdi, &f.bytes() as &dyn ByteSource, FileId(i), how).unwrap();
         Layer { number: u32::from(i), map: map.into() }
     });
     let chain = Chain::new(layers.collect());

@@ -1,0 +1,124 @@
+//! What checks find and what repairs do, for all formats.
+
+use crate::limits::MAX_CHECK_LINES;
+use crate::map::{FileId, HostOffset};
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// Data is lost or will be once somebody writes.
+    Corruption,
+    /// Space nobody uses; no data is in danger.
+    Leak,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// One line.
+    pub text: String,
+    /// [`super::repair`] can put it right.
+    pub repairable: bool,
+}
+
+/// Everything a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// The first [`MAX_CHECK_LINES`] findings; the counts below are of all.
+    pub findings: Vec<Finding>,
+    /// Findings that are corruptions.
+    pub corruptions: u64,
+    /// Findings that are leaks.
+    pub leaks: u64,
+    /// Corruptions that cannot be repaired.
+    pub unrepairable: u64,
+    /// Blocks of the disk; 0 where the header does not let them be found.
+    pub blocks: u64,
+    /// Blocks that have a place.
+    pub allocated: u64,
+}
+
+impl CheckReport {
+    /// Nothing was found.
+    pub fn is_clean(&self) -> bool {
+        self.corruptions == 0 && self.leaks == 0
+    }
+
+    /// Exit status of a check: 0 clean, 2 corrupt, 3 leaks only (qemu-img's numbers).
+    pub fn exit_code(&self) -> u8 {
+        match (self.corruptions, self.leaks) {
+            (0, 0) => 0,
+            (0, _) => 3,
+            _ => 2,
+        }
+    }
+
+    /// One more finding.
+    pub(super) fn add(&mut self, severity: Severity, repairable: bool, text: String) {
+        match severity {
+            Severity::Corruption => self.corruptions += 1,
+            Severity::Leak => self.leaks += 1,
+        }
+        self.unrepairable += u64::from(!repairable);
+        if self.findings.len() < MAX_CHECK_LINES {
+            self.findings.push(Finding { severity, text, repairable });
+        }
+    }
+
+    /// The report on an image of which nothing more can be said than why it does not open.
+    pub(super) fn hopeless(why: &crate::error::Error) -> Self {
+        let mut report = CheckReport::default();
+        report.add(Severity::Corruption, false, why.to_string());
+        report
+    }
+}
+
+/// One step; each is complete before the next begins. Files are numbered as they were given to [`super::repair`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RepairStep {
+    /// Bytes to write.
+    Write {
+        /// The file.
+        file: FileId,
+        /// Where.
+        at: HostOffset,
+        /// What; at most a few pages of a table.
+        bytes: Vec<u8>,
+    },
+    /// Bytes to copy inside the file; the ranges never overlap.
+    Copy {
+        /// The file.
+        file: FileId,
+        /// Where they are.
+        from: HostOffset,
+        /// Where they go.
+        to: HostOffset,
+        /// How many.
+        len: u64,
+    },
+    /// The file's new length: cut, or lengthened by zeros.
+    SetLen {
+        /// The file.
+        file: FileId,
+        /// The length.
+        to: HostOffset,
+    },
+    /// Everything before becomes durable.
+    Sync {
+        /// The file.
+        file: FileId,
+    },
+}
+
+/// What a repair will do.
+#[derive(Clone, Debug, Default)]
+pub struct Repair {
+    /// What was found.
+    pub report: CheckReport,
+    /// What will be done about it, a line each: [`MAX_CHECK_LINES`] at most, and two with sums.
+    pub lines: Vec<String>,
+    /// The steps; empty for a clean image.
+    pub steps: Vec<RepairStep>,
+}

@@ -1,0 +1,324 @@
+//! The descriptor of a VMDK: a text of keys, extents and the disk database.
+//!
+//! What is not understood survives: a change edits lines in place.
+
+use crate::error::{Error, ErrorKind, Result};
+use uuid::Uuid;
+
+/// Largest descriptor in a file of its own.
+pub(super) const MAX_BYTES: usize = 10 << 20;
+/// Most lines; VirtualBox takes 1,100.
+const MAX_LINES: usize = 20_000;
+/// Most extents of one disk.
+const MAX_EXTENTS: usize = 4000;
+/// What the first line says, but for case and blanks.
+const TITLE: &str = "#diskdescriptorfile";
+/// CID of an image that has no parent.
+const NO_CID: &str = "ffffffff";
+
+/// What may be done with an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    ReadWrite,
+    ReadOnly,
+    None,
+}
+
+/// How an extent's bytes are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// A file with a KDMV or COWD header.
+    Sparse,
+    /// Bytes as they are.
+    Flat,
+    /// Nothing but zeros.
+    Zero,
+    /// ESX's newest sparse kind.
+    SeSparse,
+}
+
+/// A line of the extent section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ExtentLine {
+    pub(super) access: Access,
+    /// Sectors of the disk.
+    pub(super) sectors: u64,
+    pub(super) keep: Keep,
+    /// Relative to the descriptor's folder; `None` for zeros.
+    pub(super) file: Option<String>,
+    /// Where a flat extent begins in its file, in sectors.
+    pub(super) offset: u64,
+}
+
+/// A parsed descriptor.
+#[derive(Clone, Debug)]
+pub(super) struct Descriptor {
+    lines: Vec<String>,
+    extents: Vec<ExtentLine>,
+    /// Lines end with CR and LF.
+    crlf: bool,
+}
+
+/// True if the text is a descriptor's beginning.
+pub(super) fn is_descriptor(head: &[u8]) -> bool {
+    let line = head.split(|b| *b == b'\n').next().unwrap_or_default();
+    let squeezed: Vec<u8> =
+        line.iter().filter(|b| !b.is_ascii_whitespace()).map(u8::to_ascii_lowercase).collect();
+    squeezed == TITLE.as_bytes()
+}
+
+impl Descriptor {
+    /// Parses a descriptor; it ends at the first zero byte.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotThisFormat`] without its title, [`ErrorKind::Corrupt`] for a line that cannot be understood where it
+    /// has to be, [`ErrorKind::Limit`].
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        let bytes = bytes.split(|b| *b == 0).next().unwrap_or_default();
+        if !is_descriptor(bytes) {
+            return Err(Error::new(ErrorKind::NotThisFormat, "the text is not a VMDK descriptor"));
+        }
+        if bytes.len() > MAX_BYTES {
+            return Err(Error::new(ErrorKind::Limit, format!("a descriptor of {} bytes", bytes.len())));
+        }
+        // Comments may be in whatever the writer's machine spoke; keys and values that matter are ASCII or UTF-8.
+        let text = String::from_utf8_lossy(bytes);
+        let crlf = text.contains("\r\n");
+        let lines: Vec<String> = text.lines().map(|l| l.trim_end_matches('\r').to_string()).collect();
+        if lines.len() > MAX_LINES {
+            return Err(Error::new(ErrorKind::Limit, format!("a descriptor of {} lines", lines.len())));
+        }
+        let mut extents = Vec::new();
+        for line in &lines {
+            if let Some(extent) = ExtentLine::parse(line)? {
+                extents.push(extent);
+            }
+        }
+        if extents.is_empty() || extents.len() > MAX_EXTENTS {
+            let what = format!("the descriptor lists {} extents", extents.len());
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
+        Ok(Descriptor { lines, extents, crlf })
+    }
+
+    /// The extents, in the order of the disk.
+    pub(super) fn extents(&self) -> &[ExtentLine] {
+        &self.extents
+    }
+
+    /// The value of a key, without quotes. Keys are compared without regard to case.
+    pub(super) fn get(&self, key: &str) -> Option<&str> {
+        self.lines.iter().find_map(|l| value_in(l, key))
+    }
+
+    /// A UUID of the disk database; null counts as absent.
+    pub(super) fn uuid(&self, key: &str) -> Option<Uuid> {
+        let text = self.get(key)?;
+        // VMware's own ddb.uuid is sixteen pairs of digits with blanks between them
+        Uuid::parse_str(text.trim()).ok().filter(|u| !u.is_nil())
+    }
+
+    /// The image's content id.
+    pub(super) fn cid(&self) -> Option<u32> {
+        u32::from_str_radix(self.get("CID")?.trim(), 16).ok()
+    }
+
+    /// The content id that the parent had when this image was made; `None` for a base, and for VirtualBox's differencing
+    /// images, which never say it.
+    pub(super) fn parent_cid(&self) -> Option<u32> {
+        let text = self.get("parentCID")?.trim();
+        if text.eq_ignore_ascii_case(NO_CID) {
+            return None;
+        }
+        u32::from_str_radix(text, 16).ok()
+    }
+
+    /// Where the parent was when this image was made.
+    pub(super) fn parent_hint(&self) -> Option<&str> {
+        self.get("parentFileNameHint").filter(|h| !h.is_empty())
+    }
+
+    /// The comment, with VirtualBox's escapes undone.
+    pub(super) fn comment(&self) -> Option<String> {
+        let raw = self.get("ddb.comment")?;
+        let mut out = String::new();
+        let mut chars = raw.chars();
+        while let Some(c) = chars.next() {
+            match (c, c == '\\') {
+                (_, true) => match chars.next() {
+                    Some('n') => out.push('\n'),
+                    Some('r') => out.push('\r'),
+                    Some(other) => out.push(other),
+                    None => {}
+                },
+                (c, false) => out.push(c),
+            }
+        }
+        Some(out).filter(|c| !c.is_empty())
+    }
+
+    /// Cylinders, heads and sectors of a kind of geometry (`""` or `"bios"`).
+    pub(super) fn geometry(&self, kind: &str) -> Option<(u32, u32, u32)> {
+        let one = |name: &str| {
+            let key = match kind {
+                "" => format!("ddb.geometry.{name}"),
+                kind => format!("ddb.geometry.{kind}{}{}", name[..1].to_ascii_uppercase(), &name[1..]),
+            };
+            self.get(&key)?.trim().parse::<u32>().ok()
+        };
+        Some((one("cylinders")?, one("heads")?, one("sectors")?)).filter(|g| g.0 > 0 && g.1 > 0 && g.2 > 0)
+    }
+
+    /// Gives a key another value, at its place or, if it is new, at the end of its section.
+    pub(super) fn set(&mut self, key: &str, value: &str) {
+        let quoted = key.starts_with("ddb.") || matches!(key, "createType" | "parentFileNameHint" | "encoding");
+        let line = if quoted { format!("{key}=\"{value}\"") } else { format!("{key}={value}") };
+        if let Some(old) = self.lines.iter_mut().find(|l| value_in(l, key).is_some()) {
+            *old = line;
+            return;
+        }
+        let at = if key.starts_with("ddb.") {
+            self.lines.iter().rposition(|l| !l.trim().is_empty()).map_or(self.lines.len(), |i| i + 1)
+        } else {
+            let first = |l: &String| ExtentLine::parse(l).is_ok_and(|e| e.is_some());
+            let extents = self.lines.iter().position(first).unwrap_or(self.lines.len());
+            self.lines[..extents].iter().rposition(|l| l.contains('=')).map_or(extents, |i| i + 1)
+        };
+        self.lines.insert(at, line);
+    }
+
+    /// The text, without an end mark.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let end = if self.crlf { "\r\n" } else { "\n" };
+        self.lines.iter().flat_map(|l| l.bytes().chain(end.bytes())).collect()
+    }
+}
+
+/// The value in `line` if it is one of `key`.
+fn value_in<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    let (name, value) = line.split_once('=')?;
+    if name.trim_start().starts_with('#') || !name.trim().eq_ignore_ascii_case(key) {
+        return None;
+    }
+    let value = value.trim();
+    Some(value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value))
+}
+
+impl ExtentLine {
+    /// The extent a line describes; `None` if it describes none.
+    fn parse(line: &str) -> Result<Option<Self>> {
+        let line = line.trim();
+        let (word, rest) = split_word(line);
+        let access = match word {
+            "RW" => Access::ReadWrite,
+            "RDONLY" => Access::ReadOnly,
+            "NOACCESS" => Access::None,
+            _ => return Ok(None),
+        };
+        let wrong = |what: &str| Err(Error::new(ErrorKind::Corrupt, format!("{what} in the extent line: {line}")));
+        let (sectors, rest) = split_word(rest);
+        let Some(sectors) = sectors.parse::<u64>().ok().filter(|n| *n > 0 && *n <= 1 << 54) else {
+            return wrong("no size");
+        };
+        let (kind, rest) = split_word(rest);
+        let keep = match kind {
+            "SPARSE" | "VMFSSPARSE" => Keep::Sparse,
+            "FLAT" | "VMFS" => Keep::Flat,
+            "ZERO" => Keep::Zero,
+            "SESPARSE" => Keep::SeSparse,
+            "VMFSRDM" | "VMFSRAW" => {
+                let what = format!("{kind} extents (a disk of the machine it was made on) are not supported");
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            _ => return wrong("an unknown type"),
+        };
+        if keep == Keep::Zero {
+            return Ok(Some(ExtentLine { access, sectors, keep, file: None, offset: 0 }));
+        }
+        let Some((file, rest)) = rest.strip_prefix('"').and_then(|r| r.split_once('"')) else {
+            return wrong("no file name");
+        };
+        if file.is_empty() {
+            return wrong("an empty file name");
+        }
+        let (offset, _) = split_word(rest.trim_start());
+        let offset = if offset.is_empty() { Some(0) } else { offset.parse().ok().filter(|n| *n <= 1 << 54) };
+        let Some(offset) = offset else { return wrong("no offset") };
+        Ok(Some(ExtentLine { access, sectors, keep, file: Some(file.to_string()), offset }))
+    }
+}
+
+/// The first word and what follows it.
+fn split_word(text: &str) -> (&str, &str) {
+    let (word, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+    (word, rest.trim_start())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FLAT: &str = "# Disk DescriptorFile\nversion=1\nCID=7d0ecd1f\nparentCID=ffffffff\ncreateType=\"twoGbMaxExtentFlat\"\n\n\
+        # Extent description\nRW 4192256 FLAT \"a b-f001.vmdk\" 0\nRW 217088 FLAT \"a b-f002.vmdk\" 128\nRDONLY 100 ZERO\n\n\
+        # The disk Data Base \n#DDB\n\nddb.virtualHWVersion = \"4\"\nddb.geometry.cylinders=\"32\"\nddb.geometry.heads=\"16\"\n\
+        ddb.geometry.sectors=\"63\"\nddb.uuid.image=\"559954d2-d3f7-4dc3-a027-a819ddadee8f\"\n\
+        ddb.uuid.parent=\"00000000-0000-0000-0000-000000000000\"\nddb.comment=\"two\\nlines \\\\ and \\\"quotes\\\"\"\n";
+
+    #[test]
+    fn keys_extents_and_database_are_read() {
+        let d = Descriptor::parse(FLAT.as_bytes()).unwrap();
+        assert_eq!((d.cid(), d.parent_cid(), d.get("createtype")), (Some(0x7d0e_cd1f), None, Some("twoGbMaxExtentFlat")));
+        let [a, b, zero] = d.extents() else { panic!("{:?}", d.extents()) };
+        assert_eq!((a.sectors, a.keep, a.file.as_deref(), a.offset), (4_192_256, Keep::Flat, Some("a b-f001.vmdk"), 0));
+        assert_eq!((b.offset, b.access), (128, Access::ReadWrite));
+        assert_eq!((zero.keep, zero.access, zero.file.as_deref()), (Keep::Zero, Access::ReadOnly, None));
+        assert_eq!(d.geometry(""), Some((32, 16, 63)));
+        assert_eq!(d.geometry("bios"), None);
+        assert_eq!(d.uuid("ddb.uuid.image").unwrap().to_string(), "559954d2-d3f7-4dc3-a027-a819ddadee8f");
+        assert_eq!(d.uuid("ddb.uuid.parent"), None);
+        assert_eq!(d.comment().unwrap(), "two\nlines \\ and \"quotes\"");
+    }
+
+    #[test]
+    fn a_change_leaves_the_other_lines_alone() {
+        let text = FLAT.replace('\n', "\r\n");
+        let mut d = Descriptor::parse(text.as_bytes()).unwrap();
+        assert_eq!(d.to_bytes(), text.as_bytes());
+        d.set("CID", "0000002a");
+        d.set("parentFileNameHint", "base.vmdk");
+        d.set("ddb.uuid.modification", "522a9a1c-9e30-4df6-85f6-95053f964fe4");
+        let d = Descriptor::parse(&d.to_bytes()).unwrap();
+        assert_eq!((d.cid(), d.parent_hint()), (Some(42), Some("base.vmdk")));
+        assert!(d.uuid("ddb.uuid.modification").is_some());
+        assert_eq!(d.extents().len(), 3);
+        let at = |k: &str| d.lines.iter().position(|l| l.starts_with(k)).unwrap();
+        assert!(at("parentFileNameHint") < at("RW "), "among the keys of the first section");
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_where_it_matters() {
+        let with = |line: &str| Descriptor::parse(format!("# Disk DescriptorFile\n{line}\n").as_bytes());
+        for line in ["", "RW x FLAT \"a\" 0", "RW 0 FLAT \"a\" 0", "RW 9 FLAT", "RW 9 FLAT \"\" 0", "RW 9 WHAT \"a\"", "RW 9 FLAT \"a\" x"] {
+            assert_eq!(with(line).unwrap_err().kind(), ErrorKind::Corrupt, "{line}");
+        }
+        assert_eq!(with("RW 9 VMFSRDM \"a\"").unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(Descriptor::parse(b"KDMV").unwrap_err().kind(), ErrorKind::NotThisFormat);
+        assert!(is_descriptor(b"# Disk Descriptor File\r\nversion=1") && is_descriptor(b"#disk descriptorfile\n"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(tail in ".{0,400}") {
+            let _ = Descriptor::parse(format!("# Disk DescriptorFile\n{tail}").as_bytes());
+        }
+
+        #[test]
+        fn a_value_set_is_the_value_read(key in "ddb\\.[a-z]{1,8}", value in "[ -!#-~]{0,40}") {
+            let mut d = Descriptor::parse(FLAT.as_bytes()).unwrap();
+            d.set(&key, &value);
+            let again = Descriptor::parse(&d.to_bytes()).unwrap();
+            prop_assert_eq!(again.get(&key), Some(value.as_str()));
+        }
+    }
+}

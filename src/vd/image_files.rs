@@ -1,0 +1,140 @@
+//! The files an image consists of: the one that was named, and those it names itself.
+
+use super::references::extent_path;
+use super::source::FileSource;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, CheckReport, Format, ImageFile, Repair};
+use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile};
+use crate::limits::MAX_FILES;
+use crate::map::{FileId, ImageMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An image's files, open, its own first.
+#[derive(Debug)]
+pub struct ImageFiles {
+    path: PathBuf,
+    format: Format,
+    files: Vec<Arc<dyn HostFile>>,
+    locks: Vec<ImageLock>,
+}
+
+/// How further files are opened and locked; as the first one was.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Further {
+    pub(crate) how: OpenHow,
+    /// `None`: no locks (looking only). Else how long to wait for one.
+    pub(crate) lock_wait: Option<Duration>,
+}
+
+impl ImageFiles {
+    /// Opens and locks an image's files, for writing or reading, waiting for each lock as long as `lock_wait` says.
+    ///
+    /// # Errors
+    /// Of opening, locking and reading; where the format is not clear.
+    pub fn open(
+        path: &Path,
+        stated: Option<Format>,
+        write: bool,
+        lock_wait: Option<Duration>,
+    ) -> Result<Self> {
+        let how = OpenHow { write, ..OpenHow::default() };
+        let first: Arc<dyn HostFile> = Arc::new(OsFile::open(path, how)?);
+        let further = Further { how, lock_wait };
+        let lock = further.lock(&*first)?;
+        let mut files = Self::around(path, first, stated, further)?;
+        files.locks.extend(lock);
+        Ok(files)
+    }
+
+    /// Finds out the format of `first`, which is open and locked, and opens the files it names.
+    pub(crate) fn around(
+        path: &Path,
+        first: Arc<dyn HostFile>,
+        stated: Option<Format>,
+        further: Further,
+    ) -> Result<Self> {
+        let source = FileSource::new(&*first)?;
+        let format = format::detect(path, &source, stated).map_err(|e| e.at(path))?;
+        let references = format::references(format, &source).map_err(|e| e.at(path))?;
+        if references.len() >= MAX_FILES {
+            let what = format!("names {} files; {MAX_FILES} are the limit", references.len());
+            return Err(Error::new(ErrorKind::Limit, what).at(path));
+        }
+        let mut image =
+            ImageFiles { path: path.to_path_buf(), format, files: vec![first], locks: Vec::new() };
+        for r in references {
+            let write = further.how.write && r.writable;
+            let further = Further { how: OpenHow { write, ..further.how }, ..further };
+            image.add(&r.name, further)?;
+        }
+        Ok(image)
+    }
+
+    fn add(&mut self, name: &str, further: Further) -> Result<()> {
+        let path = extent_path(&self.path, name)?;
+        let file: Arc<dyn HostFile> = Arc::new(OsFile::open(&path, further.how)?);
+        let identity = file.traits().identity;
+        if self.files.iter().any(|f| f.traits().identity == identity) {
+            let what = format!("names {} more than once, or itself", path.display());
+            return Err(Error::new(ErrorKind::Corrupt, what).at(&self.path));
+        }
+        self.locks.extend(further.lock(&*file)?);
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The files, the image's own first.
+    pub fn files(&self) -> &[Arc<dyn HostFile>] {
+        &self.files
+    }
+
+    /// The locks that were taken; they belong to the caller from here on.
+    pub(crate) fn take_locks(&mut self) -> Vec<ImageLock> {
+        std::mem::take(&mut self.locks)
+    }
+
+    /// Opens the image; its files will be called `first` and the numbers behind.
+    ///
+    /// # Errors
+    /// As [`format::open`], with the file.
+    pub fn map(&self, first: FileId, how: format::OpenHow) -> Result<Box<dyn ImageMap>> {
+        self.with(first, |files| format::open(self.format, files, how))
+    }
+
+    /// What is wrong with the image; `None` where nothing can be.
+    ///
+    /// # Errors
+    /// As [`format::check`], with the file.
+    pub fn check(&self) -> Result<Option<CheckReport>> {
+        self.with(FileId(0), |files| format::check(self.format, files))
+    }
+
+    /// Plans its repair; `None` where nothing can be wrong.
+    ///
+    /// # Errors
+    /// As [`format::repair`], with the file.
+    pub fn repair(&self) -> Result<Option<Repair>> {
+        self.with(FileId(0), |files| format::repair(self.format, files))
+    }
+
+    fn with<T>(&self, first: FileId, f: impl FnOnce(&[ImageFile<'_>]) -> Result<T>) -> Result<T> {
+        let sources = self.files.iter().map(|f| FileSource::new(&**f)).collect::<Result<Vec<_>>>()?;
+        let files: Vec<_> =
+            (first.0..).zip(&sources).map(|(id, source)| ImageFile { id: FileId(id), source }).collect();
+        f(&files).map_err(|e| e.at(&self.path))
+    }
+}
+
+impl Further {
+    pub(crate) fn lock(self, file: &dyn HostFile) -> Result<Option<ImageLock>> {
+        let mode = if self.how.write { LockMode::Exclusive } else { LockMode::Shared };
+        self.lock_wait.map(|wait| ImageLock::take(file, mode, wait)).transpose()
+    }
+}
