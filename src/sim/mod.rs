@@ -33,7 +33,7 @@ pub use bytes::Bytes;
 pub use cut::{Change, Cut};
 pub use dmlog::DmLog;
 pub use engine::SimEngine;
-pub use fault::{Failing, Fault, Faults};
+pub use fault::{Failing, Fault, FaultMix, Faults};
 pub use file::{DATA, Landing, SimFile};
 pub use foreign::take_away;
 pub use images::{Images, Kind, Shape};
