@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("limits", &[]),
+    ("probe", &[]),
     ("map", &["error", "limits"]),
     ("size", &["error"]),
-    ("format", &["error", "limits", "map", "size"]),
+    ("format", &["error", "limits", "probe", "map", "size"]),
     ("io", &["error", "limits", "map"]),
-    ("vd", &["error", "limits", "map", "format", "io"]),
+    ("vd", &["error", "limits", "probe", "map", "format", "io"]),
     ("virtio", &["error", "limits", "map", "io", "vd"]),
-    ("vhost", &["error", "limits", "map", "io", "vd", "virtio"]),
+    ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "format", "io", "vd"]),
-    ("sim", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
+    ("sim", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
 

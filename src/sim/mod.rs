@@ -47,4 +47,4 @@ pub use trace::Trace;
 pub use workload::{Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk};
 pub use world::{Guest, Left, Through, World};
 
-pub use crate::map::sabotage::{Sabotage, sabotage};
+pub use crate::probe::sabotage::{Sabotage, sabotage};

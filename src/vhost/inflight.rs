@@ -21,7 +21,7 @@
 
 use super::shared::SharedFile;
 use crate::limits;
-use crate::map::sabotage::{Sabotage, is_broken};
+use crate::probe::sabotage::{Sabotage, is_broken};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
