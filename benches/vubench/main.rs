@@ -1,5 +1,6 @@
 //! vubench: a vhost-user-blk front-end without a VM. See README.md.
 mod args;
+mod attach;
 mod cpu;
 mod dev;
 mod features;
@@ -15,8 +16,9 @@ mod sys;
 mod verify;
 
 use args::Args;
+use attach::open;
 use clap::{Parser, ValueEnum};
-use dev::{Dev, Opts, close, open};
+use dev::{Dev, Opts, close};
 use features::names;
 use serde_json::json;
 use server::Server;

@@ -8,20 +8,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 CMD='' KILLS=5 PAUSE=3 QUEUES=2 AREA=64 TMO=240
 
 . "$HERE/server.sh"
-while [ $# -gt 0 ]; do
-    case $1 in -h | --help) help ;; esac
-    [ $# -ge 2 ] || die "$1 wants a value"
-    case $1 in
-    --server-cmd) CMD=$2 ;;
-    --kills) KILLS=$2 ;;
-    --pause) PAUSE=$2 ;;
-    --queues) QUEUES=$2 ;;
-    --area) AREA=$2 ;;
-    --timeout) TMO=$2 ;;
-    *) die "unknown option $1" ;;
-    esac
-    shift 2
-done
+options "--server-cmd=CMD --kills=KILLS --pause=PAUSE --queues=QUEUES --area=AREA --timeout=TMO" "$@"
 [ -n "$CMD" ] || die "--server-cmd is missing"
 
 # the guest tells when its load runs, and goes on with it until the host has killed often enough

@@ -1,7 +1,7 @@
 //! A whole simulation from one seed: lives of processes on the same image, with faults, jobs, kills and power cuts.
 
 use super::cut::Cut;
-use super::fault::{Failing, Fault, Faults};
+use super::fault::{Failing, Fault, FaultMix, Faults};
 use super::foreign;
 use super::images::{Images, Kind, Shape, check, copy_target};
 use super::judge::{Judge, Stats};
@@ -232,7 +232,7 @@ impl Game {
             let common = self.how.habit != Habit::Churn && self.rng.chance(80);
             let fault = match self.how.habit {
                 Habit::Syncs => Fault::of(&[IoKind::Sync], self.rng.below(3), Failing::Error(libc::EIO)),
-                _ if common => random_fault(&mut self.rng),
+                _ if common => Fault::by_chance(&FAULTS, &mut self.rng),
                 _ => entry_fault(),
             };
             self.trace.event(format_args!("fault planned: {fault:?}"));
@@ -410,9 +410,9 @@ fn entry_fault() -> Fault {
     Fault { place, ..Fault::of(&[IoKind::Write], 0, Failing::ErrorAfterEffect(libc::EIO)) }
 }
 
-/// A fault by chance.
-fn random_fault(rng: &mut Rng) -> Fault {
-    let kinds: [&[IoKind]; 9] = [
+/// What fails in the usual simulation.
+const FAULTS: FaultMix = FaultMix {
+    kinds: &[
         &[],
         &[IoKind::Write],
         &[IoKind::Write],
@@ -422,18 +422,14 @@ fn random_fault(rng: &mut Rng) -> Fault {
         &[IoKind::Sync],
         &[IoKind::Punch, IoKind::ZeroRange],
         &[IoKind::Truncate],
-    ];
-    let errno = [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EOPNOTSUPP][rng.index(4)];
-    let how = match rng.below(6) {
+    ],
+    errnos: &[libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EOPNOTSUPP],
+    how: |rng, errno| match rng.below(6) {
         0 => Failing::Short,
         1 => Failing::Interrupted,
         2 => Failing::ErrorAfterEffect(errno),
         _ => Failing::Error(errno),
-    };
-    let mut f = Fault::of(kinds[rng.index(9)], rng.below(30), how);
-    f.sticky = rng.chance(30);
-    if rng.chance(30) && f.kinds == [IoKind::Write] {
-        f.place = 0..super::DATA;
-    }
-    f
-}
+    },
+    sticky: 30,
+    metadata: 30,
+};

@@ -1,6 +1,7 @@
 //! The daemon as a process: started, asked to end, waited for with a deadline, never left behind.
 
 use super::client::Guest;
+use super::guest::GuestRegion;
 use super::{PATIENCE, comes_true};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -188,6 +189,10 @@ impl Daemon {
 
     pub fn connect(&self) -> Guest {
         Guest::connect(&self.socket, 1)
+    }
+
+    pub fn connect_in(&self, region: &Arc<GuestRegion>) -> Guest {
+        Guest::connect_in(&self.socket, region)
     }
 
     pub fn signal(&self, number: i32) {
