@@ -21,6 +21,7 @@ step "formatting"
 cargo fmt --check
 step "lints"
 cargo clippy --all-targets --locked -- -D warnings
+cargo clippy --bins --examples --features sim --locked -- -D warnings
 step "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet --locked
 step "tests"

@@ -25,6 +25,9 @@ pub enum Habit {
     /// Processes are killed that leave places at the end of the file which the table no longer names, as far as anybody
     /// can read, but as far as is durable still does.
     Tails,
+    /// The write of an entry fails and may be on the disk all the same; then other blocks want places, of which there are
+    /// none but those with old bytes in them.
+    Doubts,
 }
 
 /// What is played.
@@ -225,7 +228,7 @@ impl Game {
         let steps = match self.how.habit {
             Habit::Usual | Habit::Syncs => 40 + self.rng.below(400),
             Habit::Churn => 20 + self.rng.below(30),
-            Habit::Tails => self.rng.below(16).saturating_sub(10),
+            Habit::Tails | Habit::Doubts => self.rng.below(16).saturating_sub(10),
         };
         w.steps(steps);
         if self.how.faults && self.rng.chance(40) {
@@ -245,8 +248,10 @@ impl Game {
             w.life.die_after(None);
             self.copy(w);
         }
-        if self.how.habit == Habit::Tails && !w.life.is_dead() {
-            self.leave_a_tail(w);
+        match self.how.habit {
+            Habit::Tails if !w.life.is_dead() => self.leave_a_tail(w),
+            Habit::Doubts if !w.life.is_dead() => self.leave_a_doubt(w),
+            _ => {}
         }
         self.check_failures(w);
     }
@@ -263,6 +268,21 @@ impl Game {
         let zeros = Request::WriteZeroes { range, unmap: true };
         for request in std::iter::once(Request::Write(range)).chain(flush).chain([zeros]) {
             w.post(0, request, w.posted + 1);
+            w.drain();
+        }
+    }
+
+    /// A block's entry is in doubt; others are written.
+    fn leave_a_doubt(&mut self, w: &mut World) {
+        w.drain();
+        let unsupported = Failing::Error(libc::EOPNOTSUPP);
+        self.faults.add(Fault { sticky: true, ..Fault::of(&[IoKind::Allocate], 0, unsupported) });
+        self.faults.add(entry_fault());
+        let (block, size) = (self.images.shape.block, w.disk.size_bytes());
+        for _ in 0..4 {
+            let from = self.rng.below(size.div_ceil(block)) * block;
+            let range = GuestRange::between(GuestOffset(from), GuestOffset(size.min(from + block)));
+            w.post(0, Request::Write(range), w.posted + 1);
             w.drain();
         }
     }
@@ -318,7 +338,7 @@ impl Game {
         let (close, power) = match self.how.habit {
             Habit::Usual | Habit::Syncs => (25, 50),
             Habit::Churn => (60, 50),
-            Habit::Tails => (10, 20),
+            Habit::Tails | Habit::Doubts => (10, 20),
         };
         if self.rng.chance(close) && !failed_sync && !w.life.is_dead() {
             self.faults.clear();
