@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use vdblk::format::Format;
+use vdblk::format::{Format, NewParent};
 use vdblk::job::{CreateImage, create_image};
 use vdblk::map::ImageInfo;
 use vdblk::vd::{Disk, DiskOptions, ImageSpec, OpenDisk, open_disk};
@@ -93,7 +93,7 @@ fn create(path: &Path, format: Format, parent: Option<ImageInfo>) -> io::Result<
     let mut new = CreateImage::new(path, format, DISK_BYTES);
     if format == Format::Vdi {
         new.options = vec![("AllocationBlockSize".to_string(), BLOCK_BYTES.to_string())];
-        new.parent = parent;
+        new.parent = parent.map(|info| NewParent { info, path: None });
     }
     create_image(&new).map_err(io::Error::other)
 }
