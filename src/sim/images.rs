@@ -206,7 +206,7 @@ impl Images {
         let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
         let mut layers = self.layers(map);
         if let Some(seed) = self.forgets.filter(|_| self.shape.kind.format() == Format::Vdi) {
-            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed)));
+            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed, marks)));
         }
         let chain = Chain::new(layers);
         let files = self.files().into_iter().map(|f| f as Arc<dyn HostFile>).collect();

@@ -47,6 +47,8 @@ pub struct Play {
     pub through: Through,
     /// Copies and comparisons run.
     pub jobs: bool,
+    /// Processes of every fourth seed hold tables in parts only, and look whether what they read of them is what they wrote.
+    pub forgetful: bool,
     /// All states of a cut with up to so many parts are looked at.
     pub exhaustive: u32,
     /// States by chance of the other cuts.
@@ -70,6 +72,7 @@ impl Play {
             habit: Habit::Usual,
             through: Through::Rings,
             jobs: true,
+            forgetful: true,
             exhaustive: 3,
             samples: 4,
             most_states: u64::MAX,
@@ -173,7 +176,7 @@ pub fn play(how: &Play) -> Played {
         Kind::Diff | Kind::DiffDiscard => Images::with_parents(shape, parents, &mut rng),
         _ => Images::new(shape, &mut rng),
     };
-    images.forgets = (how.seed % 4 == 3).then_some(how.seed);
+    images.forgets = (how.forgetful && how.seed % 4 == 3).then_some(how.seed);
     let beneath = past.iter().map(|p| p.may[0]).collect();
     if how.record {
         images.top.record();
