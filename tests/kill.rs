@@ -24,6 +24,10 @@ const LEAKS: i32 = 3;
 /// Time between two kills.
 const PAUSE_S: f64 = 0.6;
 
+/// How long the kernel may take to end the last I/O of a killed process, which holds the image's lock until then: more than
+/// the usual 10 s on a disk that others keep busy.
+const LOCK_WAIT_S: u32 = 50;
+
 /// What must never be counted.
 const WRONG: [&str; 6] = ["duplicates", "lost", "mismatches", "errors", "bad_used_len", "stale_after_crash"];
 
@@ -96,7 +100,7 @@ fn assert_sound(dir: &Path, image: &str, cache: &str) {
 /// Runs vubench with a daemon on `image`; its result.
 fn try_vubench(dir: &Path, image: &str, cache: &str, args: &str) -> (Output, serde_json::Value) {
     let daemon = format!(
-        "{} --socket-path @S --blk-file {} --num-queues 2 --cache {cache} --log-level warn",
+        "{} --socket-path @S --blk-file {} --num-queues 2 --cache {cache} --log-level warn --lock-wait {LOCK_WAIT_S}",
         program("vdblk").display(),
         dir.join(image).display()
     );
