@@ -138,7 +138,7 @@ fn resume(mut ms: Vec<f64>) -> serde_json::Value {
 fn check(a: &Args, o: &Opts, server: Option<&mut Server>) -> io::Result<u8> {
     let (s, i) = verify::run(o, a.verify_cfg(), server)?;
     for l in &s.told {
-        eprintln!("MISMATCH {l}");
+        eprintln!("{l}");
     }
     let result = json!({
         "writes": s.writes, "reads": s.reads, "write_zeroes": s.write_zeroes,
