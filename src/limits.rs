@@ -40,6 +40,10 @@ pub const MAX_PARENT_SEARCH_DEPTH: usize = 4;
 pub const MAX_DISK_BYTES: u64 = 4 << 50;
 /// Largest block table kept in memory.
 pub const MAX_TABLE_BYTES: u64 = 1 << 30;
+/// Largest block table of a VHD: 4 bytes for each block of a disk of 2 TiB.
+pub const MAX_VHD_TABLE_BYTES: u64 = 64 << 20;
+/// Pages of tables that are too large to be kept whole, of one image.
+pub const MAX_PAGE_CACHE_BYTES: u64 = 32 << 20;
 /// Block sizes of BAT formats.
 pub const MIN_BLOCK_BYTES: u64 = 4 << 10;
 /// Block sizes of BAT formats.

@@ -8,7 +8,9 @@ mod blueprint;
 mod detect;
 pub mod raw;
 mod report;
+mod sector_bits;
 pub mod vdi;
+pub mod vhd;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
 pub use detect::{detect, extension_format, signature};
@@ -112,6 +114,7 @@ impl Format {
         match self {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
+            Format::Vhd => Some(&vhd::DRIVER),
             _ => None,
         }
     }

@@ -1,14 +1,16 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
+use super::foreign::vhd;
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
-use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
+use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
 use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
 use crate::{Error, ErrorKind, Result};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -25,11 +27,16 @@ pub enum Kind {
     Diff,
     /// The same with discards.
     DiffDiscard,
+    /// A VHD without a parent.
+    Vhd,
+    /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
+    VhdDiff,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 4] = [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard];
+    pub const ALL: [Kind; 6] =
+        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Vhd, Kind::VhdDiff];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -38,11 +45,22 @@ impl Kind {
             Kind::Vdi => "vdi",
             Kind::Diff => "diff",
             Kind::DiffDiscard => "diff+discard",
+            Kind::Vhd => "vhd",
+            Kind::VhdDiff => "vhd-diff",
         }
     }
 
-    fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard)
+    /// It is a differencing image.
+    pub fn has_parent(self) -> bool {
+        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff)
+    }
+
+    /// Where its tables are in the file. Of a VHD the first block may lie there as well, the footer behind it.
+    pub(super) fn tables(self) -> Range<u64> {
+        match self.format() {
+            Format::Vhd => 512..4096,
+            _ => 1 << 20..DATA,
+        }
     }
 
     /// What its user has decided.
@@ -52,7 +70,11 @@ impl Kind {
 
     /// The format of the image that is written.
     pub fn format(self) -> Format {
-        if self == Kind::Raw { Format::Raw } else { Format::Vdi }
+        match self {
+            Kind::Raw => Format::Raw,
+            Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
+            Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+        }
     }
 }
 
@@ -114,6 +136,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
     });
     let option = match format {
         Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
+        Format::Vhd => Some(("block_size".to_string(), block.to_string())),
         _ => None,
     };
     let blueprint = format::blueprint(
@@ -179,7 +202,10 @@ impl Images {
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
-        let bytes = new_image(kind.format(), size, block, 100, parent);
+        let mut bytes = new_image(kind.format(), size, block, 100, parent);
+        if kind.format() == Format::Vhd && rng.chance(50) {
+            vhd::add_parts(&mut bytes, &mut past, rng);
+        }
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
     }
 

@@ -165,7 +165,7 @@ struct Game {
 /// Plays a seed to its end, or to the first thing that is not as promised.
 pub fn play(how: &Play) -> Played {
     let mut rng = Rng(how.seed);
-    let kind = how.kind.unwrap_or(Kind::ALL[rng.index(4)]);
+    let kind = how.kind.unwrap_or(Kind::ALL[rng.index(Kind::ALL.len())]);
     // Now and then blocks of the usual size: the files are sparse.
     let large = how.jobs && rng.chance(4);
     let block = if large { 1 << 20 } else { 4096 << rng.below(4) };
@@ -173,7 +173,7 @@ pub fn play(how: &Play) -> Played {
     let parents = if rng.chance(25) { 1 + rng.index(4) } else { 1 };
     let shape = Shape { kind, size, block };
     let (mut images, past) = match kind {
-        Kind::Diff | Kind::DiffDiscard => Images::with_parents(shape, parents, &mut rng),
+        _ if kind.has_parent() => Images::with_parents(shape, parents, &mut rng),
         _ => Images::new(shape, &mut rng),
     };
     images.forgets = (how.forgetful && how.seed % 4 == 3).then_some(how.seed);
@@ -239,7 +239,7 @@ impl Game {
             let fault = match self.how.habit {
                 Habit::Syncs => Fault::of(&[IoKind::Sync], self.rng.below(3), Failing::Error(libc::EIO)),
                 _ if common => Fault::by_chance(&FAULTS, &mut self.rng),
-                _ => entry_fault(),
+                _ => entry_fault(self.images.shape.kind),
             };
             self.trace.event(format_args!("fault planned: {fault:?}"));
             self.faults.add(fault);
@@ -280,7 +280,7 @@ impl Game {
         w.drain();
         let unsupported = Failing::Error(libc::EOPNOTSUPP);
         self.faults.add(Fault { sticky: true, ..Fault::of(&[IoKind::Allocate], 0, unsupported) });
-        self.faults.add(entry_fault());
+        self.faults.add(entry_fault(self.images.shape.kind));
         let (block, size) = (self.images.shape.block, w.disk.size_bytes());
         for _ in 0..4 {
             let from = self.rng.below(size.div_ceil(block)) * block;
@@ -346,7 +346,7 @@ impl Game {
         if self.rng.chance(close) && !failed_sync && !w.life.is_dead() {
             self.faults.clear();
             if self.how.faults && self.rng.chance(30) {
-                self.faults.add(entry_fault());
+                self.faults.add(entry_fault(self.images.shape.kind));
             }
             match w.close() {
                 Ok(()) => closed = true,
@@ -428,8 +428,8 @@ fn run_job(job: &mut dyn Job, w: &mut World) {
 }
 
 /// A table page that is written although its write fails: what memory and disk say differs afterwards.
-fn entry_fault() -> Fault {
-    let place = 1 << 20..super::DATA;
+fn entry_fault(kind: Kind) -> Fault {
+    let place = kind.tables();
     Fault { place, ..Fault::of(&[IoKind::Write], 0, Failing::ErrorAfterEffect(libc::EIO)) }
 }
 

@@ -110,9 +110,15 @@ impl Case<'_> {
 
     /// The operation moves the guest's bytes: nobody else can answer for it.
     fn belongs_to_request(&self, op: &IoOp) -> bool {
-        let raw = self.disk.0.shape.kind == Kind::Raw;
+        let data = match self.disk.0.shape.kind {
+            Kind::Raw => true,
+            // a bitmap before each block, and the footer where the next bitmap would be
+            Kind::Vhd => (op.off.0 - 2048.min(op.off.0)) % 4608 >= 512,
+            Kind::VhdDiff => (op.off.0 - 2560.min(op.off.0)) % 4608 >= 512,
+            _ => op.off.0 >= DATA,
+        };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
-        moves && op.file.0 == 0 && (raw || op.off.0 >= DATA)
+        moves && op.file.0 == 0 && data
     }
 
     fn open_again(&self, images: &Images, mut w: World, cut: bool) {
@@ -184,4 +190,14 @@ fn every_operation_may_fail_vdi() {
 #[test]
 fn every_operation_may_fail_diff() {
     every_fault(Kind::DiffDiscard);
+}
+
+#[test]
+fn every_operation_of_a_vhd_fails_once() {
+    every_fault(Kind::Vhd);
+}
+
+#[test]
+fn every_operation_of_a_vhd_diff_fails_once() {
+    every_fault(Kind::VhdDiff);
 }

@@ -40,6 +40,16 @@ fn powercut_in_small_workloads_diff_discard() {
     workloads(Kind::DiffDiscard);
 }
 
+#[test]
+fn powercut_in_small_workloads_vhd() {
+    workloads(Kind::Vhd);
+}
+
+#[test]
+fn powercut_in_small_workloads_vhd_diff() {
+    workloads(Kind::VhdDiff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -76,6 +86,16 @@ fn powercut_after_kills_diff() {
 #[test]
 fn powercut_after_kills_diff_discard() {
     killed(Kind::DiffDiscard);
+}
+
+#[test]
+fn powercut_after_kills_vhd() {
+    killed(Kind::Vhd);
+}
+
+#[test]
+fn powercut_after_kills_vhd_diff() {
+    killed(Kind::VhdDiff);
 }
 
 #[test]
