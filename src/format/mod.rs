@@ -6,6 +6,7 @@
 mod blocks;
 mod blueprint;
 mod detect;
+pub mod parallels;
 pub mod raw;
 mod report;
 mod sector_bits;
@@ -115,6 +116,7 @@ impl Format {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
             Format::Vhd => Some(&vhd::DRIVER),
+            Format::Parallels => Some(&parallels::DRIVER),
             _ => None,
         }
     }

@@ -31,12 +31,24 @@ pub enum Kind {
     Vhd,
     /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
     VhdDiff,
+    /// A Parallels image without a parent.
+    Parallels,
+    /// One over a VDI full of data.
+    ParallelsDiff,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 6] =
-        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Vhd, Kind::VhdDiff];
+    pub const ALL: [Kind; 8] = [
+        Kind::Raw,
+        Kind::Vdi,
+        Kind::Diff,
+        Kind::DiffDiscard,
+        Kind::Vhd,
+        Kind::VhdDiff,
+        Kind::Parallels,
+        Kind::ParallelsDiff,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -47,18 +59,21 @@ impl Kind {
             Kind::DiffDiscard => "diff+discard",
             Kind::Vhd => "vhd",
             Kind::VhdDiff => "vhd-diff",
+            Kind::Parallels => "parallels",
+            Kind::ParallelsDiff => "parallels-diff",
         }
     }
 
     /// It is a differencing image.
     pub fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff)
+        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff | Kind::ParallelsDiff)
     }
 
     /// Where its tables are in the file. Of a VHD the first block may lie there as well, the footer behind it.
     pub(super) fn tables(self) -> Range<u64> {
         match self.format() {
             Format::Vhd => 512..4096,
+            Format::Parallels => 0..4096,
             _ => 1 << 20..DATA,
         }
     }
@@ -74,6 +89,7 @@ impl Kind {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+            Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
         }
     }
 }
@@ -137,6 +153,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
     let option = match format {
         Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
         Format::Vhd => Some(("block_size".to_string(), block.to_string())),
+        Format::Parallels => Some(("cluster_size".to_string(), block.to_string())),
         _ => None,
     };
     let blueprint = format::blueprint(
@@ -145,7 +162,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (format != Format::Raw).then_some(id),
+            uuid: (!matches!(format, Format::Raw | Format::Parallels)).then_some(id),
             modification: id,
             parent,
             comment: None,

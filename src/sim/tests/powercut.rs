@@ -50,6 +50,16 @@ fn powercut_in_small_workloads_vhd_diff() {
     workloads(Kind::VhdDiff);
 }
 
+#[test]
+fn powercut_in_small_workloads_parallels() {
+    workloads(Kind::Parallels);
+}
+
+#[test]
+fn powercut_in_small_workloads_parallels_diff() {
+    workloads(Kind::ParallelsDiff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -96,6 +106,16 @@ fn powercut_after_kills_vhd() {
 #[test]
 fn powercut_after_kills_vhd_diff() {
     killed(Kind::VhdDiff);
+}
+
+#[test]
+fn powercut_after_kills_parallels() {
+    killed(Kind::Parallels);
+}
+
+#[test]
+fn powercut_after_kills_parallels_diff() {
+    killed(Kind::ParallelsDiff);
 }
 
 #[test]
