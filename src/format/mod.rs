@@ -5,7 +5,9 @@
 
 mod blocks;
 mod blueprint;
+mod bytes;
 mod detect;
+pub mod qcow2;
 pub mod raw;
 mod report;
 pub mod vdi;
@@ -112,6 +114,7 @@ impl Format {
         match self {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
+            Format::Qcow2 => Some(&qcow2::DRIVER),
             _ => None,
         }
     }
