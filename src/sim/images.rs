@@ -8,7 +8,7 @@ use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
-use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
+use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch, unpack};
 use crate::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -282,6 +282,7 @@ impl Images {
             match chain.map(rest, &mut list, &mut scratch) {
                 Ok(()) => {}
                 Err(Lack::Failed(f)) => return Err(f.into()),
+                Err(Lack::Unit(_)) => unreachable!("a look-up in tables alone"),
                 Err(Lack::Page { layer, key }) => {
                     let map = &chain.layer(layer).map;
                     let place = map.page_place(key)?;
@@ -294,10 +295,18 @@ impl Images {
             for e in list.as_slice() {
                 let at = usize::try_from(rest.start().0).expect("a small disk");
                 let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
-                if let ExtentKind::Data { file, off } = e.kind
-                    && bytes_of(file).read(off.0, out) < out.len()
-                {
-                    return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                match e.kind {
+                    ExtentKind::Data { file, off } if bytes_of(file).read(off.0, out) < out.len() => {
+                        return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                    }
+                    ExtentKind::Packed { packed, into } => {
+                        let (mut from, mut unit) =
+                            (vec![0; packed.len as usize], vec![0; packed.unit as usize]);
+                        bytes_of(packed.file).read(packed.off.0, &mut from);
+                        unpack(packed.codec, &from, &mut unit)?;
+                        out.copy_from_slice(&unit[into as usize..][..out.len()]);
+                    }
+                    ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Parent => {}
                 }
                 rest = rest.skip(e.len);
             }
