@@ -9,6 +9,7 @@ mod detect;
 pub mod raw;
 mod report;
 pub mod vdi;
+pub mod vmdk;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
 pub use detect::{detect, extension_format, signature};
@@ -112,6 +113,7 @@ impl Format {
         match self {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
+            Format::Vmdk => Some(&vmdk::DRIVER),
             _ => None,
         }
     }
@@ -313,10 +315,7 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_named() {
-        let e = open_single(Format::Vmdk, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
-        assert_eq!(
-            e.to_string(),
-            "this is VMDK, which is not supported yet (convert it to vdi or raw first)"
-        );
+        let e = open_single(Format::Dmg, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
+        assert_eq!(e.to_string(), "this is DMG, which is not supported yet (convert it to vdi or raw first)");
     }
 }

@@ -12,7 +12,7 @@ pub(super) const COWD: [u8; 4] = *b"COWD";
 /// Bytes of a KDMV header.
 pub(super) const KDMV_BYTES: usize = 512;
 /// Where the unclean mark is in it.
-pub(super) const UNCLEAN_AT: u64 = 72;
+pub(super) const UNCLEAN_AT: usize = 72;
 /// A directory offset that says: look into the footer.
 const IN_FOOTER: u64 = u64::MAX;
 /// Entries of a table of COWD.
@@ -137,7 +137,10 @@ impl SparseHeader {
     fn of_kdmv(raw: &RawKdmv, file_bytes: u64) -> Result<Self> {
         let (version, flags) = (raw.version.get(), raw.flags.get());
         if !(1..=3).contains(&version) {
-            return Err(Error::new(ErrorKind::Unsupported, format!("version {version} of VMDK is not known")));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("version {version} of VMDK is not known"),
+            ));
         }
         if flags & !KNOWN_FLAGS != 0 {
             let what = format!("unknown flags {:#x} in the header", flags & !KNOWN_FLAGS);
@@ -192,7 +195,8 @@ impl SparseHeader {
         };
         let header = header.checked(file_bytes)?;
         if u64::from(raw.directory_entries.get()) < header.tables() {
-            let what = format!("a directory of {} entries for {} tables", raw.directory_entries, header.tables());
+            let what =
+                format!("a directory of {} entries for {} tables", raw.directory_entries, header.tables());
             return Err(corrupt(what));
         }
         Ok(header)
@@ -203,7 +207,9 @@ impl SparseHeader {
         if self.disk_bytes == 0 || self.disk_bytes > MAX_DISK_BYTES {
             return Err(corrupt(format!("an extent of {} bytes", self.disk_bytes)));
         }
-        if !self.grain_bytes.is_power_of_two() || !(MIN_BLOCK_BYTES..=MAX_BLOCK_BYTES).contains(&self.grain_bytes) {
+        // ESX's own snapshots have grains of one sector.
+        let least = if self.kdmv_version.is_some() { MIN_BLOCK_BYTES } else { SECTOR_BYTES };
+        if !self.grain_bytes.is_power_of_two() || !(least..=MAX_BLOCK_BYTES).contains(&self.grain_bytes) {
             return Err(corrupt(format!("grains of {} bytes", self.grain_bytes)));
         }
         if !self.entries.is_power_of_two() || !(128..=COWD_ENTRIES).contains(&self.entries) {
