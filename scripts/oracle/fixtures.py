@@ -1,9 +1,11 @@
-"""All raw and VDI images of the fixtures, by the real binaries; fixtures.sh runs this.
+"""All images of the fixtures, by the real binaries; fixtures.sh runs this.
 
-good    vdimg convert to raw, parents found by UUID and, for chains, named as well; SHA-256 as in the manifest, or the
-        runs of data where the disk is too large for one
-broken  vdimg info, vdimg convert, vdblk on a copy: refused where tests/fixtures/broken.json says so, by status 1 and
-        one line that has the expected words, soon, without a panic, and without a change to a file
+good    vdimg convert to raw, parents found and, for chains, named as well; SHA-256 as in the manifest, or the runs of
+        data where the disk is too large for one. Images that vdblk does not read (REFUSED) are refused in one line.
+crash   a writer was killed: opened read-only, after a repair where the format has one (clean then), and after vdblk has
+        had it for writing, each sector is as before or after what was being written
+broken  vdimg info, vdimg convert, vdblk on a copy: refused by status 1 and one line, or whatever else the manifest
+        expects, soon, without a panic, and without a change to a file. For VDI tests/fixtures/broken.json is stricter.
 
 info looks at the header only, and may succeed. Prints a line for each image; exit status 1 if anything is not as it
 should be.
@@ -19,9 +21,18 @@ import sys
 import tempfile
 import time
 
+import content
 import fx
 
 SOON = 5.0  # seconds; a refusal takes milliseconds, but machines may be busy
+# Encrypted, or with their data in another file, and the words that say so
+REFUSED = {
+    "qcow2-luks": "encrypt",
+    "qcow2-aes": "encrypt",
+    "qcow2-datafile": "data file",
+    "luks-raw": "",
+}
+LATER = {"vdi-encrypted-xts128"}  # needs a password on the command line
 TABLES = os.path.normpath(os.path.join(fx.HERE, "../../tests/fixtures"))
 
 
@@ -66,6 +77,7 @@ def has_runs(path, runs):
 class Fixtures:
     def __init__(self, args, work):
         self.dir, self.work = args.dir, work
+        self.formats = {f.upper() for f in args.format}
         self.vdimg, self.vdblk = args.bin + "/vdimg", args.bin + "/vdblk"
         self.bad = 0
 
@@ -80,13 +92,26 @@ class Fixtures:
 
     def images(self):
         for image in load(self.path("manifest.json"))["images"]:
-            if image["format"] in ("VDI", "RAW") and "password" not in image:
+            if image["id"] not in LATER and self.wanted(image):
                 yield image
 
+    def wanted(self, image):
+        return not self.formats or image["format"].upper() in self.formats
+
     def all_good(self):
-        images = list(self.images())
-        right = sum(self.one_good(image) for image in images)
-        print(f"{right} of {len(images)} images are byte for byte as in the manifest\n")
+        images = [i for i in self.images() if i["class"] == "good"]
+        good = [i for i in images if i["id"] not in REFUSED]
+        right = sum(self.one_good(image) for image in good)
+        print(f"{right} of {len(good)} images are byte for byte as in the manifest\n")
+        for image in images:
+            if image["id"] in REFUSED:
+                self.one_refused(image)
+
+    def one_refused(self, image):
+        command = [self.vdimg, "convert", "--output-format", "raw", self.path(image["file"]), self.work + "/out.raw"]
+        outcome = Outcome(*self.run(command))
+        good = outcome.sane() and outcome.refused(REFUSED[image["id"]])
+        self.say(good, f"{image['id']:24} refused: {outcome.text}")
 
     def one_good(self, image):
         chain = [self.path(f) for f in image.get("chain") or [image["file"]]]
@@ -106,9 +131,14 @@ class Fixtures:
         return good
 
     def alone(self, chain):
-        """A copy of the chain in a folder of its own."""
+        """A copy of the chain in a folder of its own, with the parts its images may have; holes stay holes."""
         folder = tempfile.mkdtemp(dir=self.work)
-        return [shutil.copy(f, folder) for f in chain][-1]
+        for f in chain:
+            stem = os.path.basename(f).rsplit(".", 1)[0]
+            for name in sorted(os.listdir(self.dir)):
+                if name == os.path.basename(f) or name.startswith((stem + "-f", stem + "-s", stem + "-x")):
+                    subprocess.run(["cp", "--sparse=always", self.path(name), folder], check=True)
+        return os.path.join(folder, os.path.basename(chain[-1]))
 
     def converted(self, image, path, options):
         out = self.work + "/out.raw"
@@ -127,20 +157,65 @@ class Fixtures:
         return f"{found}, {seconds:.1f} s"
 
     def equal(self, image, out):
-        sha = image.get("sha256") or self.sha_of_crashed(image)
-        if sha:
-            return "equal" if fx.file_sha(out) == sha else "DIFFERENT"
+        if image.get("sha256"):
+            return "equal" if fx.file_sha(out) == image["sha256"] else "DIFFERENT"
         return "equal runs" if has_runs(out, image["data_runs"]) else "DIFFERENT"
 
+    # ---- crashed ones
+
+    def all_crashed(self):
+        images = [i for i in self.images() if i["class"] == "crash"]
+        right = sum(self.one_crashed(image) for image in images)
+        print(f"{right} of {len(images)} images of killed writers have each sector old or new\n")
+
+    def one_crashed(self, image):
+        old = content.Content(bytes(image["virtual_size"]))
+        old.write(image["base_spec"])
+        new = old.copy()
+        new.write(image["new_writes"])
+        path = self.alone([self.path(image["file"])])
+        said = [self.sectors(path, image, old, new)]
+        if self.writable(image["format"]):
+            code, _, err = fx.run([self.vdimg, "repair", path])
+            check, _, _ = fx.run([self.vdimg, "check", path])
+            clean = code == 0 and check == 0
+            said.append("repaired" if clean else f"repair {code} {fx.last(err)} check {check} DIFFERENT")
+            said.append(self.sectors(path, image, old, new))
+            served = self.alone([self.path(image["file"])])
+            outcome = Outcome(*self.serve(os.path.dirname(served), ["--blk-file", served]))
+            ended = outcome.sane() and outcome.code == 0
+            said.append("served" if ended else f"serve {outcome.code} {outcome.text} DIFFERENT")
+            said.append(self.sectors(served, image, old, new))
+        good = not any("DIFFERENT" in s for s in said)
+        self.say(good, f"{image['id']:24} {'; '.join(said)}")
+        return good
+
     @staticmethod
-    def sha_of_crashed(image):
-        """A crashed image reads as QEMU reads it."""
-        return image.get("tools", {}).get("qemu-sid", {}).get("convert_readonly", {}).get("sha256")
+    def writable(name):
+        return name.upper() not in ("DMG", "RAW")
+
+    def sectors(self, path, image, old, new):
+        out = self.work + "/out.raw"
+        code, _, err = fx.run([self.vdimg, "convert", "--output-format", "raw", path, out])
+        if code:
+            return f"DIFFERENT: status {code}: {fx.last(err)}"
+        data = content.Content.of_file(out).data
+        os.unlink(out)
+        if len(data) != image["virtual_size"]:
+            return f"DIFFERENT: {len(data)} bytes"
+        fresh = wrong = 0
+        for at in range(0, len(data), content.SECTOR):
+            a, b, c = (bytes(d[at:at + content.SECTOR]) for d in (old.data, new.data, data))
+            fresh += a != b and c == b
+            wrong += c not in (a, b)
+        return f"DIFFERENT: {wrong} sectors" if wrong else f"{fresh} sectors new"
 
     # ---- broken ones
 
     def all_broken(self):
-        cases = load(TABLES + "/broken.json")
+        cases = [c for c in load(TABLES + "/broken.json") if not self.formats or "VDI" in self.formats]
+        cases += [self.case(i) for i in load(self.path("manifest-broken.json"))["images"]
+                  if self.wanted(i) and i["format"] != "VDI"]
         shas = {i["id"]: i.get("sha256") for i in self.images()}
         print(f"{'':24} {'expected':8} {'info':5} {'convert':8} {'vdblk':6} file")
         right = sum(self.one_broken(case, shas.get(case.get("opens_as"))) for case in cases)
@@ -152,6 +227,7 @@ class Fixtures:
         files = [shutil.copy(self.path("broken/" + f), folder) for f in case["files"]]
         before = [fx.file_sha(f) for f in files]
         refuse = "refused_with" in case or case.get("chain") == "refuse"
+        either = case.get("either")
         named = [word for p in files[:-1] for word in ("--parent", p)]
         info = Outcome(*self.run([self.vdimg, "info", files[-1]]))
         convert = [self.vdimg, "convert", *named, "--output-format", "raw", files[-1], folder + "/out"]
@@ -160,7 +236,12 @@ class Fixtures:
         outcomes = (info, convert, serve)
         unchanged = [fx.file_sha(f) for f in files] == before
         good = unchanged and all(o.sane() for o in outcomes)
-        if refuse:
+        if either:
+            fails = case["either"] == "must fail"
+            good = good and (convert.code == 1 or not fails)
+            if convert.code == 0 and case.get("content"):
+                good = good and fx.file_sha(folder + "/out") == shas[case["content"]]
+        elif refuse:
             good = good and all(o.refused(case.get("refused_with", "")) for o in (convert, serve))
         else:
             good = good and convert.code == 0 and serve.code == 0
@@ -171,9 +252,27 @@ class Fixtures:
         codes = f"{info.code:<5} {convert.code:<8} {serve.code:<6} {'same' if unchanged else 'CHANGED'}"
         said = serve.text or convert.text or info.text
         said = said.replace(folder + "/", "").replace("\n", " | ")
-        self.say(good, f"{case['id']:24} {'refuse' if refuse else 'open':8} {codes} {said} {' '.join(left)}")
+        self.say(good, f"{case['id']:24} {'either' if either else 'refuse' if refuse else 'open':8} {codes} {said} {' '.join(left)}")
         shutil.rmtree(folder)
         return good
+
+    @staticmethod
+    def case(image):
+        """What the manifest expects, in the words of broken.json."""
+        expected, case = image["expected"], {"id": image["id"]}
+        case["files"] = [os.path.basename(f) for f in image["files"]]
+        origin = (image.get("from") or "").rsplit(".", 1)[0]
+        if expected.startswith("reject") and "-or-" not in expected:
+            case["refused_with"] = ""
+        elif expected == "recoverable":
+            case["opens_as"] = origin
+        elif expected in ("read-error", "reject-or-read-error"):
+            case["either"] = "must fail"
+        elif expected.startswith("open"):
+            case.update(either="opens", content=origin)
+        else:
+            case["either"] = "sane"
+        return case
 
     @staticmethod
     def run(command):
@@ -216,12 +315,14 @@ def main():
     p = argparse.ArgumentParser(
         prog="fixtures.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dir", help="the unpacked set, with manifest.json and broken/")
+    p.add_argument("--format", action="append", default=[], help="only this format; may be repeated")
     p.add_argument("--bin", default=default, help="folder with vdblk and vdimg")
     args = p.parse_args()
     work = tempfile.mkdtemp(prefix="vdfx.")
     try:
         fixtures = Fixtures(args, work)
         fixtures.all_good()
+        fixtures.all_crashed()
         fixtures.all_broken()
     finally:
         shutil.rmtree(work)

@@ -57,7 +57,8 @@ pub(super) trait BlockFormat {
     /// [`Miss::NeedsPage`]; [`Failure::Unsupported`] where the format has no word for zeros.
     fn change(&self, block: u64, now: Block) -> Result<Steps, Miss>;
 
-    /// The plan with the steps of the last [`Self::change`] of this block has ended.
+    /// The plan with the steps of one [`Self::change`] of this block has ended, and what it needed in memory may go. While the entry
+    /// is in doubt (its write failed) one such call is owed: memory alone knows what it should be.
     fn settled(&self, _block: u64) {}
 
     /// What has to be durable, besides the file's length, before places below `places` are used.
@@ -294,30 +295,30 @@ impl BlockWriter {
             }
             (Pending::Room { urgent }, Settled::Failed { why, .. }) => self.room_failed(urgent, why),
             (Pending::Write { block, at, place }, how) => {
-                self.write_ended(block, at, place, how);
-                f.settled(block);
+                let ended = self.write_ended(block, at, place, how);
+                (0..ended).for_each(|_| f.settled(block));
             }
             (Pending::Entry { block, drops }, how) => {
-                self.doubt(block, matches!(how, Settled::Failed { .. }));
+                let ended = self.doubt(block, matches!(how, Settled::Failed { .. }));
                 if matches!(how, Settled::Done { .. }) {
                     self.keep(block, drops);
                 }
-                f.settled(block);
+                (0..ended).for_each(|_| f.settled(block));
             }
         }
     }
 
-    fn write_ended(&self, block: u64, at: HostOffset, place: Option<HostBlock>, how: Settled) {
+    /// Says how many [`BlockFormat::settled`] are due.
+    fn write_ended(&self, block: u64, at: HostOffset, place: Option<HostBlock>, how: Settled) -> u32 {
         let Settled::Failed { entry_submitted, .. } = how else { return self.doubt(block, false) };
-        if entry_submitted {
-            self.doubt(block, true);
-        }
+        let due = if entry_submitted { self.doubt(block, true) } else { 1 };
         match place {
             Some(place) if !entry_submitted || is_broken(Sabotage::EarlyReuse) => {
                 self.places.give_back(place)
             }
             _ => self.keep(block, Some(at)),
         }
+        due
     }
 
     fn keep(&self, block: u64, at: Option<HostOffset>) {
@@ -333,17 +334,20 @@ impl BlockWriter {
         self.any_doubt.load(Ordering::Acquire) && self.state().doubtful.contains(&block)
     }
 
-    fn doubt(&self, block: u64, doubtful: bool) {
+    /// A plan for the block has ended, with or without doubt. Says how many [`BlockFormat::settled`] are due: that of the plan
+    /// itself, and once there is no doubt any more, the one owed since it began.
+    fn doubt(&self, block: u64, doubtful: bool) -> u32 {
         if !doubtful && !self.any_doubt.load(Ordering::Acquire) {
-            return;
+            return 1;
         }
         let mut s = self.state();
-        if doubtful {
-            s.doubtful.insert(block);
+        let due = if doubtful {
+            u32::from(!s.doubtful.insert(block))
         } else {
-            s.doubtful.remove(&block);
-        }
+            1 + u32::from(s.doubtful.remove(&block))
+        };
         self.any_doubt.store(!s.doubtful.is_empty(), Ordering::Release);
+        due
     }
 
     /// Less is tried as long as less may help; then the request that waits gets the reason.

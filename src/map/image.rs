@@ -179,12 +179,11 @@ pub trait ImageMap: Send + Sync + Debug {
         Err(Failure::Corrupt)
     }
 
-    /// The bytes of that page, as they were read after it was missed. False if it could not be kept because running plans
-    /// hold every place it could have: ask again when some of them have ended.
+    /// The bytes of that page, as they were read after it was missed.
     ///
     /// # Errors
     /// [`Failure::Corrupt`] if they cannot be right.
-    fn page_read(&self, _key: MetaKey, _bytes: &[u8]) -> std::result::Result<bool, Failure> {
+    fn page_read(&self, _key: MetaKey, _bytes: &[u8]) -> std::result::Result<(), Failure> {
         Err(Failure::Corrupt)
     }
 

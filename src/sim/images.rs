@@ -1,6 +1,7 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
+use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
@@ -75,6 +76,8 @@ pub struct Images {
     pub top: Arc<SimFile>,
     /// The files below, which are not.
     below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
+    /// Processes hold the tables only in parts, which they forget by this chance.
+    pub forgets: Option<u64>,
 }
 
 /// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order.
@@ -166,13 +169,18 @@ impl Images {
         for uuid in (1..).take(parents) {
             let own = Shape { kind: Kind::Vdi, size, block: 4096 << rng.below(4) };
             let bytes = new_image(Format::Vdi, size, own.block, uuid, parent);
-            let images = Images { shape: own, top: SimFile::new("parent.vdi", bytes), below: sealed(&below) };
+            let images = Images {
+                shape: own,
+                top: SimFile::new("parent.vdi", bytes),
+                below: sealed(&below),
+                forgets: None,
+            };
             past = written_full(&images, past, rng);
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
         let bytes = new_image(kind.format(), size, block, 100, parent);
-        (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below) }, past)
+        (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
     }
 
     /// A copy whose top file is its own.
@@ -196,7 +204,11 @@ impl Images {
     /// What the format says of the top image.
     pub fn open(&self, options: DiskOptions, marks: &Arc<AtomicU32>) -> Result<Arc<Disk>> {
         let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
-        let chain = Chain::new(self.layers(map));
+        let mut layers = self.layers(map);
+        if let Some(seed) = self.forgets.filter(|_| self.shape.kind.format() == Format::Vdi) {
+            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed)));
+        }
+        let chain = Chain::new(layers);
         let files = self.files().into_iter().map(|f| f as Arc<dyn HostFile>).collect();
         let marks = marks.clone();
         let on_failure = Box::new(move || {
@@ -288,6 +300,7 @@ pub(super) fn copy_target(size: u64) -> Images {
         shape,
         top: SimFile::new("copy.vdi", new_image(Format::Vdi, size, 8192, 3, None)),
         below: vec![],
+        forgets: None,
     }
 }
 

@@ -14,6 +14,7 @@ mod engine;
 mod fault;
 mod file;
 mod foreign;
+mod forgetful;
 mod images;
 mod judge;
 mod life;

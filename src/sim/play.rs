@@ -166,10 +166,11 @@ pub fn play(how: &Play) -> Played {
     let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
     let parents = if rng.chance(25) { 1 + rng.index(4) } else { 1 };
     let shape = Shape { kind, size, block };
-    let (images, past) = match kind {
+    let (mut images, past) = match kind {
         Kind::Diff | Kind::DiffDiscard => Images::with_parents(shape, parents, &mut rng),
         _ => Images::new(shape, &mut rng),
     };
+    images.forgets = (how.seed % 4 == 3).then_some(how.seed);
     let beneath = past.iter().map(|p| p.may[0]).collect();
     if how.record {
         images.top.record();

@@ -108,16 +108,12 @@ impl Channel {
         self.tell_loaded(id, taken);
     }
 
-    fn tell_loaded(&mut self, id: PageId, taken: Result<bool, Failure>) {
+    fn tell_loaded(&mut self, id: PageId, taken: Result<(), Failure>) {
         if let Err(f) = taken {
             tracing::error!("cannot load {:?} of image {}: {f}", id.1, id.0);
         }
         for w in self.disk.loads.ended(id) {
-            match taken {
-                // No place for it: they ask again once others have had their turn, for whose plans the places are held.
-                Ok(false) => self.disk.mailboxes.post(w, Ok(())),
-                _ => self.wake(w, taken.map(drop)),
-            }
+            self.wake(w, taken);
         }
     }
 }
@@ -127,7 +123,7 @@ impl Disk {
         self.chain.layer(layer).map.page_place(key)
     }
 
-    fn page_read(&self, (layer, key): PageId, bytes: &[u8]) -> Result<bool, Failure> {
+    fn page_read(&self, (layer, key): PageId, bytes: &[u8]) -> Result<(), Failure> {
         self.chain.layer(layer).map.page_read(key, bytes)
     }
 

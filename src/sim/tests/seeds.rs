@@ -1,6 +1,7 @@
 //! Whole simulations: thousands of requests each, with faults, kills, power cuts and jobs.
 
-use crate::sim::{Play, play};
+use crate::sim::forgetful::loads;
+use crate::sim::{Kind, Play, play};
 
 #[test]
 fn a_seed_replays_to_the_byte() {
@@ -9,6 +10,21 @@ fn a_seed_replays_to_the_byte() {
         assert_eq!((a.digest, a.requests, a.stats), (b.digest, b.requests, b.stats), "seed {seed}");
         assert_ne!(a.digest, play(&Play::seed(seed + 1)).digest);
     }
+}
+
+/// A quarter of the simulations hold tables only in parts. They do load them, and go on.
+#[test]
+fn pages_of_tables_are_loaded_in_the_midst_of_it() {
+    let before = loads();
+    let seeds = (3..20).step_by(4);
+    for seed in seeds.clone() {
+        let p = play(&Play { kind: Some(Kind::DiffDiscard), ..Play::seed(seed) });
+        assert!(p.wrong.is_none(), "seed {seed}: {:?}", p.wrong);
+    }
+    assert!(loads() - before > 300 * seeds.count() as u64, "{} loads", loads() - before);
+    let before = loads();
+    assert!(play(&Play::seed(4)).wrong.is_none());
+    assert_eq!(loads(), before, "the others hold them whole");
 }
 
 /// Seeds of this run: as many as VDBLK_SEEDS says.
