@@ -184,6 +184,66 @@ fn info_tells_what_the_descriptor_says() {
     assert_eq!(info("vmdk-big-split-vbox.vmdk").variant, "split2g");
 }
 
+fn le(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
+/// ESX's sparse extents: one sector a grain, tables of 4096 entries, of which only those that are needed exist.
+#[test]
+fn extents_of_esx_are_read_and_never_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.vmdk");
+    let text = "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"vmfsSparse\"\n\
+        RW 5000 VMFSSPARSE \"c-delta.vmdk\"\nRDONLY 3 ZERO\nRW 2 FLAT \"c-flat.vmdk\" 1\n";
+    std::fs::write(&path, text).unwrap();
+    // header, directory at sector 4 with the second table alone, at sector 5, then data
+    let mut c = [b"COWD".to_vec(), le(&[1, 3, 5000, 1, 4, 2, 38])].concat();
+    c.resize(4 * 512, 0);
+    c.extend(le(&[0, 5]));
+    c.resize(5 * 512, 0);
+    c.extend(le(&[0, 37]));
+    c.resize(37 * 512, 0);
+    c.extend([7; 512]);
+    std::fs::write(dir.path().join("c-delta.vmdk"), &c).unwrap();
+    std::fs::write(dir.path().join("c-flat.vmdk"), [[1; 512], [2; 512], [3; 512]].concat()).unwrap();
+    let disk = open(&path).unwrap();
+    assert_eq!(disk.size_bytes(), 5005 * 512);
+    let mut expected = vec![0; 5005 * 512];
+    expected[4097 * 512..4098 * 512].fill(7);
+    expected[5003 * 512..5004 * 512].fill(2);
+    expected[5004 * 512..].fill(3);
+    assert_eq!(sha(&disk, whole(&disk)), hex(Sha256::digest(&expected)));
+    let opened = open_disk(&OpenDisk::new(&path)).unwrap();
+    let info = &opened.images[0].info;
+    assert_eq!(
+        (info.variant, info.block_size, info.version.as_deref()),
+        ("vmfs-sparse", Some(512), Some("COWD"))
+    );
+    let mut how = OpenDisk::new(&path);
+    how.options.read_only = false;
+    let e = open_disk(&how).unwrap_err().to_string();
+    assert!(e.contains("only read") && e.contains("--read-only"), "{e}");
+}
+
+/// Where an image names its own tables twice, or another's, writing one would change the other.
+#[test]
+fn a_file_belongs_to_an_image_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.vmdk");
+    std::fs::write(dir.path().join("a-flat.vmdk"), vec![5; 1024]).unwrap();
+    std::os::unix::fs::symlink("a-flat.vmdk", dir.path().join("b-flat.vmdk")).unwrap();
+    let of = |lines: &str| std::fs::write(&path, format!("# Disk DescriptorFile\n{lines}\n")).unwrap();
+    of("RW 1 FLAT \"a-flat.vmdk\" 0\nRW 1 FLAT \"a-flat.vmdk\" 1");
+    assert_eq!(open(&path).unwrap().size_bytes(), 1024, "two parts of one file");
+    for name in ["b-flat.vmdk", "a.vmdk"] {
+        of(&format!("RW 1 FLAT \"{name}\" 0"));
+        open(&path).unwrap_err();
+    }
+    of("RW 1 FLAT \"a-flat.vmdk\" 0\nRW 2 FLAT \"a-flat.vmdk\" 1");
+    let e = open(&path).unwrap_err().to_string();
+    assert!(e.contains("1024 bytes"), "{e}");
+}
+
 /// A parent that QEMU wrote to since has another content ID: its child would show something else.
 #[test]
 fn a_parent_with_another_content_id_is_refused() {

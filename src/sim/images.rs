@@ -25,11 +25,18 @@ pub enum Kind {
     Diff,
     /// The same with discards.
     DiffDiscard,
+    /// A sparse VMDK without a parent.
+    Vmdk,
+    /// A differencing VMDK over a VDI full of data.
+    VmdkDiff,
+    /// The same with a word for grains of zeros.
+    VmdkZeroed,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 4] = [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard];
+    pub const ALL: [Kind; 7] =
+        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Vmdk, Kind::VmdkDiff, Kind::VmdkZeroed];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -38,11 +45,14 @@ impl Kind {
             Kind::Vdi => "vdi",
             Kind::Diff => "diff",
             Kind::DiffDiscard => "diff+discard",
+            Kind::Vmdk => "vmdk",
+            Kind::VmdkDiff => "vmdk-diff",
+            Kind::VmdkZeroed => "vmdk-diff+zeroed",
         }
     }
 
-    fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard)
+    pub(super) fn has_parent(self) -> bool {
+        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VmdkDiff | Kind::VmdkZeroed)
     }
 
     /// What its user has decided.
@@ -52,7 +62,11 @@ impl Kind {
 
     /// The format of the image that is written.
     pub fn format(self) -> Format {
-        if self == Kind::Raw { Format::Raw } else { Format::Vdi }
+        match self {
+            Kind::Raw => Format::Raw,
+            Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
+            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
+        }
     }
 }
 
@@ -106,16 +120,20 @@ impl Host for SimHost {
 }
 
 /// A new image of one file.
-fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
+fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
+    let format = kind.format();
     let id = Uuid::from_u128(uuid);
     let parent = parent.map(Uuid::from_u128).map(|p| NewParent {
         info: ImageInfo { uuid: Some(p), modification_uuid: Some(p), ..ImageInfo::default() },
         path: Some("parent".into()),
     });
-    let option = match format {
-        Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
-        _ => None,
+    let option = |key: &str, value: &str| (key.to_string(), value.to_string());
+    let mut options = match format {
+        Format::Vdi => vec![option("AllocationBlockSize", &block.to_string())],
+        Format::Vmdk => vec![option("grain_size", &block.to_string())],
+        _ => Vec::new(),
     };
+    options.extend((kind == Kind::VmdkZeroed).then(|| option("zeroed_grain", "on")));
     let blueprint = format::blueprint(
         format,
         &NewImage {
@@ -127,7 +145,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
             parent,
             comment: None,
             geometry: None,
-            options: option.into_iter().collect(),
+            options,
         },
     );
     let [file] = blueprint.expect("a shape the format can have").files.try_into().expect("one file");
@@ -168,7 +186,7 @@ impl Images {
         let mut parent = None;
         for uuid in (1..).take(parents) {
             let own = Shape { kind: Kind::Vdi, size, block: 4096 << rng.below(4) };
-            let bytes = new_image(Format::Vdi, size, own.block, uuid, parent);
+            let bytes = new_image(Kind::Vdi, size, own.block, uuid, parent);
             let images = Images {
                 shape: own,
                 top: SimFile::new("parent.vdi", bytes),
@@ -179,7 +197,7 @@ impl Images {
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
-        let bytes = new_image(kind.format(), size, block, 100, parent);
+        let bytes = new_image(kind, size, block, 100, parent);
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
     }
 
@@ -203,9 +221,12 @@ impl Images {
     /// # Errors
     /// What the format says of the top image.
     pub fn open(&self, options: DiskOptions, marks: &Arc<AtomicU32>) -> Result<Arc<Disk>> {
-        let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
+        let format = self.shape.kind.format();
+        let open = || open_map(&self.top.bytes(), format, FileId(0), false);
+        let paged = self.forgets.is_some() && format == Format::Vmdk;
+        let map = if paged { format::vmdk::with_paged_tables(open)? } else { open()? };
         let mut layers = self.layers(map);
-        if let Some(seed) = self.forgets.filter(|_| self.shape.kind.format() == Format::Vdi) {
+        if let Some(seed) = self.forgets.filter(|_| format == Format::Vdi) {
             layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed)));
         }
         let chain = Chain::new(layers);
@@ -298,7 +319,7 @@ pub(super) fn copy_target(size: u64) -> Images {
     let shape = Shape { kind: Kind::Vdi, size, block: 8192 };
     Images {
         shape,
-        top: SimFile::new("copy.vdi", new_image(Format::Vdi, size, 8192, 3, None)),
+        top: SimFile::new("copy.vdi", new_image(Kind::Vdi, size, 8192, 3, None)),
         below: vec![],
         forgets: None,
     }

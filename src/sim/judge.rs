@@ -105,7 +105,7 @@ impl Judge {
             if images.view(&repaired).map_err(|e| e.to_string())? != seen {
                 return Err("a repair changed what the guest sees".into());
             }
-            if format == Format::Vdi {
+            if format != Format::Raw {
                 self.foreign(images, state, &seen)?;
             }
         }

@@ -210,8 +210,9 @@ impl ExtentLine {
             "NOACCESS" => Access::None,
             _ => return Ok(None),
         };
-        let wrong =
-            |what: &str| Err(Error::new(ErrorKind::Corrupt, format!("{what} in the extent line: {line}")));
+        let wrong = |what: &str| {
+            Err(Error::new(ErrorKind::Corrupt, format!("{what} in the extent line: {}", line.escape_debug())))
+        };
         let (sectors, rest) = split_word(rest);
         let Some(sectors) = sectors.parse::<u64>().ok().filter(|n| *n > 0 && *n <= 1 << 54) else {
             return wrong("no size");

@@ -2,7 +2,7 @@
 //! it). Little endian; sizes and places are in sectors.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES, MAX_TABLE_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
+use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -15,6 +15,8 @@ pub(super) const KDMV_BYTES: usize = 512;
 pub(super) const UNCLEAN_AT: usize = 72;
 /// A directory offset that says: look into the footer.
 const IN_FOOTER: u64 = u64::MAX;
+/// Largest directory: 2 TiB of COWD's smallest grains, 32 TiB of the usual ones.
+const MAX_DIRECTORY_BYTES: u64 = 4 << 20;
 /// Entries of a table of COWD.
 const COWD_ENTRIES: u32 = 4096;
 
@@ -219,7 +221,8 @@ impl SparseHeader {
         let inside = |at: HostOffset| {
             at.0 >= SECTOR_BYTES && at.checked_add(bytes).is_some_and(|end| end.0 <= file_bytes)
         };
-        if bytes > MAX_TABLE_BYTES || !inside(self.directory_at) || !self.redundant_at.is_none_or(inside) {
+        if bytes > MAX_DIRECTORY_BYTES || !inside(self.directory_at) || !self.redundant_at.is_none_or(inside)
+        {
             return Err(corrupt(format!(
                 "the directory of {bytes} bytes at byte {} lies behind the file's end at {file_bytes}",
                 self.directory_at.0

@@ -28,6 +28,8 @@ pub(super) struct Layout {
     pub(super) broken_copy: Option<String>,
     /// Sector ranges of header, descriptor, directories and tables, in order, neighbours joined.
     pub(super) metadata: Vec<(u64, u64)>,
+    /// The first place for grains: behind all that the header says is metadata, at a whole grain.
+    pub(super) data_at: HostOffset,
 }
 
 fn corrupt(what: impl Into<String>) -> Error {
@@ -78,7 +80,14 @@ impl Layout {
     pub(super) fn read(source: &dyn ByteSource, header: SparseHeader) -> Result<Self> {
         let directory = words(source, header.directory_at, header.tables())?;
         let redundant = header.redundant_at.map(|at| words(source, at, header.tables())).transpose()?;
-        let mut layout = Layout { header, directory, redundant, broken_copy: None, metadata: Vec::new() };
+        let mut layout = Layout {
+            header,
+            directory,
+            redundant,
+            broken_copy: None,
+            metadata: Vec::new(),
+            data_at: HostOffset(0),
+        };
         let own = layout.pieces(&layout.directory, "", source.len())?;
         layout.metadata = joined(own.clone())?;
         if let Some(copy) = &layout.redundant {
@@ -89,6 +98,9 @@ impl Layout {
                 Err(e) => (layout.redundant, layout.broken_copy) = (None, Some(e.to_string())),
             }
         }
+        let first = layout.metadata.first().map_or(0, |(_, end)| *end * SECTOR_BYTES);
+        let overhead = layout.header.overhead.0.min(source.len());
+        layout.data_at = HostOffset(overhead.max(first).next_multiple_of(layout.header.grain_bytes));
         Ok(layout)
     }
 
@@ -176,13 +188,6 @@ impl Layout {
         let next = self.metadata.partition_point(|(_, end)| *end <= from);
         at.0 + len <= file_bytes && self.metadata.get(next).is_none_or(|(start, _)| *start >= to)
     }
-
-    /// The first place for grains: behind all that the header says is metadata, at a whole grain.
-    pub(super) fn data_at(&self) -> HostOffset {
-        let h = &self.header;
-        let first = self.metadata.first().map_or(0, |(_, end)| *end * SECTOR_BYTES);
-        HostOffset(h.overhead.0.max(first).next_multiple_of(h.grain_bytes))
-    }
 }
 
 /// Sector ranges from pieces of metadata, in order, neighbours joined.
@@ -198,5 +203,10 @@ fn joined(mut pieces: Vec<(u64, u64)>) -> Result<Vec<(u64, u64)>> {
             _ => joined.push((from, from + len)),
         }
     }
-    Ok(joined)
+    match joined.last() {
+        Some((_, end)) if *end > 1 << 32 => {
+            Err(corrupt(format!("metadata up to sector {end}, behind all grains")))
+        }
+        _ => Ok(joined),
+    }
 }

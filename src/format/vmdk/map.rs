@@ -320,14 +320,15 @@ impl ImageMap for VmdkMap {
         self.sparse(part).ok_or(Failure::Corrupt)?.page_place(page)
     }
 
-    fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<bool, Failure> {
+    fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {
         let MetaKey::Page { table: MAIN, number } = key else { return Err(Failure::Corrupt) };
         let (part, page) = of_key(number);
         let s = self.sparse(part).ok_or(Failure::Corrupt)?;
         if bytes.len() != s.table.page_bytes() {
             return Err(Failure::Corrupt);
         }
-        Ok(s.table.insert(page, bytes))
+        s.table.insert(page, bytes);
+        Ok(())
     }
 
     fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {

@@ -1,11 +1,15 @@
 //! VMDK, VMware's disk image: a descriptor that lists extents, and the extents: sparse, flat or nothing but zeros.
 //! docs/formats/vmdk.md tells the facts and the orders of our writes.
 
+mod check;
+mod create;
 mod descriptor;
 mod header;
 mod layout;
 mod map;
 mod open;
+mod places;
+mod repair;
 mod sparse;
 mod table;
 mod text;
@@ -13,6 +17,8 @@ mod writer;
 
 pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
+#[cfg(any(test, feature = "sim"))]
+pub(crate) use sparse::with_paged_tables;
 
 use super::Driver;
 
@@ -20,9 +26,9 @@ use super::Driver;
 pub(super) const DRIVER: Driver = Driver {
     open: |files, how| Ok(Box::new(open::open(files, how)?)),
     references: Some(open::references),
-    check: None,
-    repair: None,
-    blueprint: None,
+    check: Some(check::check),
+    repair: Some(repair::repair),
+    blueprint: Some(create::blueprint),
     keeps_comment: true,
     keeps_geometry: true,
 };

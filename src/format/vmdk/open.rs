@@ -5,7 +5,7 @@ use super::descriptor::{Access, Descriptor, ExtentLine, Keep, MAX_BYTES};
 use super::header::{COWD, KDMV, SparseHeader};
 use super::layout::Layout;
 use super::map::{Body, Part, Session, VmdkMap};
-use super::sparse::{CACHE_BYTES, Sparse, WHOLE_BYTES, Wanted, layout_of};
+use super::sparse::{CACHE_BYTES, Sparse, Wanted, layout_of, whole_bytes};
 use super::text::Text;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
@@ -166,15 +166,11 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
     let placed = placed(&found, files)?;
     let is_base = !is_diff(&found.descriptor);
     let write = !how.read_only && !how.info_only;
-    if write {
-        let what = "writing to VMDKs is not supported yet";
-        return Err(Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or --overlay FILE"));
-    }
     let layouts =
         placed.iter().map(|p| layout(p).map_err(|e| of_extent(e, p))).collect::<Result<Vec<_>>>()?;
-    let mut budget = WHOLE_BYTES;
+    let mut budget = whole_bytes();
     let (mut parts, mut first_unit) = (Vec::new(), 0);
-    let large = layouts.iter().flatten().filter(|l| l.tables_bytes() > WHOLE_BYTES / 2).count() as u64;
+    let large = paged(&layouts, budget);
     for ((extent, p), layout) in (0u16..).zip(&placed).zip(layouts) {
         let grains = layout.as_ref().map_or(1, Layout::grains);
         let cache = layout.as_ref().and_then(|l| match budget.checked_sub(l.tables_bytes()) {
@@ -182,7 +178,7 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
                 budget = left;
                 None
             }
-            None => Some(CACHE_BYTES / large.max(1)),
+            None => Some(CACHE_BYTES / large),
         });
         let writable = p.line.access == Access::ReadWrite;
         let body = match (layout, p.file) {
@@ -207,6 +203,18 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
         session: Mutex::new(Session::default()),
         active: AtomicU32::new(u32::MAX),
     })
+}
+
+/// Extents of which the tables are not kept whole, at least one.
+fn paged(layouts: &[Option<Layout>], mut budget: u64) -> u64 {
+    let mut count = 0;
+    for l in layouts.iter().flatten() {
+        match budget.checked_sub(l.tables_bytes()) {
+            Some(left) => budget = left,
+            None => count += 1,
+        }
+    }
+    count.max(1)
 }
 
 /// The layout of a sparse extent; `None` for the other kinds.

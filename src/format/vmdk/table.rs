@@ -98,11 +98,10 @@ impl Table {
         }
     }
 
-    /// Takes a page in that was read. False if there is no place for it.
-    pub(super) fn insert(&self, page: u64, bytes: &[u8]) -> bool {
-        match &self.entries {
-            Entries::Whole(_) => true,
-            Entries::Pages(cache) => cache.insert(page, bytes),
+    /// Takes a page in that was read.
+    pub(super) fn insert(&self, page: u64, bytes: &[u8]) {
+        if let Entries::Pages(cache) = &self.entries {
+            cache.insert(page, bytes);
         }
     }
 

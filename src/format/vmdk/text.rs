@@ -33,7 +33,7 @@ pub(super) struct Text {
 }
 
 /// The content id that goes with a modification UUID; never one that says there is none.
-fn cid_of(modification: Uuid) -> u32 {
+pub(super) fn cid_of(modification: Uuid) -> u32 {
     let (high, _, _, last) = modification.as_fields();
     let [.., a, b, c, d] = *last;
     match high ^ u32::from_be_bytes([a, b, c, d]) {

@@ -5,17 +5,15 @@
 //! free only where a process was killed before their entries were written.
 
 use super::super::blocks::{Block, BlockFormat, BlockWriter, Steps};
-use super::layout::{Entry, Layout};
+use super::layout::Entry;
+use super::places::{Dense, end_of_used, sector_of, used_places};
 use super::sparse::{COPY, MAIN, MARK, Sparse, key_of, tables_of};
 use super::table::Entries;
 use crate::error::{Failure, Result};
 use crate::limits::{POOL_STEP_BYTES, SECTOR_BYTES};
-use crate::map::{
-    Bitmap, ByteSource, FileId, GuestRange, HostBlock, HostBlocks, HostOffset, MetaOp, Miss, Step,
-};
+use crate::map::{ByteSource, FileId, GuestRange, HostBlock, HostBlocks, HostOffset, MetaOp, Miss, Step};
 use smallvec::smallvec;
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Holes a clean close fills by moving grains into them: more than that is no trace of a killed process.
@@ -33,37 +31,6 @@ pub(super) struct Writer {
     grid: HostOffset,
     /// Pages of which the redundant copy differed when the image was opened.
     stale: BTreeSet<u64>,
-    /// Grains whose entry is in doubt: their pages stay in memory.
-    pinned: Mutex<BTreeSet<u64>>,
-}
-
-/// Which places of a file are in use, counted from `grid`.
-pub(super) fn used_places(layout: &Layout, grid: HostOffset, entries: impl Iterator<Item = u32>) -> Bitmap {
-    let size = layout.header.grain_bytes;
-    let mut used = Bitmap::new();
-    let mut mark = |from: u64, to: u64| {
-        let first = from.saturating_sub(grid.0) / size;
-        let end = to.saturating_sub(grid.0).div_ceil(size);
-        (first..end).filter_map(|p| u32::try_from(p).ok()).for_each(|p| {
-            used.insert(p);
-        });
-    };
-    for (from, to) in &layout.metadata {
-        if to * SECTOR_BYTES > grid.0 {
-            mark(from * SECTOR_BYTES, to * SECTOR_BYTES);
-        }
-    }
-    for value in entries {
-        if let Entry::At(at) = layout.entry(value) {
-            mark(at.0, at.0 + size);
-        }
-    }
-    used
-}
-
-/// One more than the highest place in use.
-fn end_of_used(used: &Bitmap) -> u32 {
-    used.last().map_or(0, |p| p + 1)
 }
 
 impl Writer {
@@ -75,10 +42,10 @@ impl Writer {
         let places = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let (grid, pool, stale) = match &s.table.entries {
             Entries::Whole(all) => {
-                let grid = s.layout.data_at();
+                let grid = s.layout.data_at;
                 let entries = || all.iter().map(|e| e.load(Ordering::Relaxed));
+                let named = s.allocated().unwrap_or_default();
                 let used = used_places(&s.layout, grid, entries());
-                let named = entries().filter(|e| matches!(s.layout.entry(*e), Entry::At(_))).count() as u64;
                 let end = end_of_used(&used);
                 let need = u64::from(end) + s.layout.grains().saturating_sub(named) + SPARE_PLACES;
                 let max = places(need.min(most(grid))).max(end);
@@ -98,7 +65,6 @@ impl Writer {
             wants_room: AtomicBool::new(false),
             grid,
             stale,
-            pinned: Mutex::default(),
         })
     }
 
@@ -142,49 +108,19 @@ impl Writer {
 
     /// Moves grains from the end of the file into its holes. Returns where the file ends then.
     fn fill_holes(&self, s: &Sparse, steps: &mut Steps) -> HostOffset {
-        let size = s.layout.header.grain_bytes;
         let Entries::Whole(all) = &s.table.entries else { return s.end_of(self.blocks.places_end()) };
         let entries = || all.iter().map(|e| e.load(Ordering::Acquire));
-        let mut used = used_places(&s.layout, self.grid, entries());
-        let end = end_of_used(&used);
-        let holes: Vec<u32> = (0..end).filter(|p| !used.contains(*p)).collect();
-        if holes.is_empty() || holes.len() as u64 * size > MAX_MOVES_BYTES {
-            return s.end_of(end);
+        let most = MAX_MOVES_BYTES / s.layout.header.grain_bytes;
+        let dense = Dense::plan(&s.layout, self.grid, &entries, most.max(1));
+        if !dense.moves.is_empty() {
+            let (file, len) = (s.file, s.layout.header.grain_bytes);
+            steps.extend(dense.moves.iter().map(|m| Step::Move { file, from: m.from, to: m.to, len }));
+            steps.push(Step::Sync { file });
+            dense.moves.iter().for_each(|m| steps.extend(s.set_entry(m.grain, sector_of(m.to))));
+            steps.push(Step::Sync { file });
         }
-        // from the end on; one that lies across two places cannot move into one
-        let mut movable: Vec<(u64, u64)> = (0..s.layout.grains())
-            .zip(entries())
-            .filter_map(|(grain, e)| match s.layout.entry(e) {
-                Entry::At(at) if at >= self.grid && (at.0 - self.grid.0).is_multiple_of(size) => {
-                    Some((at.0, grain))
-                }
-                _ => None,
-            })
-            .collect();
-        movable.sort_unstable();
-        let mut moves = Vec::new();
-        for (hole, (from, grain)) in holes.into_iter().zip(movable.into_iter().rev()) {
-            let to = s.data_of(HostBlock(hole));
-            if to.0 > from {
-                break;
-            }
-            steps.push(Step::Move { file: s.file, from: HostOffset(from), to, len: size });
-            used.insert(hole);
-            used.remove(u32::try_from((from - self.grid.0) / size).expect("places are 32-bit numbers"));
-            moves.push((grain, to));
-        }
-        if !moves.is_empty() {
-            steps.push(Step::Sync { file: s.file });
-            moves.iter().for_each(|(grain, to)| steps.extend(s.set_entry(*grain, sector_of(*to))));
-            steps.push(Step::Sync { file: s.file });
-        }
-        s.end_of(end_of_used(&used))
+        dense.end
     }
-}
-
-/// The number of the sector at a place, as entries say it.
-fn sector_of(at: HostOffset) -> u32 {
-    u32::try_from(at.0 / SECTOR_BYTES).expect("places are below 2^32 sectors")
 }
 
 /// Pages of the tables that their redundant copies do not equal.
@@ -257,7 +193,7 @@ impl BlockFormat for Sparse {
     }
 
     fn end_of(&self, places: u32) -> HostOffset {
-        let grid = self.writer.as_ref().map_or_else(|| self.layout.data_at(), |w| w.grid);
+        let grid = self.writer.as_ref().map_or_else(|| self.layout.data_at, |w| w.grid);
         grid.plus(u64::from(places) * self.layout.header.grain_bytes)
     }
 
@@ -276,17 +212,7 @@ impl BlockFormat for Sparse {
     }
 
     fn settled(&self, block: u64) {
-        let Some(w) = &self.writer else { return };
-        let mut pinned = w.pinned.lock().expect("pins lock");
-        // what is in doubt is written again at the close at the latest
-        if !w.blocks.doubts(block) {
-            self.table.unpin(block);
-            if pinned.remove(&block) {
-                self.table.unpin(block);
-            }
-        } else if !pinned.insert(block) {
-            self.table.unpin(block);
-        }
+        self.table.unpin(block);
     }
 
     fn announce(&self, _places: u32) -> Steps {

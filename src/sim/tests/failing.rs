@@ -2,6 +2,7 @@
 //! is forgotten, nothing hangs, the image opens afterwards, and what was flushed is there.
 
 use crate::error::Failure;
+use crate::format::Format;
 use crate::io::{IoKind, IoOp};
 use crate::map::{FileId, GuestOffset, GuestRange};
 use crate::sim::{
@@ -110,9 +111,14 @@ impl Case<'_> {
 
     /// The operation moves the guest's bytes: nobody else can answer for it.
     fn belongs_to_request(&self, op: &IoOp) -> bool {
-        let raw = self.disk.0.shape.kind == Kind::Raw;
+        let data = match self.disk.0.shape.kind.format() {
+            Format::Raw => 0,
+            // one table and its copy before grains of 4 KiB
+            Format::Vmdk => 16 << 10,
+            _ => DATA,
+        };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
-        moves && op.file.0 == 0 && (raw || op.off.0 >= DATA)
+        moves && op.file.0 == 0 && op.off.0 >= data
     }
 
     fn open_again(&self, images: &Images, mut w: World, cut: bool) {
@@ -179,6 +185,16 @@ fn every_operation_may_fail_raw() {
 #[test]
 fn every_operation_may_fail_vdi() {
     every_fault(Kind::Vdi);
+}
+
+#[test]
+fn every_operation_may_fail_vmdk() {
+    every_fault(Kind::Vmdk);
+}
+
+#[test]
+fn every_operation_may_fail_vmdk_diff() {
+    every_fault(Kind::VmdkZeroed);
 }
 
 #[test]

@@ -40,6 +40,21 @@ fn powercut_in_small_workloads_diff_discard() {
     workloads(Kind::DiffDiscard);
 }
 
+#[test]
+fn powercut_in_small_workloads_vmdk() {
+    workloads(Kind::Vmdk);
+}
+
+#[test]
+fn powercut_in_small_workloads_vmdk_diff() {
+    workloads(Kind::VmdkDiff);
+}
+
+#[test]
+fn powercut_in_small_workloads_vmdk_zeroed() {
+    workloads(Kind::VmdkZeroed);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -76,6 +91,21 @@ fn powercut_after_kills_diff() {
 #[test]
 fn powercut_after_kills_diff_discard() {
     killed(Kind::DiffDiscard);
+}
+
+#[test]
+fn powercut_after_kills_vmdk() {
+    killed(Kind::Vmdk);
+}
+
+#[test]
+fn powercut_after_kills_vmdk_diff() {
+    killed(Kind::VmdkDiff);
+}
+
+#[test]
+fn powercut_after_kills_vmdk_zeroed() {
+    killed(Kind::VmdkZeroed);
 }
 
 #[test]
