@@ -68,6 +68,9 @@ pub const MAX_ORPHAN_LOOK_BYTES: u64 = 1 << 30;
 /// Bytes a repair copies for blocks that share their places, if that is more than the file has: a table of 1 MiB can
 /// name one place a quarter of a million times.
 pub const MAX_SEPARATED_BYTES: u64 = 64 << 20;
+/// Bytes a repair lengthens a file by at a time, and zeros it writes at most where the file system cannot allocate: four of
+/// the largest blocks.
+pub const MAX_ZEROS_BYTES: u64 = 1 << 30;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.

@@ -7,6 +7,7 @@ use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
+use crate::probe::paging::with_paged_tables;
 use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
@@ -224,10 +225,10 @@ impl Images {
         let format = self.shape.kind.format();
         let open = || open_map(&self.top.bytes(), format, FileId(0), false);
         let paged = self.forgets.is_some() && format == Format::Vmdk;
-        let map = if paged { format::vmdk::with_paged_tables(open)? } else { open()? };
+        let map = if paged { with_paged_tables(open)? } else { open()? };
         let mut layers = self.layers(map);
         if let Some(seed) = self.forgets.filter(|_| format == Format::Vdi) {
-            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed)));
+            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed, marks)));
         }
         let chain = Chain::new(layers);
         let files = self.files().into_iter().map(|f| f as Arc<dyn HostFile>).collect();

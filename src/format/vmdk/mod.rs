@@ -17,8 +17,6 @@ mod writer;
 
 pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
-#[cfg(any(test, feature = "sim"))]
-pub(crate) use sparse::with_paged_tables;
 
 use super::Driver;
 

@@ -9,31 +9,14 @@ use crate::limits::SECTOR_BYTES;
 use crate::map::{
     ByteSource, FileId, GuestOffset, GuestRange, HostOffset, MetaKey, MetaOp, Miss, PageCache, PagePlace,
 };
+use crate::probe::paging::are_all_paged;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Tables of an image up to this size together are kept whole and verified when it is opened.
 const WHOLE_BYTES: u64 = 16 << 20;
-#[cfg(any(test, feature = "sim"))]
-thread_local! {
-    static NOTHING_WHOLE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
-}
-
-/// Images that are opened in `f`, on this thread, keep no table whole, however small it is: for the simulator.
-#[cfg(any(test, feature = "sim"))]
-pub(crate) fn with_paged_tables<T>(f: impl FnOnce() -> T) -> T {
-    NOTHING_WHOLE.set(true);
-    let done = f();
-    NOTHING_WHOLE.set(false);
-    done
-}
-
 /// Bytes of tables that are kept whole.
 pub(super) fn whole_bytes() -> u64 {
-    #[cfg(any(test, feature = "sim"))]
-    if NOTHING_WHOLE.get() {
-        return 0;
-    }
-    WHOLE_BYTES
+    if are_all_paged() { 0 } else { WHOLE_BYTES }
 }
 
 /// Pages kept of all other tables of an image.
