@@ -25,11 +25,16 @@ pub enum Kind {
     Diff,
     /// The same with discards.
     DiffDiscard,
+    /// A QCOW2 without a parent, of the smallest clusters and the widest refcounts: its tables grow all the time.
+    Qcow2,
+    /// A QCOW2 over a parent full of data; with subclusters where its clusters are large enough.
+    Qcow2Diff,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 4] = [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard];
+    pub const ALL: [Kind; 6] =
+        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Qcow2, Kind::Qcow2Diff];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -38,11 +43,13 @@ impl Kind {
             Kind::Vdi => "vdi",
             Kind::Diff => "diff",
             Kind::DiffDiscard => "diff+discard",
+            Kind::Qcow2 => "qcow2",
+            Kind::Qcow2Diff => "qcow2+diff",
         }
     }
 
     fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard)
+        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::Qcow2Diff)
     }
 
     /// What its user has decided.
@@ -52,7 +59,11 @@ impl Kind {
 
     /// The format of the image that is written.
     pub fn format(self) -> Format {
-        if self == Kind::Raw { Format::Raw } else { Format::Vdi }
+        match self {
+            Kind::Raw => Format::Raw,
+            Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
+            Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
+        }
     }
 }
 
@@ -112,22 +123,30 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
         info: ImageInfo { uuid: Some(p), modification_uuid: Some(p), ..ImageInfo::default() },
         path: Some("parent".into()),
     });
-    let option = match format {
-        Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
-        _ => None,
+    let options = match format {
+        Format::Vdi => vec![("AllocationBlockSize", block.to_string())],
+        Format::Qcow2 if parent.is_none() => {
+            vec![("cluster_size", "512".into()), ("refcount_bits", "64".into())]
+        }
+        Format::Qcow2 => {
+            let extended = if block >= 16 << 10 { "on" } else { "off" };
+            vec![("cluster_size", block.to_string()), ("extended_l2", extended.into())]
+        }
+        _ => Vec::new(),
     };
+    let options = options.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
     let blueprint = format::blueprint(
         format,
         &NewImage {
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (format != Format::Raw).then_some(id),
+            uuid: (format == Format::Vdi).then_some(id),
             modification: id,
             parent,
             comment: None,
             geometry: None,
-            options: option.into_iter().collect(),
+            options,
         },
     );
     let [file] = blueprint.expect("a shape the format can have").files.try_into().expect("one file");

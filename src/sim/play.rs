@@ -154,11 +154,14 @@ struct Game {
     trace: Trace,
     judge: Option<Judge>,
     out: Played,
+    /// A process has ended without a clean close.
+    untidy: bool,
 }
 
 /// Plays a seed to its end, or to the first thing that is not as promised.
 pub fn play(how: &Play) -> Played {
     let mut rng = Rng(how.seed);
+    // The first four: seeds that once mattered stay what they are.
     let kind = how.kind.unwrap_or(Kind::ALL[rng.index(4)]);
     // Now and then blocks of the usual size: the files are sparse.
     let large = how.jobs && rng.chance(4);
@@ -167,7 +170,7 @@ pub fn play(how: &Play) -> Played {
     let parents = if rng.chance(25) { 1 + rng.index(4) } else { 1 };
     let shape = Shape { kind, size, block };
     let (mut images, past) = match kind {
-        Kind::Diff | Kind::DiffDiscard => Images::with_parents(shape, parents, &mut rng),
+        Kind::Diff | Kind::DiffDiscard | Kind::Qcow2Diff => Images::with_parents(shape, parents, &mut rng),
         _ => Images::new(shape, &mut rng),
     };
     images.forgets = (how.seed % 4 == 3).then_some(how.seed);
@@ -180,8 +183,17 @@ pub fn play(how: &Play) -> Played {
     judge.most_states = how.most_states;
     let out = Played { wrong: None, ..Played::failed(how.seed, String::new()) };
     let trace = Trace::printing(how.trace);
-    let mut game =
-        Game { beneath, how: *how, images, rng, faults: Faults::default(), trace, judge: Some(judge), out };
+    let mut game = Game {
+        beneath,
+        how: *how,
+        images,
+        rng,
+        faults: Faults::default(),
+        trace,
+        judge: Some(judge),
+        out,
+        untidy: false,
+    };
     let mut next = Some((Left::new(past), true));
     while let Some((left, cut)) = next.take() {
         if game.out.wrong.is_none() && game.out.requests < how.requests {
@@ -340,6 +352,8 @@ impl Game {
         w.kill();
         if closed && !cut && w.failures.is_empty() {
             self.check_clean(&mut w);
+        } else {
+            self.untidy = true;
         }
         self.judge = w.judge.take();
         self.out.requests += w.posted;
@@ -379,10 +393,16 @@ impl Game {
         self.images.top.restart_with(state);
     }
 
+    fn keeps_leaks(&self) -> bool {
+        self.images.shape.kind.format() == Format::Qcow2
+    }
+
     fn check_clean(&self, w: &mut World) {
         match check(self.images.shape.kind.format(), &self.images.top.bytes()) {
             Ok(None) => {}
             Ok(Some(report)) if report.is_clean() => {}
+            // What a process that died has prepared stays counted where refcounts are believed: a repair finds it.
+            Ok(Some(report)) if report.corruptions == 0 && self.untidy && self.keeps_leaks() => {}
             other => {
                 w.wrong.get_or_insert(format!("not clean after a close: {other:?}"));
             }

@@ -78,7 +78,7 @@ fn look_up(layer: &Layer<'_>, range: GuestRange, list: &mut ExtentList) {
         let place = layer.map.page_place(key).expect("a page of the image");
         let mut page = vec![0; place.len];
         layer.bytes.read_at(place.off, &mut page).expect("a page inside the file");
-        assert!(layer.map.page_read(key, &page).expect("a sound page"), "nothing is pinned");
+        layer.map.page_read(key, &page).expect("a sound page");
     }
 }
 

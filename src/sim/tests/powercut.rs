@@ -40,6 +40,16 @@ fn powercut_in_small_workloads_diff_discard() {
     workloads(Kind::DiffDiscard);
 }
 
+#[test]
+fn powercut_in_small_workloads_qcow2() {
+    workloads(Kind::Qcow2);
+}
+
+#[test]
+fn powercut_in_small_workloads_qcow2_diff() {
+    workloads(Kind::Qcow2Diff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -76,6 +86,16 @@ fn powercut_after_kills_diff() {
 #[test]
 fn powercut_after_kills_diff_discard() {
     killed(Kind::DiffDiscard);
+}
+
+#[test]
+fn powercut_after_kills_qcow2() {
+    killed(Kind::Qcow2);
+}
+
+#[test]
+fn powercut_after_kills_qcow2_diff() {
+    killed(Kind::Qcow2Diff);
 }
 
 #[test]
