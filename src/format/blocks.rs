@@ -8,7 +8,7 @@ use crate::map::{
     FileId, GuestRange, HostBlock, HostBlocks, HostOffset, Miss, Plan, PlanToken, Settled, Step, Taken,
 };
 use crate::probe::sabotage::{Sabotage, is_broken};
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +69,21 @@ pub(super) trait BlockFormat {
     /// The plan with the steps of one [`Self::change`] of this block has ended, and what it needed in memory may go. While the entry
     /// is in doubt (its write failed) one such call is owed: memory alone knows what it should be.
     fn settled(&self, _block: u64) {}
+
+    /// A place that the format's own entry names for the block although nothing is there: it takes the block's data.
+    fn reserved_for(&self, _block: u64) -> Option<HostOffset> {
+        None
+    }
+
+    /// The place is one of the format's own tables, and no block's.
+    fn is_table(&self, _place: HostBlock) -> bool {
+        false
+    }
+
+    /// Fewest places that an extension now is of use with: where tables grow along with the file, they are among them.
+    fn least_extension(&self) -> u32 {
+        1
+    }
 
     /// What has to be durable, besides the file's length, before places below `places` are used.
     fn announce(&self, places: u32) -> Steps;
@@ -143,6 +158,8 @@ pub(super) struct Rest {
     pub(super) doubtful: BTreeSet<u64>,
     /// The file may be longer than its places need.
     pub(super) stretched: bool,
+    /// Places kept for their blocks, which may name them or not.
+    pub(super) kept: HashMap<u64, HostOffset>,
 }
 
 impl BlockWriter {
@@ -158,13 +175,18 @@ impl BlockWriter {
         self.fixed
     }
 
+    /// The places that no block has, at the close.
+    pub(super) fn take_unused(&self) -> Vec<u32> {
+        self.places.take_unused()
+    }
+
     /// Places the file has, free ones included.
     pub(super) fn places_end(&self) -> u32 {
         self.places.end()
     }
 
     /// Fails before [`Self::begin`] and after [`Self::finish`]: what is on disk is not ready for changes then.
-    fn must_be_changing(&self) -> Result<(), Miss> {
+    pub(super) fn must_be_changing(&self) -> Result<(), Miss> {
         match self.state().phase {
             Phase::Changing => Ok(()),
             Phase::Untouched | Phase::Ended => Err(Miss::Fail(Failure::ReadOnly)),
@@ -187,15 +209,16 @@ impl BlockWriter {
         let into = part.start().since(unit.start());
         if let now @ Block::At(at) = f.block(block)? {
             if f.is_partly(block)? {
-                return self.plan_completion(f, block, at);
+                let whole = Step::Block { block: unit, file, to: at, len: f.block_bytes(), clean: false };
+                return self.plan_completion(f, block, at, smallvec![whole]);
             }
             return self.plan_in_place(f, block, now, Step::Guest { part, file, to: at.plus(into) });
         }
-        let own = self.state().kept.get(&block).copied();
+        let own = self.state().kept.get(&block).copied().or_else(|| f.reserved_for(block));
         let (at, place, clean) = match own {
             Some(at) => (at, None, false),
             None => {
-                let Taken { block: place, clean } = self.take(beneath_zero)?;
+                let Taken { block: place, clean } = self.take(f, beneath_zero)?;
                 (f.data_of(place), Some(place), clean)
             }
         };
@@ -228,15 +251,6 @@ impl BlockWriter {
         Ok(Plan { token, ..Plan::of(steps) })
     }
 
-    /// The block has its place, but not all of it is there: what is missing is copied from what shows through.
-    fn plan_completion(&self, f: &dyn BlockFormat, block: u64, at: HostOffset) -> Result<Plan, Miss> {
-        let (file, unit) = (f.file(), f.unit(block));
-        let whole = Step::Block { block: unit, file, to: at, len: f.block_bytes(), clean: false };
-        let said = f.change(block, Block::At(at))?;
-        let token = Some(self.pend(Pending::Entry { block, drops: None }));
-        Ok(Plan { token, ..Plan::of([whole, Step::Sync { file }].into_iter().chain(said)) })
-    }
-
     /// The whole block as zeros, without a place. A place it had is kept for it until the close: only there is it certain
     /// that no request still maps to it and that the drop is durable (rule O2). In a fixed image every block keeps
     /// its place: zeros are written there.
@@ -255,8 +269,8 @@ impl BlockWriter {
 
     /// A place for a block. Where zeros are beneath, a clean one saves a sync and the rest of the block, so room
     /// is asked for rather than a hole filled.
-    fn take(&self, beneath_zero: bool) -> Result<Taken, Miss> {
-        if beneath_zero && let Some(block) = self.places.take_clean() {
+    pub(super) fn take(&self, f: &dyn BlockFormat, beneath_zero: bool) -> Result<Taken, Miss> {
+        if beneath_zero && let Some(block) = self.take_clean(f) {
             return Ok(Taken { block, clean: true });
         }
         let (refused, grows_clean) = {
@@ -267,13 +281,40 @@ impl BlockWriter {
         if beneath_zero && may_grow && grows_clean {
             return Err(Miss::NeedsRoom);
         }
-        if let Some(taken) = self.places.take_any() {
-            return Ok(taken);
+        while let Some(taken) = self.places.take_any() {
+            if !f.is_table(taken.block) {
+                return Ok(taken);
+            }
         }
         if may_grow {
             return Err(Miss::NeedsRoom);
         }
         Err(Miss::Fail(refused.unwrap_or(Failure::Os(libc::ENOSPC))))
+    }
+
+    fn take_clean(&self, f: &dyn BlockFormat) -> Option<HostBlock> {
+        loop {
+            let block = self.places.take_clean()?;
+            if !f.is_table(block) {
+                return Some(block);
+            }
+        }
+    }
+
+    /// The block has its place, but not all of it is there: `missing` writes that, from what shows through, and what of the request
+    /// goes to the parts that are.
+    pub(super) fn plan_completion(
+        &self,
+        f: &dyn BlockFormat,
+        block: u64,
+        at: HostOffset,
+        missing: Steps,
+    ) -> Result<Plan, Miss> {
+        self.must_be_changing()?;
+        let entry = f.change(block, Block::At(at))?;
+        let sync = Step::Sync { file: f.file() };
+        let token = Some(self.pend(Pending::Entry { block, drops: None }));
+        Ok(Plan { token, ..Plan::of(missing.into_iter().chain([sync]).chain(entry)) })
     }
 
     fn pend(&self, what: Pending) -> PlanToken {
@@ -291,6 +332,7 @@ impl BlockWriter {
         if !urgent && self.state().grows_unclean {
             return None; // nothing is gained ahead of need, and the file would run up to the end of the disk
         }
+        self.places.extend_by_at_least(f.least_extension());
         let (from, to) = self.places.begin_extension(urgent)?;
         let file = f.file();
         let mut steps = f.announce(to);
@@ -395,7 +437,11 @@ impl BlockWriter {
     pub(super) fn finish(&self) -> Option<Rest> {
         let mut s = self.state();
         let phase = std::mem::replace(&mut s.phase, Phase::Ended);
-        let rest = Rest { doubtful: std::mem::take(&mut s.doubtful), stretched: s.stretched };
+        let rest = Rest {
+            doubtful: std::mem::take(&mut s.doubtful),
+            stretched: s.stretched,
+            kept: std::mem::take(&mut s.kept),
+        };
         (phase == Phase::Changing).then_some(rest)
     }
 }

@@ -42,6 +42,8 @@ struct State {
     /// Extension under way, up to this number.
     extending: Option<u32>,
     step: u32,
+    /// An extension by fewer places is of no use.
+    least: u32,
 }
 
 impl HostBlocks {
@@ -57,6 +59,7 @@ impl HostBlocks {
             end,
             extending: None,
             step: step_max.clamp(1, 4),
+            least: 1,
         };
         HostBlocks { state: Mutex::new(state), max, step_max: step_max.max(1) }
     }
@@ -97,13 +100,20 @@ impl HostBlocks {
         self.lock().leaked.insert(block.0);
     }
 
+    /// From now on an extension has at least so many places: some of them are for the tables that go with it.
+    pub fn extend_by_at_least(&self, places: u32) {
+        let mut s = self.lock();
+        s.least = places.max(1);
+        s.step = s.step.max(s.least);
+    }
+
     /// The next extension, as places from .. to, if more are wanted (`urgent`: although some may be left) and
     /// none is under way. At most one runs; [`Self::extended`] ends it.
     pub fn begin_extension(&self, urgent: bool) -> Option<(u32, u32)> {
         let mut s = self.lock();
         // Places prepared and not used are lost to other programs if we are killed: they append behind them, and a table
         // of `max` entries knows no place from there on. So never more than a part of what is left.
-        let step = s.step.min(((self.max - s.end) / 8).max(1));
+        let step = s.step.min(((self.max - s.end) / 8).max(s.least)).min(self.max - s.end);
         let enough = u32::try_from(s.clean.len()).unwrap_or(u32::MAX) > step / 4;
         if s.extending.is_some() || s.end >= self.max || (enough && !urgent) {
             return None;
@@ -129,7 +139,7 @@ impl HostBlocks {
                 }
                 s.step = s.step.saturating_mul(2).min(self.step_max);
             }
-            None => s.step = (s.step / 2).max(1),
+            None => s.step = (s.step / 2).max(s.least),
         }
     }
 
@@ -150,9 +160,23 @@ impl HostBlocks {
         s.end < self.max
     }
 
-    /// Size of the next extension is down to one place: a failure now is the final word.
+    /// Size of the next extension is down to the smallest: a failure now is the final word.
     pub fn is_at_smallest_step(&self) -> bool {
-        self.lock().step == 1
+        let s = self.lock();
+        s.step <= s.least
+    }
+
+    /// The places that nothing uses, in order: free ones, and those that a failed write may name. None is left to be
+    /// taken afterwards.
+    pub fn take_unused(&self) -> Vec<u32> {
+        let mut s = self.lock();
+        let mut all: Vec<_> = s.clean.iter().chain(&s.leaked).copied().collect();
+        while let Some(n) = s.unclean.pop_first() {
+            all.push(n);
+        }
+        s.clean.clear();
+        all.sort_unstable();
+        all
     }
 
     /// Number behind the last place the file has, free ones included.

@@ -200,8 +200,13 @@ pub trait ImageMap: Send + Sync + Debug {
     /// Nothing may be changed, not even in place, until it is done and settled.
     fn begin(&self, modification: Uuid) -> Plan;
 
-    /// At a clean close, with nothing in flight: everything derived exact, the file without slack. Empty where
-    /// nothing was changed. The last call but for reading: no change is planned afterwards.
+    /// A page that [`Self::end`] has to see next. Asked before each call of it, until there is none.
+    fn end_needs(&self) -> Option<MetaKey> {
+        None
+    }
+
+    /// At a clean close, with nothing in flight: everything derived exact, the file without slack. Called again when that plan
+    /// is done, until one is empty; empty from the first where nothing was changed. No change is planned afterwards.
     fn end(&self) -> Plan;
 
     /// The image's file has `file_bytes` bytes now; where that alone makes the disk larger, it is from here on, and its

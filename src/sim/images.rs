@@ -42,11 +42,15 @@ pub enum Kind {
     VmdkDiff,
     /// The same with a word for grains of zeros.
     VmdkZeroed,
+    /// A QCOW2 without a parent, of the smallest clusters and the widest refcounts: its tables grow all the time.
+    Qcow2,
+    /// A QCOW2 over a parent full of data; with subclusters where its clusters are large enough.
+    Qcow2Diff,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 13] = [
         Kind::Raw,
         Kind::Vdi,
         Kind::Diff,
@@ -58,6 +62,8 @@ impl Kind {
         Kind::Vmdk,
         Kind::VmdkDiff,
         Kind::VmdkZeroed,
+        Kind::Qcow2,
+        Kind::Qcow2Diff,
     ];
 
     /// Its name.
@@ -74,6 +80,8 @@ impl Kind {
             Kind::Vmdk => "vmdk",
             Kind::VmdkDiff => "vmdk-diff",
             Kind::VmdkZeroed => "vmdk-diff+zeroed",
+            Kind::Qcow2 => "qcow2",
+            Kind::Qcow2Diff => "qcow2-diff",
         }
     }
 
@@ -87,6 +95,7 @@ impl Kind {
                 | Kind::ParallelsDiff
                 | Kind::VmdkDiff
                 | Kind::VmdkZeroed
+                | Kind::Qcow2Diff
         )
     }
 
@@ -114,6 +123,7 @@ impl Kind {
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
+            Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
         }
     }
 }
@@ -181,6 +191,13 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
         Format::Vhd => vec![option("block_size", &block.to_string())],
         Format::Parallels => vec![option("cluster_size", &block.to_string())],
         Format::Vmdk => vec![option("grain_size", &block.to_string())],
+        Format::Qcow2 if parent.is_none() => {
+            vec![option("cluster_size", "512"), option("refcount_bits", "64")]
+        }
+        Format::Qcow2 => {
+            let extended = if block >= 16 << 10 { "on" } else { "off" };
+            vec![option("cluster_size", &block.to_string()), option("extended_l2", extended)]
+        }
         _ => Vec::new(),
     };
     options.extend((kind == Kind::VmdkZeroed).then(|| option("zeroed_grain", "on")));
@@ -190,7 +207,7 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (!matches!(format, Format::Raw | Format::Parallels)).then_some(id),
+            uuid: (!matches!(format, Format::Raw | Format::Parallels | Format::Qcow2)).then_some(id),
             modification: id,
             parent,
             comment: None,

@@ -200,13 +200,7 @@ impl Channel {
                 .hint("check the disk, restart the machine, then run vdimg check"));
         }
         if self.disk.start.is_done() && self.disk.may_write().is_ok() {
-            let plan = self.disk.chain.top().map.end();
-            self.end_outcome = None;
-            self.run_internal(Job::End, plan);
-            self.settle_down()?;
-            let path = self.disk.files[0].file.path();
-            let ended = self.end_outcome.take().unwrap_or(Ok(()));
-            ended.map_err(|f| Error::from(f).at(path).hint("vdimg check tells what state it is in"))?;
+            self.run_ends()?;
         }
         if sync {
             for id in self.disk.file_ids() {
@@ -220,6 +214,26 @@ impl Channel {
             }
         }
         Ok(())
+    }
+
+    /// What the top image has left to do, one plan after the other.
+    fn run_ends(&mut self) -> Result<()> {
+        loop {
+            let top = self.disk.chain.top().clone();
+            while let Some(key) = top.map.end_needs() {
+                self.disk.load_page(top.number, key)?;
+            }
+            let plan = top.map.end();
+            if plan.steps.is_empty() {
+                return Ok(());
+            }
+            self.end_outcome = None;
+            self.run_internal(Job::End, plan);
+            self.settle_down()?;
+            let path = self.disk.files[0].file.path();
+            let ended = self.end_outcome.take().unwrap_or(Ok(()));
+            ended.map_err(|f| Error::from(f).at(path).hint("vdimg check tells what state it is in"))?;
+        }
     }
 
     /// Waits until nothing is in flight: no request may be, and what prepares blocks ahead of need ends by itself.

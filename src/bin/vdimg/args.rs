@@ -90,7 +90,7 @@ pub(crate) struct Parents {
 /// An existing image.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// Format of the image: raw, vdi, vmdk, vhd or parallels [default: what extension and contents agree on; the extension .raw says raw].
+    /// Format of the image: raw, vdi, vmdk, vhd, qcow2 or parallels [default: what extension and contents agree on; the extension .raw says raw].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
@@ -160,7 +160,7 @@ pub(crate) struct Info {
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// Format of the new image: raw, vdi, vmdk, vhd or parallels.
+    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2 or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Format,
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
@@ -176,7 +176,8 @@ pub(crate) struct Create {
     #[arg(long)]
     pub(crate) comment: Option<String>,
     /// An option of the format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
-    /// [default: 1M].
+    /// [default: 1M]; qcow2: cluster_size=SIZE, from 512 to 2M [default: 64k], compat=0.10 or 1.1, extended_l2=on or off,
+    /// refcount_bits=BITS.
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]
@@ -191,14 +192,15 @@ pub(crate) struct Create {
 pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) image: Image,
-    /// Format of the new image: raw, vdi, vmdk, vhd or parallels.
+    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2 or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
     /// An option of the new image's format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
-    /// [default: 1M].
+    /// [default: 1M]; qcow2: cluster_size=SIZE, from 512 to 2M [default: 64k], compat=0.10 or 1.1, extended_l2=on or off,
+    /// refcount_bits=BITS.
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]

@@ -256,7 +256,8 @@ impl ImageMap for ParallelsMap {
 
     /// What is in doubt is written again, the file is cut behind the last block, and the mark is taken off.
     fn end(&self) -> Plan {
-        let Some(Rest { doubtful, stretched }) = self.writer.as_ref().and_then(BlockWriter::finish) else {
+        let Some(Rest { doubtful, stretched, .. }) = self.writer.as_ref().and_then(BlockWriter::finish)
+        else {
             return Plan::default();
         };
         let (file, layout) = (self.file, &self.layout);

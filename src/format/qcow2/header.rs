@@ -1,22 +1,26 @@
 //! The header of a QCOW2, versions 2 and 3, and its extensions. Big endian; offsets in docs/formats/qcow2.md. What we do
 //! not know in them survives: only the fields we change are patched.
 
-use super::super::bytes::{be32, be64};
+use super::super::bytes::{be32, be64, put_be32, put_be64};
 use super::layout::Layout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset};
 
 /// The first eight bytes but for the version.
-const MAGIC: u32 = 0x5146_49fb;
+pub(super) const MAGIC: u32 = 0x5146_49fb;
 /// Bytes of version 2's header.
 pub(super) const V2_BYTES: usize = 72;
 /// Bytes of version 3's header without optional fields.
 pub(super) const V3_BYTES: usize = 104;
+/// Bytes of version 3's header with the compression type, as QEMU writes it.
+pub(super) const V3_LONG_BYTES: usize = 112;
 /// Bytes of the header that are ever changed: a sector, which is written whole or not at all.
 const PATCHED_BYTES: usize = 512;
 /// Largest first-level table: QEMU's limit.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
+/// Largest refcount table: QEMU's limit.
+pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Longest name of a backing file.
 pub(super) const MAX_NAME_BYTES: u32 = 1023;
 /// Extensions looked at.
@@ -136,6 +140,11 @@ impl Header {
         self.u32(56)
     }
 
+    pub(super) fn set_refcount_table(&mut self, at: u64, clusters: u32) {
+        put_be64(&mut self.raw, 48, at);
+        put_be32(&mut self.raw, 56, clusters);
+    }
+
     pub(super) fn snapshots(&self) -> u32 {
         self.u32(60)
     }
@@ -148,8 +157,23 @@ impl Header {
         if self.is_v3() { self.u64(72) } else { 0 }
     }
 
+    pub(super) fn set_incompatible(&mut self, bits: u64) {
+        put_be64(&mut self.raw, 72, bits);
+    }
+
     pub(super) fn has(&self, feature: u64) -> bool {
         self.incompatible() & feature != 0
+    }
+
+    /// What other programs have added and want void once somebody else has changed something.
+    pub(super) fn clear_autoclear(&mut self) {
+        if self.is_v3() {
+            put_be64(&mut self.raw, 88, 0);
+        }
+    }
+
+    pub(super) fn autoclear(&self) -> u64 {
+        if self.is_v3() { self.u64(88) } else { 0 }
     }
 
     /// log2 of the bits of a refcount.
@@ -164,6 +188,11 @@ impl Header {
     /// 0: deflate, 1: Zstandard.
     pub(super) fn compression(&self) -> u8 {
         if self.header_bytes() as usize > V3_BYTES { self.raw.get(V3_BYTES).copied().unwrap_or(0) } else { 0 }
+    }
+
+    /// The first sector, to be written at the file's start.
+    pub(super) fn write_to(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.raw);
     }
 
     fn check_sizes(&self) -> Result<()> {

@@ -132,6 +132,11 @@ impl Layout {
         self.cluster_bytes().min(META_PAGE_BYTES)
     }
 
+    /// Clusters whose refcounts are in one refcount block.
+    pub(super) fn refcounts_per_block(&self) -> u64 {
+        (self.cluster_bytes() * 8) >> self.refcount_order
+    }
+
     /// The guest range of a cluster, clipped to the disk (empty for clusters wholly behind its end).
     pub(super) fn unit(&self, block: u64) -> GuestRange {
         let start = block.saturating_mul(self.cluster_bytes()).min(self.disk_bytes);
@@ -142,6 +147,11 @@ impl Layout {
     /// The cluster around `at`; behind the last one for an offset behind the disk.
     pub(super) fn block_at(&self, at: GuestOffset) -> u64 {
         (at.0 >> self.cluster_bits).min(self.blocks())
+    }
+
+    /// Clusters of the file, a cut one at its end included.
+    pub(super) fn file_clusters(&self) -> u64 {
+        self.file_bytes.div_ceil(self.cluster_bytes())
     }
 
     /// A table of `bytes` bytes at `at` begins at a cluster and lies inside the file, behind the header.
@@ -202,6 +212,17 @@ impl Layout {
             (Some(place), Subclusters { here: u32::MAX, .. }) => Cluster::Data(place),
             (Some(place), sub) => Cluster::Partly(place, sub),
         })
+    }
+
+    /// Where what an entry names ends in the file.
+    pub(super) fn end_of(&self, cluster: Cluster) -> u64 {
+        match cluster {
+            Cluster::Data(p) | Cluster::Partly(p, _) | Cluster::Zero(Some(p)) => {
+                p.at.0 + self.cluster_bytes()
+            }
+            Cluster::Packed { at, len } => at.0 + u64::from(len),
+            Cluster::Free | Cluster::Unplaced(_) | Cluster::Zero(None) => 0,
+        }
     }
 
     fn packed(&self, entry: u64) -> std::result::Result<Cluster, Failure> {

@@ -1,9 +1,11 @@
 //! A QCOW2 that is open: look-ups in the first-level table, which is kept whole, and in pages of second-level ones.
 
 use super::super::OpenHow;
+use super::super::bytes::put_be64;
 use super::header::Header;
 use super::layout::{COPIED, Cluster, Layout, OFFSET, Place, Sub, Subclusters};
 use super::snapshots::{self, Snapshot};
+use super::writer::{REFCOUNTS, Writer};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{SECTOR_BYTES, TABLE_CACHE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{
@@ -17,6 +19,8 @@ use uuid::Uuid;
 
 /// The number by which keys of pages call second-level tables.
 pub(super) const L2: u8 = 0;
+/// And the first-level one.
+pub(super) const L1: u8 = 1;
 
 /// A QCOW2 that is open.
 #[derive(Debug)]
@@ -24,6 +28,7 @@ pub struct Qcow2Map {
     pub(super) file: FileId,
     pub(super) layout: Layout,
     codec: Codec,
+    is_diff: bool,
     /// As the kernel has accepted it.
     header: Mutex<Header>,
     /// As the kernel has accepted it, in the machine's byte order. Empty after an open for information only.
@@ -35,6 +40,8 @@ pub struct Qcow2Map {
     /// Bytes the file is known to have.
     pub(super) end: AtomicU64,
     snapshots: Vec<Snapshot>,
+    /// `None` if opened for reading only.
+    pub(super) writer: Option<Writer>,
 }
 
 impl Qcow2Map {
@@ -81,17 +88,23 @@ impl Qcow2Map {
         layout: Layout,
         snapshots: Vec<Snapshot>,
     ) -> Result<Self> {
-        if !how.read_only {
-            let what = "QCOW2 images cannot be written yet";
-            return Err(Error::new(ErrorKind::Unsupported, what).hint("open it read-only, or use --overlay"));
-        }
         let l1 = if how.info_only { Box::default() } else { load_l1(source, &layout)? };
         let l2_pages = layout.l1_needed() * (layout.cluster_bytes() / layout.page_bytes());
         let pages = PageCache::new(layout.page_bytes(), l2_pages, TABLE_CACHE_BYTES);
         let codec = if header.compression() == 1 { Codec::Zstd } else { Codec::Deflate };
         let fixed = fixed_ranges(&header, &layout);
+        let is_diff = header.backing.is_some();
         let (header, end) = (Mutex::new(header), AtomicU64::new(layout.file_bytes));
-        Ok(Qcow2Map { file, layout, codec, header, l1, pages, fixed, end, snapshots })
+        let mut map =
+            Qcow2Map { file, layout, codec, is_diff, header, l1, pages, fixed, end, snapshots, writer: None };
+        if !how.read_only {
+            let writer = Writer::open(source, &map)?;
+            // Clusters that the file has lost stay lost when it grows over them.
+            let (cluster, opened) = (layout.cluster_bytes(), u64::from(writer.blocks.places_end()));
+            map.fixed.push((layout.file_clusters() * cluster, opened * cluster));
+            map.writer = Some(writer);
+        }
+        Ok(map)
     }
 
     /// The internal snapshots, in the image's order.
@@ -115,6 +128,56 @@ impl Qcow2Map {
             return Err(Failure::Corrupt);
         }
         Ok(Some(place))
+    }
+
+    /// The second-level table that an entry of the first level names.
+    pub(super) fn table_at(&self, l1: u64) -> std::result::Result<Option<Place>, Miss> {
+        let entry =
+            usize::try_from(l1).ok().and_then(|i| self.l1.get(i)).ok_or(Miss::Fail(Failure::OutOfRange))?;
+        self.table_of(entry.load(Ordering::Acquire)).map_err(Miss::Fail)
+    }
+
+    /// An entry of the first level was written.
+    pub(super) fn set_l1(&self, l1: u64, value: u64) {
+        if let Some(entry) = usize::try_from(l1).ok().and_then(|i| self.l1.get(i)) {
+            entry.store(value, Ordering::Release);
+        }
+    }
+
+    /// A page of the first level as it is, with these entries over it; and where it goes.
+    pub(super) fn compose_l1(
+        &self,
+        page: u64,
+        entries: impl Iterator<Item = (u64, u64)>,
+        out: &mut Vec<u8>,
+    ) -> HostOffset {
+        let (base, per_page) = (out.len(), self.layout.page_bytes() / 8);
+        let first = page * per_page;
+        let index = |n: u64| usize::try_from(n).expect("MAX_L1_BYTES");
+        let end = (first + per_page).min(u64::from(self.layout.l1_entries));
+        let published = self.l1.get(index(first)..index(end)).unwrap_or_default();
+        out.extend(published.iter().flat_map(|e| e.load(Ordering::Acquire).to_be_bytes()));
+        for (n, value) in entries {
+            put_be64(out, base + index(n - first) * 8, value);
+        }
+        self.layout.l1_at.plus(first * 8)
+    }
+
+    /// Whatever is changed changes the header: what others added is void, and the refcount table may have moved.
+    pub(super) fn apply_to_header(header: &mut Header, table: Option<(u64, u32)>) {
+        header.clear_autoclear();
+        if let Some((at, clusters)) = table {
+            header.set_refcount_table(at, clusters);
+        }
+    }
+
+    /// The file is at least so long now.
+    pub(super) fn reaches(&self, end: HostOffset) {
+        self.end.fetch_max(end.0, Ordering::AcqRel);
+    }
+
+    pub(super) fn is_diff(&self) -> bool {
+        self.is_diff
     }
 
     fn known_end(&self) -> u64 {
@@ -198,6 +261,25 @@ impl Qcow2Map {
             Cluster::Packed { at, len: bytes } => (self.packed(at, bytes, into), len),
         };
         Ok(Extent { len, kind })
+    }
+
+    /// The part of one cluster at the start of `r`, if it may be written in place.
+    fn own_at(&self, r: GuestRange) -> std::result::Result<Extent, Miss> {
+        let block = self.layout.block_at(r.start());
+        let into = r.start().0 & (self.layout.cluster_bytes() - 1);
+        let len = r.len().min(self.layout.cluster_bytes() - into);
+        if self.must_write(r.start())
+            || !self.table_at(block >> self.layout.l2_bits())?.is_some_and(|t| t.own)
+        {
+            return Err(Miss::NeedsPlan);
+        }
+        let (kind, len) = match self.cluster(block)? {
+            Cluster::Data(place) if place.own => self.data(place, into, len),
+            Cluster::Partly(place, sub) if place.own => self.subcluster(Some(place), sub, into, len),
+            _ => return Err(Miss::NeedsPlan),
+        };
+        let found = matches!(kind, ExtentKind::Data { .. }).then_some(Extent { len, kind });
+        found.ok_or(Miss::NeedsPlan)
     }
 
     /// Nothing is here; where there is no table there is nothing as far as it would reach.
@@ -285,7 +367,7 @@ impl ImageMap for Qcow2Map {
         Limits {
             size_bytes: self.layout.disk_bytes,
             block_bytes: self.layout.cluster_bytes(),
-            is_diff: self.header().backing.is_some(),
+            is_diff: self.is_diff,
             data_alignment: self.layout.cluster_bytes(),
         }
     }
@@ -294,12 +376,16 @@ impl ImageMap for Qcow2Map {
         if !self.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
-        if why == Intent::Overwrite {
+        if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
         let mut rest = r;
         while !rest.is_empty() {
-            let extent = match self.extent_at(rest) {
+            let found = match why {
+                Intent::Read => self.extent_at(rest),
+                Intent::Overwrite => self.own_at(rest),
+            };
+            let extent = match found {
                 Ok(extent) => extent,
                 Err(_) if rest.len() < r.len() => return Ok(()),
                 Err(miss) => return Err(miss),
@@ -320,20 +406,29 @@ impl ImageMap for Qcow2Map {
         BlockIndex(self.layout.block_at(at))
     }
 
-    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
-        Err(Miss::Fail(Failure::ReadOnly))
+    fn plan(&self, change: Change) -> std::result::Result<Plan, Miss> {
+        let plan = self.plan_change(change)?;
+        plan.assert_ordered();
+        Ok(plan)
     }
 
-    fn room(&self, _urgent: bool) -> Option<Plan> {
-        None
+    fn room(&self, urgent: bool) -> Option<Plan> {
+        self.plan_room(urgent)
     }
 
-    fn settle(&self, token: PlanToken, _how: Settled) {
-        debug_assert!(false, "{token:?} of an image that is not written");
+    fn settle(&self, token: PlanToken, how: Settled) {
+        self.settle_plan(token, how);
+    }
+
+    fn must_write(&self, at: GuestOffset) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.blocks.doubts(self.layout.block_at(at)))
     }
 
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
-        let MetaKey::Page { table: L2, number } = key else { return Err(Failure::Corrupt) };
+        let MetaKey::Page { table, number } = key else { return Err(Failure::Corrupt) };
+        if table == REFCOUNTS {
+            return self.refcount_page_place(number).ok_or(Failure::Corrupt);
+        }
         let bytes = self.layout.page_bytes();
         let off = number.checked_mul(bytes).filter(|off| off + bytes <= self.known_end());
         let off = HostOffset(off.ok_or(Failure::Corrupt)?);
@@ -341,25 +436,49 @@ impl ImageMap for Qcow2Map {
     }
 
     fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {
-        let MetaKey::Page { table: L2, number } = key else { return Err(Failure::Corrupt) };
-        self.pages.insert(number, bytes);
-        Ok(())
+        match key {
+            MetaKey::Page { table: L2, number } => {
+                self.pages.insert(number, bytes);
+                Ok(())
+            }
+            MetaKey::Page { table: REFCOUNTS, number } => {
+                self.refcount_page_read(number, bytes);
+                Ok(())
+            }
+            _ => Err(Failure::Corrupt),
+        }
     }
 
-    fn compose(&self, key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
-        Err(Error::new(ErrorKind::ReadOnly, format!("{key:?} of an image that is not written")))
+    fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
+        let at = match key {
+            MetaKey::Page { table: L2, number } => self.compose_l2(number, ops, out)?,
+            other => self.compose_other(other, ops, out)?,
+        };
+        Ok((self.file, at))
     }
 
-    fn publish(&self, key: MetaKey, _ops: &[MetaOp]) {
-        debug_assert!(false, "{key:?} of an image that is not written");
+    fn publish(&self, key: MetaKey, ops: &[MetaOp]) {
+        match key {
+            MetaKey::Page { table: L2, number } => self.publish_l2(number, ops),
+            other => self.publish_other(other, ops),
+        }
+        if let MetaKey::Page { table: REFCOUNTS, number } = key {
+            self.page_closed(number);
+        }
     }
 
-    fn begin(&self, _modification: Uuid) -> Plan {
-        Plan::default()
+    fn begin(&self, modification: Uuid) -> Plan {
+        self.begin_plan(modification)
+    }
+
+    fn end_needs(&self) -> Option<MetaKey> {
+        self.close_needs()
     }
 
     fn end(&self) -> Plan {
-        Plan::default()
+        let plan = self.close_plan();
+        plan.assert_ordered();
+        plan
     }
 
     fn info(&self) -> ImageInfo {

@@ -1,9 +1,15 @@
 //! QEMU's copy-on-write format, versions 2 and 3. docs/formats/qcow2.md says what its bytes mean.
 
+mod check;
+mod closing;
+mod create;
 mod header;
 mod layout;
 mod map;
+mod refcounts;
+mod repair;
 mod snapshots;
+mod writer;
 
 use super::{Driver, ImageFile, only};
 
@@ -14,12 +20,14 @@ pub(super) const DRIVER: Driver = Driver {
         Ok(Box::new(Qcow2Map::open(source, id, how)?))
     },
     references: None,
-    check: None,
-    repair: None,
-    blueprint: None,
+    check: Some(|files| check(only(files).source)),
+    repair: Some(|files| repair(only(files).source)),
+    blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };
 
+pub use check::check;
 pub use map::Qcow2Map;
+pub use repair::repair;
 pub use snapshots::Snapshot;

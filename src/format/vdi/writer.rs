@@ -103,7 +103,7 @@ impl Writer {
     /// At a clean close. Nothing is reused before what named it is durably gone, and the count falls only when
     /// no entry on disk can be above it.
     pub(super) fn end(&self, map: &VdiMap) -> Plan {
-        let Some(Rest { doubtful, stretched }) = self.blocks.finish() else { return Plan::default() };
+        let Some(Rest { doubtful, stretched, .. }) = self.blocks.finish() else { return Plan::default() };
         let mut plan = Plan::default();
         for block in doubtful.into_iter().map(number) {
             let value = map.table[idx(block)].load(Ordering::Acquire);

@@ -93,7 +93,7 @@ impl Writer {
 
     /// At a clean close: entries in doubt, blocks moved into holes, the footer behind the last of them.
     pub(super) fn end(&self, map: &VhdMap) -> Plan {
-        let Some(Rest { doubtful, stretched }) = self.blocks.finish() else { return Plan::default() };
+        let Some(Rest { doubtful, stretched, .. }) = self.blocks.finish() else { return Plan::default() };
         let mut plan = Plan::default();
         for block in doubtful.into_iter().map(number) {
             let value = map.table.get(idx(block)).map_or(FREE, |e| e.load(Ordering::Acquire));

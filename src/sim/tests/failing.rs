@@ -2,6 +2,7 @@
 //! is forgotten, nothing hangs, the image opens afterwards, and what was flushed is there.
 
 use crate::error::Failure;
+use crate::format::Format;
 use crate::io::{IoKind, IoOp};
 use crate::map::{FileId, GuestOffset, GuestRange};
 use crate::sim::{
@@ -121,7 +122,9 @@ impl Case<'_> {
             _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
-        moves && op.file.0 == 0 && data
+        // Where tables lie between the data, the offset does not tell.
+        let mixed = self.disk.0.shape.kind.format() == Format::Qcow2;
+        moves && op.file.0 == 0 && data && !mixed
     }
 
     fn open_again(&self, images: &Images, mut w: World, cut: bool) {
@@ -219,4 +222,14 @@ fn every_operation_of_a_vhd_diff_fails_once() {
 fn every_operation_of_a_parallels_image_fails_once() {
     every_fault(Kind::Parallels);
     every_fault(Kind::ParallelsDiff);
+}
+
+#[test]
+fn every_operation_may_fail_qcow2() {
+    every_fault(Kind::Qcow2);
+}
+
+#[test]
+fn every_operation_may_fail_qcow2_diff() {
+    every_fault(Kind::Qcow2Diff);
 }

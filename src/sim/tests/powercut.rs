@@ -75,6 +75,16 @@ fn powercut_in_small_workloads_vmdk_zeroed() {
     workloads(Kind::VmdkZeroed);
 }
 
+#[test]
+fn powercut_in_small_workloads_qcow2() {
+    workloads(Kind::Qcow2);
+}
+
+#[test]
+fn powercut_in_small_workloads_qcow2_diff() {
+    workloads(Kind::Qcow2Diff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -146,6 +156,16 @@ fn powercut_after_kills_vmdk_diff() {
 #[test]
 fn powercut_after_kills_vmdk_zeroed() {
     killed(Kind::VmdkZeroed);
+}
+
+#[test]
+fn powercut_after_kills_qcow2() {
+    killed(Kind::Qcow2);
+}
+
+#[test]
+fn powercut_after_kills_qcow2_diff() {
+    killed(Kind::Qcow2Diff);
 }
 
 #[test]

@@ -74,3 +74,22 @@ fn simulations_find_nothing_2() {
 fn simulations_find_nothing_3() {
     find_nothing(3);
 }
+
+/// The same on QCOW2 images, of which the seeds above know nothing.
+fn find_nothing_on(kind: Kind) {
+    for seed in 0..seeds() / 25 {
+        let p = play(&Play { kind: Some(kind), ..Play::seed(seed) });
+        assert!(p.wrong.is_none(), "{kind:?} seed {seed}: {:?}", p.wrong);
+        assert!(p.requests >= 2000, "seed {seed} ended after {} requests", p.requests);
+    }
+}
+
+#[test]
+fn simulations_find_nothing_on_qcow2() {
+    find_nothing_on(Kind::Qcow2);
+}
+
+#[test]
+fn simulations_find_nothing_on_qcow2_diff() {
+    find_nothing_on(Kind::Qcow2Diff);
+}
