@@ -40,6 +40,10 @@ pub const MAX_PARENT_SEARCH_DEPTH: usize = 4;
 pub const MAX_DISK_BYTES: u64 = 4 << 50;
 /// Largest block table kept in memory.
 pub const MAX_TABLE_BYTES: u64 = 1 << 30;
+/// Largest block table of a VHD: 4 bytes for each block of a disk of 2 TiB.
+pub const MAX_VHD_TABLE_BYTES: u64 = 64 << 20;
+/// Pages of tables that are too large to be kept whole, of one image.
+pub const MAX_PAGE_CACHE_BYTES: u64 = 32 << 20;
 /// Block sizes of BAT formats.
 pub const MIN_BLOCK_BYTES: u64 = 4 << 10;
 /// Block sizes of BAT formats.
@@ -80,6 +84,9 @@ pub const MAX_ORPHAN_LOOK_BYTES: u64 = 1 << 30;
 /// Bytes a repair copies for blocks that share their places, if that is more than the file has: a table of 1 MiB can
 /// name one place a quarter of a million times.
 pub const MAX_SEPARATED_BYTES: u64 = 64 << 20;
+/// Bytes a repair lengthens a file by at a time, and zeros it writes at most where the file system cannot allocate: four of
+/// the largest blocks.
+pub const MAX_ZEROS_BYTES: u64 = 1 << 30;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.

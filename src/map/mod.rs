@@ -10,10 +10,8 @@ mod cache;
 mod claims;
 mod extent;
 mod image;
-pub mod moment;
 mod plan;
 mod range;
-pub mod sabotage;
 mod source;
 
 pub use alloc::{HostBlock, HostBlocks, Taken};

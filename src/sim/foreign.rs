@@ -1,8 +1,12 @@
 //! Other programs that write to an image of ours: a model of how QEMU and VirtualBox add a block to a VDI. Both
 //! believe the header's count: the new block goes to the place of that number, the count becomes one more.
 
+mod parallels;
+pub(super) mod vhd;
+
 use super::bytes::Bytes;
 use super::{Rng, SimFile};
+use crate::format::Format;
 
 const TABLE_AT: u64 = 0x154;
 const DATA_AT: u64 = 0x158;
@@ -21,6 +25,37 @@ pub(super) enum Order {
     EntryFirst,
 }
 
+/// How other programs add blocks to images of one format.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Program {
+    /// The guest blocks without a place.
+    pub(super) free_blocks: fn(&Bytes) -> Vec<u32>,
+    /// Bytes of a block.
+    pub(super) block_bytes: fn(&Bytes) -> u64,
+    pub(super) append: Append,
+}
+
+/// Adds a block with these bytes; the last argument sees the file after each write. False: it refuses the image.
+type Append = fn(&mut Bytes, u32, &[u8], Order, &mut dyn FnMut(&Bytes)) -> bool;
+
+/// Those that write this format.
+pub(super) fn program(format: Format) -> Option<Program> {
+    match format {
+        Format::Vdi => Some(Program { free_blocks, block_bytes, append }),
+        Format::Vhd => Some(Program {
+            free_blocks: vhd::free_blocks,
+            block_bytes: vhd::block_bytes,
+            append: vhd::append,
+        }),
+        Format::Parallels => Some(Program {
+            free_blocks: parallels::free_blocks,
+            block_bytes: parallels::block_bytes,
+            append: parallels::append,
+        }),
+        _ => None,
+    }
+}
+
 fn word(b: &Bytes, at: u64) -> u32 {
     let mut w = [0; 4];
     b.read(at, &mut w);
@@ -28,13 +63,13 @@ fn word(b: &Bytes, at: u64) -> u32 {
 }
 
 /// The guest blocks without a place.
-pub(super) fn free_blocks(b: &Bytes) -> Vec<u32> {
+fn free_blocks(b: &Bytes) -> Vec<u32> {
     let table = u64::from(word(b, TABLE_AT));
     (0..word(b, BLOCKS)).filter(|i| word(b, table + u64::from(*i) * 4) >= NO_PLACE).collect()
 }
 
 /// Bytes of a block.
-pub(super) fn block_bytes(b: &Bytes) -> u64 {
+fn block_bytes(b: &Bytes) -> u64 {
     u64::from(word(b, BLOCK_BYTES))
 }
 
@@ -52,13 +87,7 @@ pub fn take_away(file: &SimFile, rng: &mut Rng) -> Vec<u32> {
 
 /// Adds `block` with these bytes; `after` sees the file after each write, as long as the
 /// place makes it. False: by the count the image is full.
-pub(super) fn append(
-    b: &mut Bytes,
-    block: u32,
-    data: &[u8],
-    order: Order,
-    after: &mut dyn FnMut(&Bytes),
-) -> bool {
+fn append(b: &mut Bytes, block: u32, data: &[u8], order: Order, after: &mut dyn FnMut(&Bytes)) -> bool {
     let (table, at) = (u64::from(word(b, TABLE_AT)), u64::from(word(b, DATA_AT)));
     let count = word(b, ALLOCATED);
     if count >= word(b, BLOCKS) {

@@ -1,14 +1,16 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
+use super::foreign::vhd;
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
-use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
+use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
 use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch, unpack};
 use crate::{Error, ErrorKind, Result};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -29,12 +31,30 @@ pub enum Kind {
     Qcow2,
     /// A QCOW2 over a parent full of data; with subclusters where its clusters are large enough.
     Qcow2Diff,
+    /// A VHD without a parent.
+    Vhd,
+    /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
+    VhdDiff,
+    /// A Parallels image without a parent.
+    Parallels,
+    /// One over a VDI full of data.
+    ParallelsDiff,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 6] =
-        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Qcow2, Kind::Qcow2Diff];
+    pub const ALL: [Kind; 10] = [
+        Kind::Raw,
+        Kind::Vdi,
+        Kind::Diff,
+        Kind::DiffDiscard,
+        Kind::Vhd,
+        Kind::VhdDiff,
+        Kind::Parallels,
+        Kind::ParallelsDiff,
+        Kind::Qcow2,
+        Kind::Qcow2Diff,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -45,11 +65,25 @@ impl Kind {
             Kind::DiffDiscard => "diff+discard",
             Kind::Qcow2 => "qcow2",
             Kind::Qcow2Diff => "qcow2+diff",
+            Kind::Vhd => "vhd",
+            Kind::VhdDiff => "vhd-diff",
+            Kind::Parallels => "parallels",
+            Kind::ParallelsDiff => "parallels-diff",
         }
     }
 
-    fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::Qcow2Diff)
+    /// It is a differencing image.
+    pub fn has_parent(self) -> bool {
+        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff | Kind::ParallelsDiff | Kind::Qcow2Diff)
+    }
+
+    /// Where its tables are in the file. Of a VHD the first block may lie there as well, the footer behind it.
+    pub(super) fn tables(self) -> Range<u64> {
+        match self.format() {
+            Format::Vhd => 512..4096,
+            Format::Parallels => 0..4096,
+            _ => 1 << 20..DATA,
+        }
     }
 
     /// What its user has decided.
@@ -63,6 +97,8 @@ impl Kind {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
+            Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+            Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
         }
     }
 }
@@ -132,6 +168,8 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
             let extended = if block >= 16 << 10 { "on" } else { "off" };
             vec![("cluster_size", block.to_string()), ("extended_l2", extended.into())]
         }
+        Format::Vhd => vec![("block_size", block.to_string())],
+        Format::Parallels => vec![("cluster_size", block.to_string())],
         _ => Vec::new(),
     };
     let options = options.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
@@ -141,7 +179,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (format == Format::Vdi).then_some(id),
+            uuid: (!matches!(format, Format::Raw | Format::Parallels | Format::Qcow2)).then_some(id),
             modification: id,
             parent,
             comment: None,
@@ -198,7 +236,10 @@ impl Images {
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
-        let bytes = new_image(kind.format(), size, block, 100, parent);
+        let mut bytes = new_image(kind.format(), size, block, 100, parent);
+        if kind.format() == Format::Vhd && rng.chance(50) {
+            vhd::add_parts(&mut bytes, &mut past, rng);
+        }
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
     }
 
@@ -225,7 +266,7 @@ impl Images {
         let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
         let mut layers = self.layers(map);
         if let Some(seed) = self.forgets.filter(|_| self.shape.kind.format() == Format::Vdi) {
-            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed)));
+            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed, marks)));
         }
         let chain = Chain::new(layers);
         let files = self.files().into_iter().map(|f| f as Arc<dyn HostFile>).collect();

@@ -10,8 +10,8 @@ use crate::io::{
     AlignedBuf, BufSlice, Completion, HostFile, IoKind, IoOp, Tag, fill_zero, scatter, sub_slices, total_len,
 };
 use crate::limits::{BOUNCE_BYTES, SECTOR_BYTES};
-use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{FileId, HostOffset, Waiter};
+use crate::probe::sabotage::{Sabotage, is_broken};
 
 impl Channel {
     /// Moves bytes between the slot's request memory (from `at` on) and a file. Counted as pending unless it has

@@ -10,8 +10,8 @@ use super::slot::{Copy, CopyFrom, CopyPhase, Job, Owner, Run, Work};
 use crate::error::Failure;
 use crate::io::{IoKind, IoOp, gather, sub_slices};
 use crate::limits::BOUNCE_BYTES;
-use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{FileId, GuestRange, HostOffset, MetaOp, Plan, Settled, Step};
+use crate::probe::sabotage::{Sabotage, is_broken};
 
 impl Channel {
     /// Starts work of the disk's own.

@@ -5,8 +5,8 @@ use super::own::Own;
 use super::pages::PageId;
 use crate::error::Failure;
 use crate::io::{BufSlice, IoKind, IoOp};
-use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{Change, ClaimKey, FileId, GuestRange, HostOffset, Packed, Plan};
+use crate::probe::sabotage::{Sabotage, is_broken};
 use std::sync::Arc;
 
 /// What occupies a slot.

@@ -123,6 +123,12 @@ pub(crate) fn fixtures() -> &'static Path {
     DIR.get_or_init(|| unpacked("vdi"))
 }
 
+/// The same for VHD and VHDX.
+pub(crate) fn vhd_fixtures() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| unpacked("vhd"))
+}
+
 /// The same for QCOW2.
 pub(crate) fn qcow2_fixtures() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
