@@ -210,7 +210,7 @@ impl BlockWriter {
         if let now @ Block::At(at) = f.block(block)? {
             if f.is_partly(block)? {
                 let whole = Step::Block { block: unit, file, to: at, len: f.block_bytes(), clean: false };
-                return self.plan_completion(f, block, at, smallvec![whole]);
+                return self.plan_missing(f, block, at, smallvec![whole]);
             }
             return self.plan_in_place(f, block, now, Step::Guest { part, file, to: at.plus(into) });
         }
@@ -303,7 +303,7 @@ impl BlockWriter {
 
     /// The block has its place, but not all of it is there: `missing` writes that, from what shows through, and what of the request
     /// goes to the parts that are.
-    pub(super) fn plan_completion(
+    pub(super) fn plan_missing(
         &self,
         f: &dyn BlockFormat,
         block: u64,

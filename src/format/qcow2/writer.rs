@@ -205,7 +205,7 @@ impl Qcow2Map {
         match self.cluster(block)? {
             Cluster::Partly(place, sub) if place.own => {
                 let missing = self.missing_parts(block, place.at, sub, part);
-                blocks.plan_completion(self, block, place.at, missing)
+                blocks.plan_missing(self, block, place.at, missing)
             }
             _ => blocks.plan_write(self, block, part, beneath_zero),
         }
