@@ -40,6 +40,10 @@ pub const MAX_PARENT_SEARCH_DEPTH: usize = 4;
 pub const MAX_DISK_BYTES: u64 = 4 << 50;
 /// Largest block table kept in memory.
 pub const MAX_TABLE_BYTES: u64 = 1 << 30;
+/// Largest block table of a VHD: 4 bytes for each block of a disk of 2 TiB.
+pub const MAX_VHD_TABLE_BYTES: u64 = 64 << 20;
+/// Pages of tables that are too large to be kept whole, of one image.
+pub const MAX_PAGE_CACHE_BYTES: u64 = 32 << 20;
 /// Block sizes of BAT formats.
 pub const MIN_BLOCK_BYTES: u64 = 4 << 10;
 /// Block sizes of BAT formats.
@@ -55,6 +59,18 @@ pub const BOUNCE_BYTES: usize = 256 << 10;
 pub const BOUNCE_POOL_BYTES: usize = 32 << 20;
 /// A page of a table: what one metadata write covers at most.
 pub const META_PAGE_BYTES: u64 = 4096;
+/// Bytes of a packed unit, packed: what no codec makes of [`MAX_UNIT_BYTES`] is not read.
+pub const MAX_PACKED_BYTES: u32 = 2 * MAX_UNIT_BYTES;
+/// Bytes of a packed unit, unpacked.
+pub const MAX_UNIT_BYTES: u32 = 4 << 20;
+/// Unpacked units that one disk keeps, all together.
+pub const UNIT_CACHE_BYTES: usize = 16 << 20;
+/// Packed units of one disk that are on their way at a time; others wait.
+pub const MAX_UNITS_LOADING: usize = 8;
+/// Bytes of the window a packed unit may ask for to be unpacked.
+pub const MAX_UNPACK_WINDOW: u64 = 8 << 20;
+/// Pages of second-level tables that one image keeps, in bytes.
+pub const TABLE_CACHE_BYTES: u64 = 32 << 20;
 /// Clean blocks prepared ahead of need, in bytes of the file.
 pub const POOL_STEP_BYTES: u64 = 64 << 20;
 /// Largest buffered write done by the queue's own thread rather than handed to the engine.

@@ -44,6 +44,15 @@ pub(super) trait BlockFormat {
     /// [`Miss::NeedsPage`], or [`Miss::Fail`] for an entry that cannot be.
     fn block(&self, block: u64) -> Result<Block, Miss>;
 
+    /// The block has a place, and only a part of what it shows is there (sector bitmaps). Its first change makes it whole:
+    /// [`Self::change`] to the place it has says so behind the data.
+    ///
+    /// # Errors
+    /// As [`Self::block`].
+    fn is_partly(&self, _block: u64) -> Result<bool, Miss> {
+        Ok(false)
+    }
+
     /// Where a block's data begins at a place.
     fn data_of(&self, place: HostBlock) -> HostOffset;
 
@@ -177,6 +186,9 @@ impl BlockWriter {
         }
         let into = part.start().since(unit.start());
         if let now @ Block::At(at) = f.block(block)? {
+            if f.is_partly(block)? {
+                return self.plan_completion(f, block, at);
+            }
             return self.plan_in_place(f, block, now, Step::Guest { part, file, to: at.plus(into) });
         }
         let own = self.state().kept.get(&block).copied();
@@ -214,6 +226,15 @@ impl BlockWriter {
         steps.push(guest);
         let token = Some(self.pend(Pending::Entry { block, drops: None }));
         Ok(Plan { token, ..Plan::of(steps) })
+    }
+
+    /// The block has its place, but not all of it is there: what is missing is copied from what shows through.
+    fn plan_completion(&self, f: &dyn BlockFormat, block: u64, at: HostOffset) -> Result<Plan, Miss> {
+        let (file, unit) = (f.file(), f.unit(block));
+        let whole = Step::Block { block: unit, file, to: at, len: f.block_bytes(), clean: false };
+        let said = f.change(block, Block::At(at))?;
+        let token = Some(self.pend(Pending::Entry { block, drops: None }));
+        Ok(Plan { token, ..Plan::of([whole, Step::Sync { file }].into_iter().chain(said)) })
     }
 
     /// The whole block as zeros, without a place. A place it had is kept for it until the close: only there is it certain

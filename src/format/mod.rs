@@ -5,10 +5,15 @@
 
 mod blocks;
 mod blueprint;
+mod bytes;
 mod detect;
+pub mod parallels;
+pub mod qcow2;
 pub mod raw;
 mod report;
+mod sector_bits;
 pub mod vdi;
+pub mod vhd;
 pub mod vmdk;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
@@ -113,6 +118,9 @@ impl Format {
         match self {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
+            Format::Vhd => Some(&vhd::DRIVER),
+            Format::Parallels => Some(&parallels::DRIVER),
+            Format::Qcow2 => Some(&qcow2::DRIVER),
             Format::Vmdk => Some(&vmdk::DRIVER),
             _ => None,
         }
@@ -264,7 +272,12 @@ pub fn open_single(
 /// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading. An image that cannot be used is no error but
 /// a report with a corruption.
 pub fn check(format: Format, files: &[ImageFile<'_>]) -> Result<Option<CheckReport>> {
-    format.supported()?.check.map(|f| f(files)).transpose()
+    let driver = format.supported()?;
+    match driver.check {
+        Some(f) => f(files).map(Some),
+        // It has to be one at least.
+        None => (driver.open)(files, OpenHow { read_only: true, info_only: true }).map(|_| None),
+    }
 }
 
 /// Plans the repair of an image. Nothing is written. `None` where nothing can be wrong.

@@ -1,9 +1,13 @@
-//! Other programs that write to an image of ours: a model of how QEMU and VirtualBox add a block to a VDI or a VMDK. In a VDI both
-//! believe the header's count: the new block goes to the place of that number, the count becomes one more. In a VMDK both
-//! put it at the end of the file, at a whole grain.
+//! Other programs that write to an image of ours: a model of how QEMU and VirtualBox add a block to a VDI. Both
+//! believe the header's count: the new block goes to the place of that number, the count becomes one more.
+
+mod parallels;
+pub(super) mod vhd;
+mod vmdk;
 
 use super::bytes::Bytes;
 use super::{Rng, SimFile};
+use crate::format::Format;
 
 const TABLE_AT: u64 = 0x154;
 const DATA_AT: u64 = 0x158;
@@ -22,43 +26,56 @@ pub(super) enum Order {
     EntryFirst,
 }
 
+/// How other programs add blocks to images of one format.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Program {
+    /// The guest blocks without a place.
+    pub(super) free_blocks: fn(&Bytes) -> Vec<u32>,
+    /// Bytes of a block.
+    pub(super) block_bytes: fn(&Bytes) -> u64,
+    pub(super) append: Append,
+}
+
+/// Adds a block with these bytes; the last argument sees the file after each write. False: it refuses the image.
+type Append = fn(&mut Bytes, u32, &[u8], Order, &mut dyn FnMut(&Bytes)) -> bool;
+
+/// Those that write this format.
+pub(super) fn program(format: Format) -> Option<Program> {
+    match format {
+        Format::Vdi => Some(Program { free_blocks, block_bytes, append }),
+        Format::Vhd => Some(Program {
+            free_blocks: vhd::free_blocks,
+            block_bytes: vhd::block_bytes,
+            append: vhd::append,
+        }),
+        Format::Vmdk => Some(Program {
+            free_blocks: vmdk::free_blocks,
+            block_bytes: vmdk::block_bytes,
+            append: vmdk::append,
+        }),
+        Format::Parallels => Some(Program {
+            free_blocks: parallels::free_blocks,
+            block_bytes: parallels::block_bytes,
+            append: parallels::append,
+        }),
+        _ => None,
+    }
+}
+
 fn word(b: &Bytes, at: u64) -> u32 {
     let mut w = [0; 4];
     b.read(at, &mut w);
     u32::from_le_bytes(w)
 }
 
-/// Where a VMDK says how large grains are, and where the directories lie; in sectors.
-const GRAIN: u64 = 20;
-const CAPACITY: u64 = 12;
-const COPY_AT: u64 = 48;
-const MAIN_AT: u64 = 56;
-
-fn is_vmdk(b: &Bytes) -> bool {
-    word(b, 0) == u32::from_le_bytes(*b"KDMV")
-}
-
-/// Where the entry of a block is in a VMDK that has one table and its copy.
-fn entry_of(b: &Bytes, directory: u64, block: u32) -> u64 {
-    let table = u64::from(word(b, u64::from(word(b, directory)) * 512)) * 512;
-    table + u64::from(block) * 4
-}
-
 /// The guest blocks without a place.
-pub(super) fn free_blocks(b: &Bytes) -> Vec<u32> {
-    if is_vmdk(b) {
-        let grains = word(b, CAPACITY).div_ceil(word(b, GRAIN));
-        return (0..grains).filter(|i| word(b, entry_of(b, MAIN_AT, *i)) < 2).collect();
-    }
+fn free_blocks(b: &Bytes) -> Vec<u32> {
     let table = u64::from(word(b, TABLE_AT));
     (0..word(b, BLOCKS)).filter(|i| word(b, table + u64::from(*i) * 4) >= NO_PLACE).collect()
 }
 
 /// Bytes of a block.
-pub(super) fn block_bytes(b: &Bytes) -> u64 {
-    if is_vmdk(b) {
-        return u64::from(word(b, GRAIN)) * 512;
-    }
+fn block_bytes(b: &Bytes) -> u64 {
     u64::from(word(b, BLOCK_BYTES))
 }
 
@@ -76,24 +93,7 @@ pub fn take_away(file: &SimFile, rng: &mut Rng) -> Vec<u32> {
 
 /// Adds `block` with these bytes; `after` sees the file after each write, as long as the
 /// place makes it. False: by the count the image is full.
-pub(super) fn append(
-    b: &mut Bytes,
-    block: u32,
-    data: &[u8],
-    order: Order,
-    after: &mut dyn FnMut(&Bytes),
-) -> bool {
-    if is_vmdk(b) {
-        let place = b.len().next_multiple_of(block_bytes(b));
-        let sector = u32::try_from(place / 512).expect("a small file").to_le_bytes();
-        let writes = [
-            (place, data.to_vec()),
-            (entry_of(b, MAIN_AT, block), sector.to_vec()),
-            (entry_of(b, COPY_AT, block), sector.to_vec()),
-        ];
-        carry_out(b, &writes, place, order, after);
-        return true;
-    }
+fn append(b: &mut Bytes, block: u32, data: &[u8], order: Order, after: &mut dyn FnMut(&Bytes)) -> bool {
     let (table, at) = (u64::from(word(b, TABLE_AT)), u64::from(word(b, DATA_AT)));
     let count = word(b, ALLOCATED);
     if count >= word(b, BLOCKS) {
@@ -105,17 +105,6 @@ pub(super) fn append(
         (ALLOCATED, (count + 1).to_le_bytes().to_vec()),
         (table + u64::from(block) * 4, count.to_le_bytes().to_vec()),
     ];
-    carry_out(b, &writes, place, order, after);
-    true
-}
-
-fn carry_out(
-    b: &mut Bytes,
-    writes: &[(u64, Vec<u8>); 3],
-    place: u64,
-    order: Order,
-    after: &mut dyn FnMut(&Bytes),
-) {
     let order = if order == Order::DataFirst { [0, 1, 2] } else { [2, 1, 0] };
     for i in order {
         let (off, bytes) = &writes[i];
@@ -124,4 +113,5 @@ fn carry_out(
         whole.set_len(b.len().max(place + block_bytes(b)));
         after(&whole);
     }
+    true
 }

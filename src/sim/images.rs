@@ -1,15 +1,17 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
+use super::foreign::vhd;
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
-use super::{Faults, Rng, SimEngine, SimFile, Trace, World};
+use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
 use crate::probe::paging::with_paged_tables;
-use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
+use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch, unpack};
 use crate::{Error, ErrorKind, Result};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,6 +28,14 @@ pub enum Kind {
     Diff,
     /// The same with discards.
     DiffDiscard,
+    /// A VHD without a parent.
+    Vhd,
+    /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
+    VhdDiff,
+    /// A Parallels image without a parent.
+    Parallels,
+    /// One over a VDI full of data.
+    ParallelsDiff,
     /// A sparse VMDK without a parent.
     Vmdk,
     /// A differencing VMDK over a VDI full of data.
@@ -36,8 +46,19 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 7] =
-        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Vmdk, Kind::VmdkDiff, Kind::VmdkZeroed];
+    pub const ALL: [Kind; 11] = [
+        Kind::Raw,
+        Kind::Vdi,
+        Kind::Diff,
+        Kind::DiffDiscard,
+        Kind::Vhd,
+        Kind::VhdDiff,
+        Kind::Parallels,
+        Kind::ParallelsDiff,
+        Kind::Vmdk,
+        Kind::VmdkDiff,
+        Kind::VmdkZeroed,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -49,11 +70,35 @@ impl Kind {
             Kind::Vmdk => "vmdk",
             Kind::VmdkDiff => "vmdk-diff",
             Kind::VmdkZeroed => "vmdk-diff+zeroed",
+            Kind::Vhd => "vhd",
+            Kind::VhdDiff => "vhd-diff",
+            Kind::Parallels => "parallels",
+            Kind::ParallelsDiff => "parallels-diff",
         }
     }
 
-    pub(super) fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VmdkDiff | Kind::VmdkZeroed)
+    /// It is a differencing image.
+    pub fn has_parent(self) -> bool {
+        matches!(
+            self,
+            Kind::Diff
+                | Kind::DiffDiscard
+                | Kind::VhdDiff
+                | Kind::ParallelsDiff
+                | Kind::VmdkDiff
+                | Kind::VmdkZeroed
+        )
+    }
+
+    /// Where its tables are in the file. Of a VHD the first block may lie there as well, the footer behind it.
+    pub(super) fn tables(self) -> Range<u64> {
+        match self.format() {
+            Format::Vhd => 512..4096,
+            Format::Parallels => 0..4096,
+            // of one table's worth of grains
+            Format::Vmdk => 21 * 512..31 * 512,
+            _ => 1 << 20..DATA,
+        }
     }
 
     /// What its user has decided.
@@ -67,6 +112,8 @@ impl Kind {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
+            Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+            Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
         }
     }
 }
@@ -131,6 +178,8 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
     let option = |key: &str, value: &str| (key.to_string(), value.to_string());
     let mut options = match format {
         Format::Vdi => vec![option("AllocationBlockSize", &block.to_string())],
+        Format::Vhd => vec![option("block_size", &block.to_string())],
+        Format::Parallels => vec![option("cluster_size", &block.to_string())],
         Format::Vmdk => vec![option("grain_size", &block.to_string())],
         _ => Vec::new(),
     };
@@ -141,7 +190,7 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (format != Format::Raw).then_some(id),
+            uuid: (!matches!(format, Format::Raw | Format::Parallels)).then_some(id),
             modification: id,
             parent,
             comment: None,
@@ -198,7 +247,10 @@ impl Images {
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
-        let bytes = new_image(kind, size, block, 100, parent);
+        let mut bytes = new_image(kind, size, block, 100, parent);
+        if kind.format() == Format::Vhd && rng.chance(50) {
+            vhd::add_parts(&mut bytes, &mut past, rng);
+        }
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
     }
 
@@ -261,6 +313,7 @@ impl Images {
             match chain.map(rest, &mut list, &mut scratch) {
                 Ok(()) => {}
                 Err(Lack::Failed(f)) => return Err(f.into()),
+                Err(Lack::Unit(_)) => unreachable!("a look-up in tables alone"),
                 Err(Lack::Page { layer, key }) => {
                     let map = &chain.layer(layer).map;
                     let place = map.page_place(key)?;
@@ -273,10 +326,18 @@ impl Images {
             for e in list.as_slice() {
                 let at = usize::try_from(rest.start().0).expect("a small disk");
                 let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
-                if let ExtentKind::Data { file, off } = e.kind
-                    && bytes_of(file).read(off.0, out) < out.len()
-                {
-                    return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                match e.kind {
+                    ExtentKind::Data { file, off } if bytes_of(file).read(off.0, out) < out.len() => {
+                        return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                    }
+                    ExtentKind::Packed { packed, into } => {
+                        let (mut from, mut unit) =
+                            (vec![0; packed.len as usize], vec![0; packed.unit as usize]);
+                        bytes_of(packed.file).read(packed.off.0, &mut from);
+                        unpack(packed.codec, &from, &mut unit)?;
+                        out.copy_from_slice(&unit[into as usize..][..out.len()]);
+                    }
+                    ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Parent => {}
                 }
                 rest = rest.skip(e.len);
             }

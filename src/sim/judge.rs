@@ -3,11 +3,10 @@
 use super::Rng;
 use super::bytes::Bytes;
 use super::cut::Cut;
-use super::foreign::{self, Order};
+use super::foreign::{self, Order, Program};
 use super::images::{Images, check};
 use super::mending::{interrupted_repairs, repaired};
 use super::past::{Past, fill, value_of};
-use crate::format::Format;
 
 /// What was looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,8 +104,8 @@ impl Judge {
             if images.view(&repaired).map_err(|e| e.to_string())? != seen {
                 return Err("a repair changed what the guest sees".into());
             }
-            if format != Format::Raw {
-                self.foreign(images, state, &seen)?;
+            if let Some(program) = foreign::program(format) {
+                self.foreign(program, images, state, &seen)?;
             }
         }
         Ok(())
@@ -121,12 +120,18 @@ impl Judge {
     }
 
     /// Two blocks of other programs change nothing but themselves.
-    fn foreign(&mut self, images: &Images, state: &Bytes, seen: &[u8]) -> Result<(), String> {
+    fn foreign(
+        &mut self,
+        program: Program,
+        images: &Images,
+        state: &Bytes,
+        seen: &[u8],
+    ) -> Result<(), String> {
         self.stats.foreign += 1;
-        let block_bytes = foreign::block_bytes(state);
+        let block_bytes = (program.block_bytes)(state);
         let order = if self.stats.foreign.is_multiple_of(2) { Order::DataFirst } else { Order::EntryFirst };
         let (mut b, mut expected) = (state.clone(), seen.to_vec());
-        for block in foreign::free_blocks(state).into_iter().take(2) {
+        for block in (program.free_blocks)(state).into_iter().take(2) {
             let size = usize::try_from(block_bytes).expect("a small block");
             let mut data = vec![0; size];
             fill(&mut data, u64::from(block) * block_bytes / 512, 0xf0e1);
@@ -134,7 +139,7 @@ impl Judge {
             let own = from..(from + size).min(expected.len());
             expected[own.clone()].copy_from_slice(&data[..own.len()]);
             let mut wrong = None;
-            foreign::append(&mut b, block, &data, order, &mut |b| {
+            (program.append)(&mut b, block, &data, order, &mut |b| {
                 // On the way the new block may be anything.
                 let Ok(view) = images.view(b) else { return wrong = Some("unreadable".to_string()) };
                 if view[..own.start] != expected[..own.start] || view[own.end..] != expected[own.end..] {
@@ -142,7 +147,7 @@ impl Judge {
                 }
             });
             let view = images.view(&b).map_err(|e| format!("after another program wrote: {e}"))?;
-            let full = foreign::free_blocks(&b).contains(&block);
+            let full = (program.free_blocks)(&b).contains(&block);
             if !full && view != expected {
                 wrong.get_or_insert("what it wrote is not there".into());
             }

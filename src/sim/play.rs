@@ -172,9 +172,9 @@ pub fn play(how: &Play) -> Played {
     let size = (192 << 10) + block * rng.below(4) + 512 * rng.below(8);
     let parents = if rng.chance(25) { 1 + rng.index(4) } else { 1 };
     let shape = Shape { kind, size, block };
-    let (mut images, past) = match kind.has_parent() {
-        true => Images::with_parents(shape, parents, &mut rng),
-        false => Images::new(shape, &mut rng),
+    let (mut images, past) = match kind {
+        _ if kind.has_parent() => Images::with_parents(shape, parents, &mut rng),
+        _ => Images::new(shape, &mut rng),
     };
     images.forgets = (how.forgetful && how.seed % 4 == 3).then_some(how.seed);
     let beneath = past.iter().map(|p| p.may[0]).collect();
@@ -239,7 +239,7 @@ impl Game {
             let fault = match self.how.habit {
                 Habit::Syncs => Fault::of(&[IoKind::Sync], self.rng.below(3), Failing::Error(libc::EIO)),
                 _ if common => Fault::by_chance(&FAULTS, &mut self.rng),
-                _ => entry_fault(self.images.shape.kind.format()),
+                _ => entry_fault(self.images.shape.kind),
             };
             self.trace.event(format_args!("fault planned: {fault:?}"));
             self.faults.add(fault);
@@ -280,7 +280,7 @@ impl Game {
         w.drain();
         let unsupported = Failing::Error(libc::EOPNOTSUPP);
         self.faults.add(Fault { sticky: true, ..Fault::of(&[IoKind::Allocate], 0, unsupported) });
-        self.faults.add(entry_fault(self.images.shape.kind.format()));
+        self.faults.add(entry_fault(self.images.shape.kind));
         let (block, size) = (self.images.shape.block, w.disk.size_bytes());
         for _ in 0..4 {
             let from = self.rng.below(size.div_ceil(block)) * block;
@@ -346,7 +346,7 @@ impl Game {
         if self.rng.chance(close) && !failed_sync && !w.life.is_dead() {
             self.faults.clear();
             if self.how.faults && self.rng.chance(30) {
-                self.faults.add(entry_fault(self.images.shape.kind.format()));
+                self.faults.add(entry_fault(self.images.shape.kind));
             }
             match w.close() {
                 Ok(()) => closed = true,
@@ -432,12 +432,8 @@ fn run_job(job: &mut dyn Job, w: &mut World) {
 }
 
 /// A table page that is written although its write fails: what memory and disk say differs afterwards.
-fn entry_fault(format: Format) -> Fault {
-    let place = match format {
-        // directories and tables of one table's worth of grains
-        Format::Vmdk => 21 * 512..31 * 512,
-        _ => 1 << 20..super::DATA,
-    };
+fn entry_fault(kind: Kind) -> Fault {
+    let place = kind.tables();
     Fault { place, ..Fault::of(&[IoKind::Write], 0, Failing::ErrorAfterEffect(libc::EIO)) }
 }
 

@@ -220,6 +220,7 @@ impl Channel {
             Owner::Sync(file) => self.sync_ended(file, result),
             Owner::Page(id) => self.page_ended(id, io.file, result),
             Owner::Load(id) => self.load_ended(id, own, result),
+            Owner::Unit(packed) => self.unit_ended(packed, own, result),
         }
     }
 

@@ -201,6 +201,7 @@ impl Channel {
                         Ok(()) => {}
                         Err(Lack::Failed(f)) => return Err(f),
                         Err(Lack::Page { layer, key }) => drop(self.want_page(slot, (layer, key))),
+                        Err(Lack::Unit(packed)) => drop(self.want_unit(slot, packed)),
                     }
                 }
                 Some((len, CopyPhase::Reading)) => {

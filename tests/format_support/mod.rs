@@ -11,7 +11,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use vdblk::error::{Error, ErrorKind, Result};
-use vdblk::map::{ByteSource, ExtentKind, ExtentList, GuestOffset, GuestRange, HostOffset, ImageMap, Intent};
+use vdblk::map::{
+    ByteSource, ExtentKind, ExtentList, GuestOffset, GuestRange, HostOffset, ImageMap, Intent, Miss,
+};
 
 /// A file on disk as a format sees it.
 pub(crate) struct FileSource(pub(crate) File);
@@ -48,18 +50,35 @@ pub(crate) fn read(chain: &[Layer<'_>], range: GuestRange, buf: &mut [u8]) {
     let (mut rest, mut buf) = (inside, head);
     while !rest.is_empty() {
         let mut list = ExtentList::new();
-        leaf.map.map(rest, Intent::Read, &mut list).expect("a look-up for reading");
+        look_up(leaf, rest, &mut list);
         assert!(list.covered() > 0, "no progress at {rest}");
         for e in list.as_slice() {
             let (piece, after) = std::mem::take(&mut buf).split_at_mut(e.len as usize);
             match e.kind {
                 ExtentKind::Data { off, .. } => leaf.bytes.read_at(off, piece).expect("data inside the file"),
+                ExtentKind::Packed { packed, into } => {
+                    let (mut from, mut unit) = (vec![0; packed.len as usize], vec![0; packed.unit as usize]);
+                    leaf.bytes.read_at(packed.off, &mut from).expect("packed bytes inside the file");
+                    vdblk::vd::unpack(packed.codec, &from, &mut unit).expect("a sound unit");
+                    piece.copy_from_slice(&unit[into as usize..][..piece.len()]);
+                }
                 ExtentKind::Zero => piece.fill(0),
                 ExtentKind::Parent => read(beneath, rest.take(e.len), piece),
             }
             rest = rest.skip(e.len);
             buf = after;
         }
+    }
+}
+
+/// A look-up for reading, with the pages of tables it needs.
+fn look_up(layer: &Layer<'_>, range: GuestRange, list: &mut ExtentList) {
+    while let Err(miss) = layer.map.map(range, Intent::Read, list) {
+        let Miss::NeedsPage(key) = miss else { panic!("{range}: {miss:?}") };
+        let place = layer.map.page_place(key).expect("a page of the image");
+        let mut page = vec![0; place.len];
+        layer.bytes.read_at(place.off, &mut page).expect("a page inside the file");
+        layer.map.page_read(key, &page).expect("a sound page");
     }
 }
 
@@ -83,7 +102,7 @@ pub(crate) fn data_pieces(chain: &[Layer<'_>]) -> Vec<GuestRange> {
         let mut rest = range_of(0, size.min(layer.map.limits().size_bytes));
         while !rest.is_empty() {
             let mut list = ExtentList::new();
-            layer.map.map(rest, Intent::Read, &mut list).expect("a look-up for reading");
+            look_up(layer, rest, &mut list);
             for e in list.as_slice() {
                 let mut here = rest.take(e.len);
                 rest = rest.skip(e.len);
@@ -103,12 +122,24 @@ pub(crate) fn fixtures() -> &'static Path {
     DIR.get_or_init(|| unpacked("vdi"))
 }
 
+/// The same for VHD and VHDX.
+pub(crate) fn vhd_fixtures() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| unpacked("vhd"))
+}
+
+/// The same for QCOW2.
+pub(crate) fn qcow2_fixtures() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| unpacked("qcow2"))
+}
+
 /// The fixtures of a format, unpacked into sparse files. They stay in the build folder, under the checksum of the archive.
-pub(crate) fn unpacked(name: &str) -> PathBuf {
-    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{name}.tar.zst"));
+pub(crate) fn unpacked(format: &str) -> PathBuf {
+    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{format}.tar.zst"));
     let packed = std::fs::read(packed).expect("fixtures");
     let sum: String = Sha256::digest(&packed)[..8].iter().map(|b| format!("{b:02x}")).collect();
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{sum}"));
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{format}-{sum}"));
     if !dir.exists() {
         let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("temporary folder");
         unpack(&packed, fresh.path());

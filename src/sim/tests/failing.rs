@@ -2,7 +2,6 @@
 //! is forgotten, nothing hangs, the image opens afterwards, and what was flushed is there.
 
 use crate::error::Failure;
-use crate::format::Format;
 use crate::io::{IoKind, IoOp};
 use crate::map::{FileId, GuestOffset, GuestRange};
 use crate::sim::{
@@ -111,14 +110,18 @@ impl Case<'_> {
 
     /// The operation moves the guest's bytes: nobody else can answer for it.
     fn belongs_to_request(&self, op: &IoOp) -> bool {
-        let data = match self.disk.0.shape.kind.format() {
-            Format::Raw => 0,
+        let data = match self.disk.0.shape.kind {
+            Kind::Raw => true,
+            // a bitmap before each block, and the footer where the next bitmap would be
+            Kind::Vhd => (op.off.0 - 2048.min(op.off.0)) % 4608 >= 512,
+            Kind::VhdDiff => (op.off.0 - 2560.min(op.off.0)) % 4608 >= 512,
+            Kind::Parallels | Kind::ParallelsDiff => op.off.0 >= 4096,
             // one table and its copy before grains of 4 KiB
-            Format::Vmdk => 16 << 10,
-            _ => DATA,
+            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
+            _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
-        moves && op.file.0 == 0 && op.off.0 >= data
+        moves && op.file.0 == 0 && data
     }
 
     fn open_again(&self, images: &Images, mut w: World, cut: bool) {
@@ -200,4 +203,20 @@ fn every_operation_may_fail_vmdk_diff() {
 #[test]
 fn every_operation_may_fail_diff() {
     every_fault(Kind::DiffDiscard);
+}
+
+#[test]
+fn every_operation_of_a_vhd_fails_once() {
+    every_fault(Kind::Vhd);
+}
+
+#[test]
+fn every_operation_of_a_vhd_diff_fails_once() {
+    every_fault(Kind::VhdDiff);
+}
+
+#[test]
+fn every_operation_of_a_parallels_image_fails_once() {
+    every_fault(Kind::Parallels);
+    every_fault(Kind::ParallelsDiff);
 }

@@ -55,6 +55,26 @@ fn powercut_in_small_workloads_vmdk_zeroed() {
     workloads(Kind::VmdkZeroed);
 }
 
+#[test]
+fn powercut_in_small_workloads_vhd() {
+    workloads(Kind::Vhd);
+}
+
+#[test]
+fn powercut_in_small_workloads_vhd_diff() {
+    workloads(Kind::VhdDiff);
+}
+
+#[test]
+fn powercut_in_small_workloads_parallels() {
+    workloads(Kind::Parallels);
+}
+
+#[test]
+fn powercut_in_small_workloads_parallels_diff() {
+    workloads(Kind::ParallelsDiff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -106,6 +126,26 @@ fn powercut_after_kills_vmdk_diff() {
 #[test]
 fn powercut_after_kills_vmdk_zeroed() {
     killed(Kind::VmdkZeroed);
+}
+
+#[test]
+fn powercut_after_kills_vhd() {
+    killed(Kind::Vhd);
+}
+
+#[test]
+fn powercut_after_kills_vhd_diff() {
+    killed(Kind::VhdDiff);
+}
+
+#[test]
+fn powercut_after_kills_parallels() {
+    killed(Kind::Parallels);
+}
+
+#[test]
+fn powercut_after_kills_parallels_diff() {
+    killed(Kind::ParallelsDiff);
 }
 
 #[test]

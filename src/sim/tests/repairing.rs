@@ -1,6 +1,7 @@
 //! Repairs that are interrupted, of images that are damaged in ways no power cut of ours damages them.
 
-use crate::format::vdi;
+use crate::format::{self, Format, ImageFile, vdi};
+use crate::map::FileId;
 use crate::sim::{Bytes, Faults, Images, Kind, Rng, Shape, Trace, World, interrupted_repairs};
 use crate::vd::DiskOptions;
 
@@ -46,6 +47,56 @@ fn damage(b: &mut Bytes, rng: &mut Rng) {
         2 => b.set_len(b.len() + 512 * rng.below(40)),
         _ => {}
     }
+}
+
+/// The same to a VHD: its table follows the header, or a locator of a sector.
+fn damage_vhd(b: &mut Bytes, rng: &mut Rng) {
+    let be = |b: &Bytes, at: u64| word(b, at).swap_bytes();
+    let (table, blocks, stride) =
+        (u64::from(be(b, 512 + 20)), u64::from(be(b, 512 + 28)), be(b, 512 + 32) + 512);
+    for _ in 0..1 + rng.below(4) {
+        let other = be(b, table + 4 * rng.below(blocks));
+        let near = u32::try_from(rng.below(20)).unwrap();
+        let value = match rng.below(6) {
+            // where another block is, or a bit further on
+            0 | 1 => other,
+            2 => other.saturating_add(near),
+            // on metadata, or behind the file
+            3 => near,
+            4 => 2 * stride * 40 / 512 + near,
+            _ => u32::MAX,
+        };
+        b.write(table + 4 * rng.below(blocks), &value.to_be_bytes());
+    }
+    match rng.below(5) {
+        0 => b.write(0, &[7; 512]),
+        1 => b.set_len(b.len() - 512 * rng.below(20).min(b.len() / 512 - 8)),
+        2 => b.set_len(b.len() + 512 * rng.below(40)),
+        3 => b.write(b.len() - 512, &[7; 512]),
+        _ => {}
+    }
+}
+
+#[test]
+fn powercut_in_a_repair_of_a_vhd_leaves_what_another_repair_makes_clean() {
+    let seeds = if cfg!(debug_assertions) { 60 } else { 600 };
+    let (mut states, mut broken, mut repaired) = (0, 0, 0);
+    for seed in 0..seeds {
+        let mut rng = Rng(seed);
+        let images = image([Kind::Vhd, Kind::VhdDiff][rng.index(2)], &mut rng);
+        let mut bytes = images.top.bytes();
+        damage_vhd(&mut bytes, &mut rng);
+        let files = [ImageFile { id: FileId(0), source: &bytes }];
+        if format::repair(Format::Vhd, &files).is_err() {
+            continue;
+        }
+        repaired += 1;
+        broken += u32::from(images.view(&bytes).is_err());
+        states +=
+            interrupted_repairs(&images, &bytes, 8, &mut rng).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+    }
+    println!("{repaired} images, {broken} of which did not open: {states} states of interrupted repairs");
+    assert!(repaired * 2 > seeds && broken > 10 && states > 1000, "{repaired} {broken} {states}");
 }
 
 #[test]

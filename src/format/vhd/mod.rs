@@ -1,0 +1,44 @@
+//! VHD, the format of Microsoft's Virtual PC and of Hyper-V's first generation: a footer, and in images that grow a header,
+//! one table of blocks, and blocks with a bitmap of their sectors in front. docs/formats/vhd.md tells the facts and the
+//! orders of our writes.
+
+mod bitmaps;
+mod check;
+mod create;
+mod fixed;
+mod footer;
+mod header;
+mod layout;
+mod locator;
+mod map;
+mod repair;
+mod table;
+mod writer;
+
+use super::{Driver, ImageFile, OpenHow, only};
+use crate::error::Result;
+use crate::map::ImageMap;
+use fixed::FixedMap;
+use footer::{Footers, Kind};
+use map::VhdMap;
+
+/// VHD as one of the formats.
+pub(super) const DRIVER: Driver = Driver {
+    open: |files, how| open(only(files), how),
+    references: None,
+    check: Some(|files| check::check(only(files).source)),
+    repair: Some(|files| repair::repair(only(files).source)),
+    blueprint: Some(create::blueprint),
+    keeps_comment: false,
+    keeps_geometry: true,
+};
+
+/// Everything that reading and writing rely on is verified.
+fn open(file: ImageFile<'_>, how: OpenHow) -> Result<Box<dyn ImageMap>> {
+    let footers = Footers::read(file.source)?;
+    footers.warn();
+    Ok(match footers.best.kind()? {
+        Kind::Fixed => Box::new(FixedMap::open(file, &footers, how)?),
+        Kind::Dynamic | Kind::Diff => Box::new(VhdMap::open(file, footers, how)?),
+    })
+}
