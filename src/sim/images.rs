@@ -67,13 +67,13 @@ impl Kind {
             Kind::Vdi => "vdi",
             Kind::Diff => "diff",
             Kind::DiffDiscard => "diff+discard",
-            Kind::Vmdk => "vmdk",
-            Kind::VmdkDiff => "vmdk-diff",
-            Kind::VmdkZeroed => "vmdk-diff+zeroed",
             Kind::Vhd => "vhd",
             Kind::VhdDiff => "vhd-diff",
             Kind::Parallels => "parallels",
             Kind::ParallelsDiff => "parallels-diff",
+            Kind::Vmdk => "vmdk",
+            Kind::VmdkDiff => "vmdk-diff",
+            Kind::VmdkZeroed => "vmdk-diff+zeroed",
         }
     }
 
@@ -95,7 +95,7 @@ impl Kind {
         match self.format() {
             Format::Vhd => 512..4096,
             Format::Parallels => 0..4096,
-            // of one table's worth of grains
+            // directories and tables of one table's worth of grains
             Format::Vmdk => 21 * 512..31 * 512,
             _ => 1 << 20..DATA,
         }
@@ -111,9 +111,9 @@ impl Kind {
         match self {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
-            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
+            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
         }
     }
 }

@@ -1,12 +1,12 @@
-//! Other programs that write to a VMDK: QEMU and VirtualBox put a new grain at the end of the file, at a whole grain, and write
-//! the entry and its copy.
+//! Other programs that write to a sparse VMDK: both QEMU and VirtualBox put a new grain at the end of the file, at a whole grain,
+//! and name it in the table and its copy.
 
 use super::super::bytes::Bytes;
-use super::Order;
+use super::{Order, carry_out};
 
-/// Where the header says how large things are, and where the directories lie; in sectors.
-const CAPACITY: u64 = 12;
+/// Where the header says how large grains are, and where the directories lie; in sectors.
 const GRAIN: u64 = 20;
+const CAPACITY: u64 = 12;
 const COPY_AT: u64 = 48;
 const MAIN_AT: u64 = 56;
 
@@ -16,14 +16,10 @@ fn word(b: &Bytes, at: u64) -> u32 {
     u32::from_le_bytes(w)
 }
 
-/// Where the entry of a block is, by the only table of a directory.
+/// Where the entry of a block is, in an image that has one table and its copy.
 fn entry_of(b: &Bytes, directory: u64, block: u32) -> u64 {
     let table = u64::from(word(b, u64::from(word(b, directory)) * 512)) * 512;
     table + u64::from(block) * 4
-}
-
-pub(in super::super) fn block_bytes(b: &Bytes) -> u64 {
-    u64::from(word(b, GRAIN)) * 512
 }
 
 /// The guest blocks without a place.
@@ -32,7 +28,12 @@ pub(in super::super) fn free_blocks(b: &Bytes) -> Vec<u32> {
     (0..grains).filter(|i| word(b, entry_of(b, MAIN_AT, *i)) < 2).collect()
 }
 
-/// Adds `block` with these bytes; `after` sees the file after each write, as long as the place makes it.
+/// Bytes of a block.
+pub(in super::super) fn block_bytes(b: &Bytes) -> u64 {
+    u64::from(word(b, GRAIN)) * 512
+}
+
+/// Adds `block` with these bytes; `after` sees the file after each write.
 pub(in super::super) fn append(
     b: &mut Bytes,
     block: u32,
@@ -47,13 +48,7 @@ pub(in super::super) fn append(
         (entry_of(b, MAIN_AT, block), sector.to_vec()),
         (entry_of(b, COPY_AT, block), sector.to_vec()),
     ];
-    let order = if order == Order::DataFirst { [0, 1, 2] } else { [2, 1, 0] };
-    for i in order {
-        let (off, bytes) = &writes[i];
-        b.write(*off, bytes);
-        let mut whole = b.clone();
-        whole.set_len(b.len().max(place + block_bytes(b)));
-        after(&whole);
-    }
+    let end = place + block_bytes(b);
+    carry_out(b, &writes, end, order, after);
     true
 }
