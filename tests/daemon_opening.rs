@@ -591,11 +591,8 @@ fn names_that_do_not_tell_the_format_are_refused() {
         try_to_serve(&at(name), &[]).assert_refused(&[name, part]);
     }
     try_to_serve(&at("text.vdi"), &["--format", "vdi"]).assert_refused(&["text.vdi"]);
-    try_to_serve(&at("vdi.vmdk"), &["--format", "vmdk"]).assert_refused(&[
-        "vdi.vmdk",
-        "VMDK",
-        "not supported",
-    ]);
+    try_to_serve(&at("vdi.vmdk"), &["--format", "vmdk"]).assert_refused(&["vdi.vmdk", "VMDK descriptor"]);
+    try_to_serve(&at("vdi.vmdk"), &["--format", "dmg"]).assert_refused(&["vdi.vmdk", "DMG", "not supported"]);
     mark(&at("zeros.img"), &["--format", "raw"], 0, 1);
     mark(&at("plain"), &["--format", "vdi"], 0, 1);
     // the same for parents

@@ -4,7 +4,7 @@
 use super::super::ImageFile;
 use super::super::report::{CheckReport, Severity};
 use super::descriptor::{Access, Keep};
-use super::layout::{Entry, Layout};
+use super::layout::{Entry, Layout, MARKER_BYTES};
 use super::open::{Placed, find_descriptor, of_extent, placed};
 use super::places::Dense;
 use super::sparse::{layout_of, tables_of, whole};
@@ -98,7 +98,8 @@ impl<'a> Extent<'a> {
         }
         let entries = whole(file.source, &layout)?;
         let copy = layout.redundant.as_ref().map(|d| tables_of(file.source, &layout, d)).transpose()?;
-        let read_only = p.line.access != Access::ReadWrite || layout.header.kdmv_version.is_none();
+        let h = &layout.header;
+        let read_only = p.line.access != Access::ReadWrite || h.kdmv_version.is_none() || h.is_compressed();
         let extent =
             Extent { file, layout, entries, copy, gone: Vec::new(), needed: HostOffset(0), read_only };
         Ok(extent.with_bounds())
@@ -110,7 +111,7 @@ impl<'a> Extent<'a> {
             let Entry::At(at) = self.layout.entry(*value) else { continue };
             if at.0 >= end {
                 self.gone.push(grain);
-            } else {
+            } else if !self.layout.header.is_compressed() {
                 self.needed = self.needed.max(at.plus(self.layout.bytes_of(grain)));
             }
         }
@@ -126,35 +127,61 @@ impl<'a> Extent<'a> {
         }
         for grain in &self.gone {
             let what = format!("grain {grain} lies behind the file's end at {end}");
-            report.add(Severity::Corruption, true, what);
+            report.add(Severity::Corruption, !self.read_only, what);
         }
         if self.needed.0 > end {
             let what = format!("the last grain ends at byte {}, the file at {end}", self.needed.0);
-            report.add(Severity::Corruption, true, what);
+            report.add(Severity::Corruption, !self.read_only, what);
         }
         let mut named = Vec::new();
+        // what is cut off a compressed grain cannot be filled up
+        let most = if h.is_compressed() { end } else { u64::MAX };
         for (grain, value) in (0..self.layout.grains()).zip(&self.entries) {
             let Entry::At(at) = self.layout.entry(*value) else { continue };
             report.allocated += 1;
-            if at.0 < end && !self.layout.can_hold(at, grain, u64::MAX) {
+            if at.0 < end && !self.layout.can_hold(at, grain, most) {
                 let what = format!("grain {grain} lies at byte {}, upon metadata", at.0);
                 report.add(Severity::Corruption, false, what);
             } else if at.0 < end {
                 named.push((at.0, grain));
+                if let Some(what) = self.wrong_marker(grain, at) {
+                    report.add(Severity::Corruption, false, what);
+                }
             }
         }
         named.sort_unstable();
-        for w in named.windows(2).filter(|w| w[1].0 - w[0].0 < h.grain_bytes) {
+        let least = self.layout.least_distance() * SECTOR_BYTES;
+        for w in named.windows(2).filter(|w| w[1].0 - w[0].0 < least) {
             let what = format!("grains {} and {} lie upon each other at byte {}", w[0].1, w[1].1, w[1].0);
             report.add(Severity::Corruption, false, what);
         }
-        self.judge_copy(report);
-        if h.unclean {
+        if !self.read_only {
+            self.judge_copy(report);
+        }
+        if h.unclean && !self.read_only {
             report.add(Severity::Leak, true, "the mark that somebody writes to it is set".into());
         }
         if !self.read_only && report.unrepairable == 0 {
             self.judge_slack(report);
         }
+    }
+
+    /// What is wrong with the marker of a compressed grain.
+    fn wrong_marker(&self, grain: u64, at: HostOffset) -> Option<String> {
+        if !self.layout.header.is_compressed() {
+            return None;
+        }
+        let mut marker = [0; MARKER_BYTES as usize];
+        self.file.source.read_at(at, &mut marker).err().map(|e| e.to_string()).or_else(|| {
+            let [a, b, c, d, e, f, g, h, i, j, k, l] = marker;
+            let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+            let len = u64::from(u32::from_le_bytes([i, j, k, l]));
+            if sector != grain * self.layout.header.grain_bytes / SECTOR_BYTES {
+                return Some(format!("the marker of grain {grain} says it is that of sector {sector}"));
+            }
+            let cut = at.0 + MARKER_BYTES + len > self.file.source.len();
+            cut.then(|| format!("grain {grain} of {len} bytes reaches behind the file's end"))
+        })
     }
 
     /// VirtualBox refuses an image whose copies differ; we write both, one behind the other.

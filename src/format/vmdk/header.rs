@@ -114,7 +114,10 @@ impl SparseHeader {
             KDMV => {
                 let raw = RawKdmv::read_from_bytes(&head).expect("a header's bytes");
                 if raw.directory_at.get() == IN_FOOTER {
-                    return Self::of_kdmv(&Self::footer(source)?, source.len());
+                    // the descriptor is where the head says
+                    let mut foot = Self::footer(source)?;
+                    (foot.descriptor_at, foot.descriptor_len) = (raw.descriptor_at, raw.descriptor_len);
+                    return Self::of_kdmv(&foot, source.len());
                 }
                 Self::of_kdmv(&raw, source.len())
             }

@@ -6,6 +6,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{SECTOR_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, HostOffset};
 
+/// Bytes before a compressed grain: its number of the first sector, and how many bytes follow.
+pub(super) const MARKER_BYTES: u64 = 12;
+
 /// What an entry of a grain table says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Entry {
@@ -181,9 +184,19 @@ impl Layout {
         }
     }
 
+    /// Bytes of the file that a grain has at least.
+    fn least_bytes_of(&self, grain: u64) -> u64 {
+        if self.header.is_compressed() { MARKER_BYTES + 1 } else { self.bytes_of(grain) }
+    }
+
+    /// Sectors between the beginnings of two grains at least.
+    pub(super) fn least_distance(&self) -> u64 {
+        if self.header.is_compressed() { 1 } else { self.header.grain_bytes / SECTOR_BYTES }
+    }
+
     /// A grain at that place is inside the file and in no metadata.
     pub(super) fn can_hold(&self, at: HostOffset, grain: u64, file_bytes: u64) -> bool {
-        let len = self.bytes_of(grain);
+        let len = self.least_bytes_of(grain);
         let (from, to) = (at.0 / SECTOR_BYTES, (at.0 + len).div_ceil(SECTOR_BYTES));
         let next = self.metadata.partition_point(|(_, end)| *end <= from);
         at.0 + len <= file_bytes && self.metadata.get(next).is_none_or(|(start, _)| *start >= to)

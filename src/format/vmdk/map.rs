@@ -81,6 +81,11 @@ impl Part {
                 let kind = match s.entry(grain)? {
                     Entry::Free => ExtentKind::Parent,
                     Entry::Zero => ExtentKind::Zero,
+                    Entry::At(at) if s.layout.header.is_compressed() => {
+                        let into = r.start().since(unit.start());
+                        let into = u32::try_from(into).expect("inside a unit");
+                        ExtentKind::Packed { packed: s.packed(grain, at), into }
+                    }
                     Entry::At(at) => {
                         ExtentKind::Data { file: s.file, off: at.plus(r.start().since(unit.start())) }
                     }

@@ -166,6 +166,10 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
     let placed = placed(&found, files)?;
     let is_base = !is_diff(&found.descriptor);
     let write = !how.read_only && !how.info_only;
+    if write && placed.iter().all(|p| p.line.access != Access::ReadWrite) {
+        let what = "all extents of this VMDK are only to be read";
+        return Err(Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or convert it"));
+    }
     let layouts =
         placed.iter().map(|p| layout(p).map_err(|e| of_extent(e, p))).collect::<Result<Vec<_>>>()?;
     let mut budget = whole_bytes();

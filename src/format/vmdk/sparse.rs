@@ -1,13 +1,14 @@
 //! A sparse extent that is open: look-ups in its grain tables.
 
 use super::header::SparseHeader;
-use super::layout::{Entry, Layout, read_words};
+use super::layout::{Entry, Layout, MARKER_BYTES, read_words};
 use super::table::{Entries, Table, page_entries};
 use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Failure, Result};
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{MAX_UNIT_BYTES, SECTOR_BYTES};
 use crate::map::{
-    ByteSource, FileId, GuestOffset, GuestRange, HostOffset, MetaKey, MetaOp, Miss, PageCache, PagePlace,
+    ByteSource, Codec, FileId, GuestOffset, GuestRange, HostOffset, MetaKey, MetaOp, Miss, Packed, PageCache,
+    PagePlace,
 };
 use crate::probe::paging::are_all_paged;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -122,7 +123,7 @@ impl Sparse {
     /// Looks at every entry that is in memory: no two grains at one place, none outside the file or in metadata.
     fn verify(&self) -> Result<()> {
         let Entries::Whole(all) = &self.table.entries else { return Ok(()) };
-        let per_grain = self.layout.header.grain_bytes / SECTOR_BYTES;
+        let per_grain = self.layout.least_distance();
         let mut named = Vec::new();
         for (grain, value) in (0..self.layout.grains()).zip(all.iter()) {
             let Entry::At(at) = self.layout.entry(value.load(Ordering::Relaxed)) else { continue };
@@ -148,6 +149,9 @@ impl Sparse {
             return Err(Error::new(ErrorKind::Corrupt, what).hint("pass --read-only, or convert it"));
         }
         let what = match (self.layout.header.kdmv_version, self.layout.lacks_tables()) {
+            _ if self.layout.header.is_compressed() => {
+                "streamOptimized VMDKs (compressed grains) are only read"
+            }
             (None, _) => "VMDK extents of ESX (COWD) are only read",
             (_, true) => "this VMDK has grain tables that were never made, and is only read",
             _ => return Ok(()),
@@ -184,6 +188,17 @@ impl Sparse {
             return Err(Miss::Fail(Failure::Corrupt));
         }
         Ok(entry)
+    }
+
+    /// The compressed grain behind the marker at a place. The table does not say where it ends: so many bytes as no
+    /// compression makes more of it, if the file has them.
+    pub(super) fn packed(&self, grain: u64, at: HostOffset) -> Packed {
+        let off = at.plus(MARKER_BYTES);
+        let unit = self.layout.bytes_of(grain);
+        let most = unit + unit / 64 + SECTOR_BYTES;
+        let len = (self.opened_bytes - off.0).min(most);
+        let small = |n: u64| u32::try_from(n).expect("at most MAX_UNIT_BYTES and a bit");
+        Packed { off, len: small(len), unit: small(unit), file: self.file, codec: Codec::Zlib }
     }
 
     /// Where a page of the tables lies.
@@ -263,9 +278,9 @@ pub(super) fn misplaced(grain: u64, at: HostOffset, file_bytes: u64) -> Error {
 /// As [`super::super::open`].
 pub(super) fn layout_of(source: &dyn ByteSource) -> Result<Layout> {
     let header = SparseHeader::read(source)?;
-    if header.is_compressed() {
-        let what = "streamOptimized VMDKs (compressed grains) are not supported yet";
-        return Err(Error::new(ErrorKind::Unsupported, what).hint("convert it with qemu-img first"));
+    if header.is_compressed() && header.grain_bytes > u64::from(MAX_UNIT_BYTES) {
+        let what = format!("compressed grains of {} bytes are not supported", header.grain_bytes);
+        return Err(Error::new(ErrorKind::Unsupported, what));
     }
     Layout::read(source, header)
 }
