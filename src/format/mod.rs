@@ -11,6 +11,7 @@ mod report;
 mod sector_bits;
 pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
 pub use detect::{detect, extension_format, signature};
@@ -115,6 +116,7 @@ impl Format {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
             Format::Vhd => Some(&vhd::DRIVER),
+            Format::Vhdx => Some(&vhdx::DRIVER),
             _ => None,
         }
     }

@@ -90,7 +90,7 @@ pub(crate) struct Parents {
 /// An existing image.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// Format of the image: raw, vdi or vhd [default: what extension and contents agree on; the extension .raw says raw].
+    /// Format of the image: raw, vdi, vhd or vhdx [default: what extension and contents agree on; the extension .raw says raw].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
