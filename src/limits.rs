@@ -63,6 +63,18 @@ pub const BOUNCE_BYTES: usize = 256 << 10;
 pub const BOUNCE_POOL_BYTES: usize = 32 << 20;
 /// A page of a table: what one metadata write covers at most.
 pub const META_PAGE_BYTES: u64 = 4096;
+/// Bytes of a packed unit, packed: what no codec makes of [`MAX_UNIT_BYTES`] is not read.
+pub const MAX_PACKED_BYTES: u32 = 2 * MAX_UNIT_BYTES;
+/// Bytes of a packed unit, unpacked.
+pub const MAX_UNIT_BYTES: u32 = 4 << 20;
+/// Unpacked units that one disk keeps, all together.
+pub const UNIT_CACHE_BYTES: usize = 16 << 20;
+/// Packed units of one disk that are on their way at a time; others wait.
+pub const MAX_UNITS_LOADING: usize = 8;
+/// Bytes of the window a packed unit may ask for to be unpacked.
+pub const MAX_UNPACK_WINDOW: u64 = 8 << 20;
+/// Pages of second-level tables that one image keeps, in bytes.
+pub const TABLE_CACHE_BYTES: u64 = 32 << 20;
 /// Clean blocks prepared ahead of need, in bytes of the file.
 pub const POOL_STEP_BYTES: u64 = 64 << 20;
 /// Largest buffered write done by the queue's own thread rather than handed to the engine.
@@ -76,6 +88,9 @@ pub const MAX_ORPHAN_LOOK_BYTES: u64 = 1 << 30;
 /// Bytes a repair copies for blocks that share their places, if that is more than the file has: a table of 1 MiB can
 /// name one place a quarter of a million times.
 pub const MAX_SEPARATED_BYTES: u64 = 64 << 20;
+/// Bytes a repair lengthens a file by at a time, and zeros it writes at most where the file system cannot allocate: four of
+/// the largest blocks.
+pub const MAX_ZEROS_BYTES: u64 = 1 << 30;
 /// Lines a check prints; what it counts is not bounded.
 pub const MAX_CHECK_LINES: usize = 200;
 /// Operations one engine has in flight at most, whatever is asked for.

@@ -3,7 +3,7 @@
 mod daemon_support;
 
 use daemon_support::client::{Guest, IOERR, MOST};
-use daemon_support::guest::T_OUT;
+use daemon_support::guest::{GuestRegion, HUGE_PAGE, T_OUT};
 use daemon_support::images::{MIB, assert_checked_by_qemu, diff, raw, vdi};
 use daemon_support::process::Daemon;
 use daemon_support::{PATIENCE, comes_true, scratch};
@@ -76,6 +76,44 @@ fn a_write_whose_data_is_taken_away_fails() {
             assert_serves(&daemon);
             daemon.stop();
         }
+    }
+}
+
+/// Huge pages go as a whole: one of two, with a write's data in it, and then the one with the ring.
+#[test]
+fn huge_pages_that_are_taken_away_end_their_queue_only() {
+    let dir = scratch();
+    let image = vdi(&dir.path().join("a.vdi"), 8 * MIB);
+    for engine in ENGINES {
+        let Some(region) = GuestRegion::huge(2) else { return };
+        let daemon = Daemon::serve(&image, &["--io-engine", engine]);
+        let mut guest = daemon.connect_in(&region);
+        guest.mark(0, 1);
+        let q = guest.queue();
+        region.put(HUGE_PAGE, &[7; 8192]);
+        let (header, status) = (q.data_at(0), q.data_at(0) + 16);
+        region.put(
+            header,
+            &[&T_OUT.to_le_bytes()[..], &[0; 4], &(3 * MIB / 512).to_le_bytes(), &[0xee]].concat(),
+        );
+        q.push(&[(header, 16, false), (HUGE_PAGE + 0x5000, 8192, false), (status, 1, true)]);
+        region.shorten(HUGE_PAGE);
+        q.kick();
+        assert!(q.wait(PATIENCE).is_some(), "{engine}: no answer; {}", daemon.log());
+        assert_eq!(region.get(status, 1), [IOERR], "{engine}: {}", daemon.log());
+        drop(guest);
+        assert_serves(&daemon);
+
+        let Some(region) = GuestRegion::huge(1) else { return };
+        let mut guest = daemon.connect_in(&region);
+        guest.mark(0, 1);
+        region.shorten(0);
+        guest.queue().kick();
+        assert!(is_told_of_a_broken_ring(&mut guest), "{engine}: {}", daemon.log());
+        daemon.wait_for_log(GONE);
+        drop(guest);
+        assert_serves(&daemon);
+        daemon.stop();
     }
 }
 

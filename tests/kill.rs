@@ -3,9 +3,12 @@
 //! The daemon is killed again and again under vubench's verifying load, which keeps rings, memory and inflight region as
 //! a VMM does. `VDBLK_KILLS` says how many times in all (54); `scripts/soak-kill.sh` is the long form.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
+use tempfile::TempDir;
 
 /// Kinds of images times ways through the page cache.
 const CONFIGURATIONS: u32 = 6;
@@ -21,11 +24,50 @@ const LEAKS: i32 = 3;
 /// Time between two kills.
 const PAUSE_S: f64 = 0.6;
 
+/// How long the kernel may take to end the last I/O of a killed process, which holds the image's lock until then: more than
+/// the usual 10 s on a disk that others keep busy.
+const LOCK_WAIT_S: u32 = 50;
+
 /// What must never be counted.
 const WRONG: [&str; 6] = ["duplicates", "lost", "mismatches", "errors", "bad_used_len", "stale_after_crash"];
 
 /// One load at a time: each wants the CPUs for itself.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// A folder for images. If the test fails it stays, with a log of all programs that ran.
+struct Folder(Option<TempDir>);
+
+impl Folder {
+    fn new() -> Folder {
+        // not in /tmp: that may be memory, which has no O_DIRECT
+        Folder(Some(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder")))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.as_ref().expect("only drop takes it").path()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let kept = self.0.take().expect("only drop takes it").keep();
+            eprintln!("the images, and all that was run and said ({LOG}), are in {}", kept.display());
+        }
+    }
+}
+
+/// In the folder of the images.
+const LOG: &str = "log";
+
+/// Runs a program in the folder, and keeps what it said.
+fn run(dir: &Path, c: &mut Command) -> Output {
+    let done = c.current_dir(dir).output().expect("run it");
+    let mut log = File::options().create(true).append(true).open(dir.join(LOG)).expect("open the log");
+    writeln!(log, "{c:?}: {}", done.status).expect("write the log");
+    log.write_all(&[&done.stdout[..], &done.stderr].concat()).expect("write the log");
+    done
+}
 
 fn kills() -> u32 {
     let all: u32 = std::env::var("VDBLK_KILLS").map_or(54, |n| n.parse().expect("VDBLK_KILLS is a number"));
@@ -41,15 +83,14 @@ fn program(name: &str) -> PathBuf {
 
 fn vdimg(dir: &Path, args: &str) {
     let mut c = Command::new(program("vdimg"));
-    let done = c.args(args.split_whitespace()).current_dir(dir).output().expect("run vdimg");
+    let done = run(dir, c.args(args.split_whitespace()));
     assert!(done.status.success(), "vdimg {args}: {done:?}");
 }
 
 /// Of what the killed ones had prepared something may be left, if nothing was written after the last of them; a session
 /// that writes and ends in order leaves nothing.
 fn assert_sound(dir: &Path, image: &str, cache: &str) {
-    let check =
-        Command::new(program("vdimg")).args(["check", image]).current_dir(dir).output().expect("run vdimg");
+    let check = run(dir, Command::new(program("vdimg")).args(["check", image]));
     assert!([Some(0), Some(LEAKS)].contains(&check.status.code()), "{check:?}");
     vubench(dir, image, cache, "--verify --runtime 0.5 --dump-model model.raw");
     vdimg(dir, &format!("check {image}"));
@@ -59,14 +100,14 @@ fn assert_sound(dir: &Path, image: &str, cache: &str) {
 /// Runs vubench with a daemon on `image`; its result.
 fn try_vubench(dir: &Path, image: &str, cache: &str, args: &str) -> (Output, serde_json::Value) {
     let daemon = format!(
-        "{} --socket-path @S --blk-file {} --num-queues 2 --cache {cache} --log-level warn",
+        "{} --socket-path @S --blk-file {} --num-queues 2 --cache {cache} --log-level warn --lock-wait {LOCK_WAIT_S}",
         program("vdblk").display(),
         dir.join(image).display()
     );
     let mut c = Command::new(program("vubench"));
-    c.current_dir(dir).arg("--socket").arg(dir.join("s")).arg("--server-cmd").arg(daemon);
+    c.arg("--socket").arg(dir.join("s")).arg("--server-cmd").arg(daemon);
     c.args("--queues 2 --unit 4k --max-units 16 --seed 7 --size 128m --shadow model".split_whitespace());
-    let done = c.args(args.split_whitespace()).output().expect("run vubench");
+    let done = run(dir, c.args(args.split_whitespace()));
     let text = String::from_utf8_lossy(&done.stdout);
     let result = serde_json::from_str(text.lines().last().unwrap_or("")).unwrap_or_default();
     (done, result)
@@ -101,8 +142,7 @@ fn make(dir: &Path, kind: &str) -> &'static str {
 
 fn kill_and_restart(kind: &str, cache: &str) {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    // not in /tmp: that may be memory, which has no O_DIRECT
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let dir = Folder::new();
     let image = make(dir.path(), kind);
     let n = kills();
     let run = format!(
@@ -148,7 +188,7 @@ fn a_diff_survives_kills_while_it_grows() {
 fn a_lost_and_a_doubled_request_are_noticed() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     for spoil in ["lose", "double"] {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let dir = Folder::new();
         let image = make(dir.path(), "raw");
         let run = "--reconnect-kill 4 --assume-zero --iodepth 32 --runtime 2 --stall 2 --spoil-inflight";
         let (done, r) = try_vubench(dir.path(), image, "none", &format!("{run} {spoil}"));

@@ -17,6 +17,10 @@ const ROUND: u64 = 25_000;
 /// Requests past the page cache take long: this is their part of all.
 const DIRECT_SHARE: u64 = 20;
 
+/// Of the reads of zeros, in percent, so many at most may be ones that more than one write explains: the check demands
+/// less of them. A third is usual.
+const MOST_AMBIGUOUS: u64 = 50;
+
 /// One test at a time: each has twenty threads.
 static TURN: Mutex<()> = Mutex::new(());
 
@@ -38,8 +42,13 @@ fn play(way: Way, operations: u64) {
         all.add(shown.unwrap_or_else(|v| panic!("{way:?}, seed {seed}: {v}")));
     }
     let share = 100 * all.seen.overlapping / all.seen.of_queues;
-    println!("{way:?}: {all:?}, {share} % overlapping, {:?}", start.elapsed());
+    let ambiguous = 100 * all.seen.ambiguous / all.seen.zeros.max(1);
+    println!(
+        "{way:?}: {all:?}, {share} % overlapping, {ambiguous} % of the zeros ambiguous, {:?}",
+        start.elapsed()
+    );
     assert!(all.operations == operations && all.copies > 0 && share >= 50, "{all:?}");
+    assert!(all.seen.zeros > 0 && ambiguous <= MOST_AMBIGUOUS, "{ambiguous} % of the zeros: {all:?}");
 }
 
 fn cached(kind: Kind) {

@@ -1,6 +1,6 @@
 //! The house rules that a machine can check: who may use whom, where `unsafe` may stand, how long things may be.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("limits", &[]),
+    ("probe", &[]),
     ("map", &["error", "limits"]),
     ("size", &["error"]),
-    ("format", &["error", "limits", "map", "size"]),
+    ("format", &["error", "limits", "probe", "map", "size"]),
     ("io", &["error", "limits", "map"]),
-    ("vd", &["error", "limits", "map", "format", "io"]),
+    ("vd", &["error", "limits", "probe", "map", "format", "io"]),
     ("virtio", &["error", "limits", "map", "io", "vd"]),
-    ("vhost", &["error", "limits", "map", "io", "vd", "virtio"]),
+    ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "format", "io", "vd"]),
-    ("sim", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
+    ("sim", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
 
@@ -29,6 +30,7 @@ const UNSAFE: &[&str] = &[
     "io/uring.rs",
     "vd/own.rs",
     "vhost/lost.rs",
+    "vhost/mapping.rs",
     "vhost/memory.rs",
     "vhost/ring.rs",
     "vhost/shared.rs",
@@ -120,6 +122,35 @@ fn modules_use_only_what_lies_beneath_them() {
         }
     }
     assert!(wrong.is_empty(), "against the dependency table:\n{}", wrong.join("\n"));
+}
+
+/// Names behind "crate::" in a text.
+fn uses_of(text: &str) -> BTreeSet<&str> {
+    let behind = text.lines().flat_map(|l| code(l).split("crate::").skip(1));
+    behind.filter_map(|p| p.split(|c: char| !c.is_alphanumeric() && c != '_').next()).collect()
+}
+
+/// What can be reached from a file, by the files' names.
+fn reach<'a>(from: &'a str, uses: &BTreeMap<&'a str, BTreeSet<&'a str>>) -> BTreeSet<&'a str> {
+    let (mut found, mut next) = (BTreeSet::new(), vec![from]);
+    while let Some(name) = next.pop() {
+        let new = uses.get(name).into_iter().flatten().filter(|u| uses.contains_key(*u));
+        next.extend(new.filter(|u| found.insert(**u)));
+    }
+    found
+}
+
+#[test]
+fn the_files_of_vubench_use_each_other_in_one_direction() {
+    let all = sources(&["benches/vubench"]);
+    let mut uses: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for (path, text) in &all {
+        let name = path.strip_prefix("benches/vubench/").unwrap();
+        let name = name.split('/').next().unwrap().trim_end_matches(".rs");
+        uses.entry(name).or_default().extend(uses_of(text).into_iter().filter(|u| *u != name));
+    }
+    let looped: Vec<_> = uses.keys().filter(|name| reach(name, &uses).contains(*name)).collect();
+    assert!(uses.len() > 10 && looped.is_empty(), "these use each other in a circle: {looped:?}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vdblk::vhost::{InflightRegion, Resize, ServeOptions};
 use vdblk::virtio::feature;
 use vhost::vhost_user::message::{
@@ -109,16 +109,26 @@ fn every_page_the_device_writes_is_logged_while_that_is_on() {
         fe.set_features(features & !feature::LOG_ALL).unwrap();
         q.check_io(0, 3);
         assert!(take_log(&log).is_empty(), "it is off again");
-        // a log that is too short, and then one that is not, do no harm while rings run
+        // one that is too short stops the ring before the driver is told of what would be missing on another host
         fe.set_features(features).unwrap();
         q.check_io(0, 4);
         let short = tempfile::tempfile().unwrap();
         short.set_len(1).unwrap();
         let one = VhostUserDirtyLogRegion { mmap_size: 1, mmap_offset: 0, mmap_handle: short.as_raw_fd() };
         take_log(&log);
+        fe.set_vring_err(0, &q.err).unwrap();
         fe.set_log_base(0, Some(one)).unwrap();
-        q.check_io(0, 5);
+        q.post(0, T_IN, 0, &[], 512);
+        q.kick();
+        let begun = Instant::now();
+        while q.err.read().is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "the ring goes on");
+        }
+        assert_eq!(q.wait(Duration::from_millis(50)), None);
         assert!(take_log(&log).is_empty());
+        // with a new log the ring can be set up again, behind what was taken from it
+        fe.set_log_base(0, Some(VhostUserDirtyLogRegion { mmap_offset: 0, ..base })).unwrap();
+        q.check_io(0, 5);
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::guest::{GuestQueue, GuestRegion, QUEUE_BYTES, T_DISCARD, T_IN};
+use common::guest::{GuestQueue, GuestRegion, QUEUE_BYTES, T_DISCARD, T_GET_ID, T_IN};
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
@@ -12,8 +12,8 @@ use vdblk::error::Failure;
 use vdblk::io::BufSlice;
 use vdblk::vd::{BlockDevice, Done, Outcome, Request};
 use vdblk::vhost::{
-    InflightRegion, Memory, QueueWorker, RegionInfo, Ring, RingError, RingExtras, RingSetup, Tracker,
-    WorkerOptions,
+    DirtyLog, InflightRegion, Memory, QueueWorker, RegionInfo, Ring, RingError, RingExtras, RingLog,
+    RingSetup, Tracker, WorkerOptions,
 };
 use vdblk::virtio::Rules;
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
@@ -71,6 +71,10 @@ fn start_tracked(
     q: &GuestQueue,
     inflight: Option<Tracker>,
 ) -> Result<(), RingError> {
+    start_with(w, q, RingExtras { inflight, ..RingExtras::default() })
+}
+
+fn start_with(w: &mut QueueWorker<Scripted>, q: &GuestQueue, extras: RingExtras) -> Result<(), RingError> {
     let i = q.region.info();
     let info = RegionInfo {
         guest_addr: i.guest_phys_addr,
@@ -92,10 +96,7 @@ fn start_tracked(
     };
     w.set_memory(Arc::clone(&memory));
     let (_, call) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-    w.start(
-        Ring::new(&setup, &memory).unwrap(),
-        RingExtras { call: Some(call), inflight, ..RingExtras::default() },
-    )
+    w.start(Ring::new(&setup, &memory).unwrap(), RingExtras { call: Some(call), ..extras })
 }
 
 fn queue() -> GuestQueue {
@@ -289,4 +290,111 @@ fn a_ring_that_contradicts_its_region_is_refused() {
     let mut w = worker(Scripted::new(|_, _| None));
     let refused = start_tracked(&mut w, &q, region.tracker(0)).unwrap_err();
     assert!(matches!(refused, RingError::InFlight(_)), "{refused}");
+}
+
+/// The answer asks nothing of the disk, and still of the memory.
+#[test]
+fn get_id_into_memory_that_is_taken_away_fails_and_ends_the_ring() {
+    let mut q = GuestQueue::new(&GuestRegion::new(0, QUEUE_BYTES + 4096, 0), 0, 128, true);
+    let mut w = worker(Scripted::new(|_, _| Some(Ok(()))));
+    start(&mut w, &q).unwrap();
+    let (header, status) = (q.data_at(0), q.data_at(0) + 16);
+    q.region.put(header, &[&T_GET_ID.to_le_bytes()[..], &[0; 12], &[0xee]].concat());
+    let parts = [(header, 16, false), (QUEUE_BYTES, 20, true), (status, 1, true)];
+    let head = q.push(&parts);
+    assert!(w.step(false));
+    assert_eq!((q.wait(Duration::ZERO), q.region.get(status, 1)), (Some((head, 21)), vec![0]));
+    let head = q.push(&parts);
+    q.region.shorten(QUEUE_BYTES);
+    assert!(w.step(false));
+    assert_eq!((q.wait(Duration::ZERO), q.region.get(status, 1)), (Some((head, 1)), vec![1]));
+    assert_eq!(w.counters().failed, 1);
+    q.post(1, T_IN, 0, &[], 512);
+    assert!(!w.step(false) && w.in_flight() == 0, "the ring goes on");
+}
+
+/// Guest memory that one page of a log stands for.
+const LOGGED_BYTES: u64 = 4096 * 8 * 4096;
+
+/// A log of two pages, the used ring in the second, and where it is told that the ring is broken.
+fn logged(file: &File, inflight: Option<Tracker>) -> (RingExtras, File) {
+    file.set_len(8192).unwrap();
+    let log = Arc::new(DirtyLog::open(file.try_clone().unwrap(), 0, 8192).unwrap());
+    let told = tempfile::tempfile().unwrap();
+    let err = told.try_clone().ok();
+    let log = Some(RingLog { log, used: Some(LOGGED_BYTES) });
+    (RingExtras { inflight, err, log, ..RingExtras::default() }, told)
+}
+
+fn is_told(err: &File) -> bool {
+    err.metadata().unwrap().len() == 8
+}
+
+#[test]
+fn what_cannot_be_logged_is_not_answered_and_the_next_ring_repeats_it() {
+    let (bytes, file) = InflightRegion::create(1, 128).unwrap();
+    let region = Arc::new(InflightRegion::open(file, 0, bytes, 1, 128).unwrap());
+    let mut q = queue();
+    let mut w = worker(Scripted::new(|_, _| Some(Ok(()))));
+    let log = tempfile::tempfile().unwrap();
+    let (extras, err) = logged(&log, region.tracker(0));
+    start_with(&mut w, &q, extras).unwrap();
+    q.post(0, T_IN, 0, &[], 512);
+    w.step(false);
+    assert!(q.wait(Duration::ZERO).is_some() && !is_told(&err));
+    let read = q.post(1, T_IN, 0, &[], 512);
+    let identify = q.post(2, T_GET_ID, 0, &[], 20);
+    log.set_len(0).unwrap();
+    w.step(false);
+    assert_eq!((q.wait(Duration::ZERO), is_told(&err)), (None, true));
+    q.post(3, T_IN, 0, &[], 512);
+    assert!(!w.step(false), "the ring goes on");
+    assert!(w.stopped().is_some());
+    assert_eq!(q.wait(Duration::ZERO), None, "answered when it was stopped");
+
+    let (extras, err) = logged(&log, region.tracker(0));
+    start_with(&mut w, &q, extras).unwrap();
+    while w.step(false) {}
+    // the second was not begun when the ring broke, and is still announced
+    let answers: Vec<_> = std::iter::from_fn(|| q.wait(Duration::ZERO)).map(|(head, _)| head).collect();
+    assert_eq!((answers.len(), answers[0], answers[1], is_told(&err)), (3, read, identify, false));
+}
+
+/// The driver sees the answer, which is there; the next one would be missing.
+#[test]
+fn a_used_ring_that_cannot_be_logged_is_stopped() {
+    let mut q = queue();
+    let mut w = worker(Scripted::new(|_, _| Some(Ok(()))));
+    let log = tempfile::tempfile().unwrap();
+    let (extras, err) = logged(&log, None);
+    start_with(&mut w, &q, extras).unwrap();
+    w.step(false);
+    w.arm();
+    log.set_len(4096).unwrap();
+    q.post(0, T_IN, 0, &[], 512);
+    w.step(false);
+    assert!(is_told(&err));
+    q.post(1, T_IN, 0, &[], 512);
+    assert!(!w.step(false), "the ring goes on");
+}
+
+#[test]
+fn nothing_is_begun_that_cannot_be_noted_as_in_flight() {
+    let (bytes, _) = InflightRegion::create(1, 128).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(bytes).unwrap();
+    let region = Arc::new(InflightRegion::open(file.try_clone().unwrap(), 0, bytes, 1, 128).unwrap());
+    let mut q = queue();
+    let mut w = worker(Scripted::new(|_, _| Some(Ok(()))));
+    start_tracked(&mut w, &q, region.tracker(0)).unwrap();
+    q.post(0, T_IN, 0, &[], 512);
+    w.step(false);
+    assert!(q.wait(Duration::ZERO).is_some());
+    file.set_len(0).unwrap();
+    q.post(1, T_IN, 0, &[], 512);
+    w.step(false);
+    assert_eq!((q.wait(Duration::ZERO), w.counters().answered), (None, 1));
+    assert!(!w.step(false) && w.stopped().is_some());
+    let refused = start_tracked(&mut w, &q, region.tracker(0)).unwrap_err();
+    assert!(refused.to_string().contains("shortened"), "{refused}");
 }

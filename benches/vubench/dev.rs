@@ -1,14 +1,12 @@
-//! Connection set-up: negotiation, memory table, vrings.
+//! A connection to a device: negotiation, memory table, what the device says of itself.
 use crate::features::*;
 use crate::mem::{GPA_BASE, Mem};
-use crate::queue::Queue;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 /// Bytes of the config space we ask for: they reach write_zeroes_may_unmap.
 const CONFIG_LEN: u32 = 60;
@@ -138,28 +136,6 @@ impl Dev {
     pub(crate) fn set_inflight(&mut self, d: &VhostUserInflight, f: &File) -> io::Result<()> {
         self.fe.set_inflight_fd(d, f.as_raw_fd()).map_err(err("set_inflight_fd"))
     }
-
-    pub(crate) fn start_vring(&mut self, i: usize, q: &Queue, base: u16) -> io::Result<()> {
-        let (fe, r, mem) = (&mut self.fe, &q.ring, &q.mem);
-        fe.set_vring_num(i, r.size).map_err(err("set_vring_num"))?;
-        fe.set_vring_base(i, base).map_err(err("set_vring_base"))?;
-        let c = VringConfigData {
-            queue_max_size: r.size,
-            queue_size: r.size,
-            flags: 0,
-            desc_table_addr: mem.uaddr(r.desc),
-            used_ring_addr: mem.uaddr(r.used),
-            avail_ring_addr: mem.uaddr(r.avail),
-            log_addr: None,
-        };
-        fe.set_vring_addr(i, &c).map_err(err("set_vring_addr"))?;
-        fe.set_vring_call(i, &q.call).map_err(err("set_vring_call"))?;
-        fe.set_vring_kick(i, &q.kick).map_err(err("set_vring_kick"))?;
-        if self.info.has(F_PROTOCOL) {
-            fe.set_vring_enable(i, true).map_err(err("set_vring_enable"))?;
-        }
-        Ok(())
-    }
 }
 
 fn wanted(o: &Opts) -> u64 {
@@ -198,33 +174,6 @@ fn negotiate_protocol(fe: &mut Frontend, info: &mut Info, inflight: bool) -> io:
         info.cfg = b;
     }
     Ok(())
-}
-
-/// Queues carved out of one new piece of shared memory.
-pub(crate) fn make_queues(o: &Opts, info: &Info, depth: usize, bs: usize) -> io::Result<Vec<Queue>> {
-    if o.queues as u64 > info.max_queues {
-        let max = info.max_queues;
-        return Err(io::Error::other(format!("device has {max} queues")));
-    }
-    let mut mem = Mem::new(o.queues * Queue::bytes(o, depth, bs))?;
-    let layouts: Vec<_> = (0..o.queues).map(|_| Queue::layout(&mut mem, o, depth, bs)).collect();
-    let mem = Arc::new(mem);
-    layouts.into_iter().map(|l| Queue::new(mem.clone(), l, o, info, depth)).collect()
-}
-
-/// Connects and starts all queues.
-pub(crate) fn open(o: &Opts, depth: usize, bs: usize) -> io::Result<(Dev, Vec<Queue>)> {
-    let mut dev = Dev::connect(o)?;
-    let mut qs = make_queues(o, &dev.info, depth, bs)?;
-    if let Some((d, f)) = dev.get_inflight(o)? {
-        dev.set_inflight(&d, &f)?;
-    }
-    dev.set_mem(&qs[0].mem, o.mem_slots)?;
-    for (i, q) in qs.iter_mut().enumerate() {
-        q.ring.disable_irq();
-        dev.start_vring(i, q, 0)?;
-    }
-    Ok((dev, qs))
 }
 
 /// Stops the queues as a VMM does when the guest lets go of the device.

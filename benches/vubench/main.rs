@@ -1,5 +1,6 @@
 //! vubench: a vhost-user-blk front-end without a VM. See README.md.
 mod args;
+mod attach;
 mod cpu;
 mod dev;
 mod features;
@@ -15,8 +16,9 @@ mod sys;
 mod verify;
 
 use args::Args;
+use attach::open;
 use clap::{Parser, ValueEnum};
-use dev::{Dev, Opts, close, open};
+use dev::{Dev, Opts, close};
 use features::names;
 use serde_json::json;
 use server::Server;
@@ -136,7 +138,7 @@ fn resume(mut ms: Vec<f64>) -> serde_json::Value {
 fn check(a: &Args, o: &Opts, server: Option<&mut Server>) -> io::Result<u8> {
     let (s, i) = verify::run(o, a.verify_cfg(), server)?;
     for l in &s.told {
-        eprintln!("MISMATCH {l}");
+        eprintln!("{l}");
     }
     let result = json!({
         "writes": s.writes, "reads": s.reads, "write_zeroes": s.write_zeroes,

@@ -37,8 +37,6 @@ unsafe impl Pod for u16 {}
 unsafe impl Pod for u32 {}
 // SAFETY: a primitive integer.
 unsafe impl Pod for u64 {}
-// SAFETY: `repr(C)`, its fields 8 + 4 + 2 + 2 bytes leave no padding, and all are integers.
-unsafe impl Pod for crate::ring::Desc {}
 
 impl Mem {
     pub(crate) fn new(len: usize) -> io::Result<Mem> {

@@ -1,5 +1,5 @@
 //! Driver side of a split virtqueue (virtio 1.x, section 2.7).
-use crate::mem::Mem;
+use crate::mem::{Mem, Pod};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
@@ -16,6 +16,9 @@ pub(crate) struct Desc {
     pub(crate) flags: u16,
     pub(crate) next: u16,
 }
+
+// SAFETY: `repr(C)`, its fields 8 + 4 + 2 + 2 bytes leave no padding, and all are integers.
+unsafe impl Pod for Desc {}
 
 pub(crate) struct Ring {
     mem: Arc<Mem>,

@@ -19,24 +19,8 @@ CMD='' QUEUES=2 SIZE='' TESTS='boot-check fio-verify fs bench pattern' EXPORT=''
 TMO=180 PASS=()
 
 . "$HERE/server.sh"
-
-while [ $# -gt 0 ]; do
-    case $1 in -h | --help) help ;; esac
-    [ $# -ge 2 ] || die "$1 wants a value"
-    case $1 in
-    --server-cmd) CMD=$2 ;;
-    --queues) QUEUES=$2 ;;
-    --size) SIZE=$2 ;;
-    --tests) TESTS=$2 ;;
-    --export-cmd) EXPORT=$2 ;;
-    --pattern-mb) PATTERN_MB=$2 ;;
-    --seed) SEED=$2 ;;
-    --env) TESTENV=$2 ;;
-    --timeout) TMO=$2 ;;
-    *) PASS+=("$1" "$2") ;;
-    esac
-    shift 2
-done
+options "--server-cmd=CMD --queues=QUEUES --size=SIZE --tests=TESTS --export-cmd=EXPORT --pattern-mb=PATTERN_MB \
+    --seed=SEED --env=TESTENV --timeout=TMO" "$@"
 [ -n "$CMD" ] || die "--server-cmd is missing"
 
 make_script() {

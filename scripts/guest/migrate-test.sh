@@ -7,16 +7,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 CMD='' TMO=240 G=${VD_GUEST_DIR:-$HOME/.cache/vdblk-guest}
 
 . "$HERE/server.sh"
-while [ $# -gt 0 ]; do
-    case $1 in -h | --help) help ;; esac
-    [ $# -ge 2 ] || die "$1 wants a value"
-    case $1 in
-    --server-cmd) CMD=$2 ;;
-    --timeout) TMO=$2 ;;
-    *) die "unknown option $1" ;;
-    esac
-    shift 2
-done
+options "--server-cmd=CMD --timeout=TMO" "$@"
 [ -n "$CMD" ] || die "--server-cmd is missing"
 [ -s "$G/initrd.cpio" ] || die "no guest in $G: run mkguest.sh first"
 

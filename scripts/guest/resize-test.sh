@@ -9,17 +9,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 VDBLK=$HERE/../../target/release/vdblk QEMU=${QEMU:-qemu-system-x86_64} TMO=180
 
 . "$HERE/server.sh"
-while [ $# -gt 0 ]; do
-    case $1 in -h | --help) help ;; esac
-    [ $# -ge 2 ] || die "$1 wants a value"
-    case $1 in
-    --vdblk) VDBLK=$2 ;;
-    --qemu) QEMU=$2 ;;
-    --timeout) TMO=$2 ;;
-    *) die "unknown option $1" ;;
-    esac
-    shift 2
-done
+options "--vdblk=VDBLK --qemu=QEMU --timeout=TMO" "$@"
 MAJOR=$("$QEMU" --version | sed -n 's/^QEMU emulator version \([0-9]*\)\..*/\1/p')
 [ "${MAJOR:-0}" -ge 10 ] || die "$QEMU is of version ${MAJOR:-?}, 10 is needed"
 

@@ -1,5 +1,5 @@
-# server.sh - what the guest tests share: a scratch folder, a server of CMD on the socket $S that is started, ended, and
-# never left behind. To be sourced, with $0's name in messages; expects CMD once start_server is called.
+# server.sh - what the guest tests share: options, a scratch folder, a server of CMD on the socket $S that is started,
+# ended, and never left behind. To be sourced, with $0's name in messages; expects CMD once start_server is called.
 # shellcheck shell=bash
 NAME=$(basename "$0" .sh)
 W=$(mktemp -d "${TMPDIR:-/tmp}/vdg.XXXXXX")
@@ -16,6 +16,26 @@ trap cleanup EXIT
 trap 'exit 130' INT TERM
 
 help() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
+
+# options 'OPTION=VARIABLE …' WORDS…: takes WORDS as options with values, and sets their variables. Other options go on to
+# PASS with their values, where that is an array; else they are an error.
+options() {
+    local known=" $1 " variable
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in -h | --help) help ;; esac
+        [ $# -ge 2 ] || die "$1 wants a value"
+        variable=${known#*" $1="}
+        if [ "$variable" != "$known" ]; then
+            printf -v "${variable%% *}" %s "$2"
+        elif [[ $(declare -p PASS 2>/dev/null) == "declare -a"* ]]; then
+            PASS+=("$1" "$2")
+        else
+            die "unknown option $1"
+        fi
+        shift 2
+    done
+}
 
 start_server() {
     local i

@@ -72,6 +72,8 @@ judge() {
 
 run() { # on $IMAGE
     local server="$BIN/vdblk --socket-path @S --blk-file $IMAGE --num-queues 2 --io-engine $ENGINE --cache $CACHE"
+    # what a killed one has under way may take long on a busy disk
+    server="$server --lock-wait 25"
     if [ "$KILLS" -gt 0 ]; then
         "$HERE/kill-test.sh" --server-cmd "$server" --queues 2 --kills "$KILLS"
     else

@@ -4,10 +4,10 @@
 //! A format says what its table says and which steps change it ([`BlockFormat`]); everything else lives here, once.
 
 use crate::error::Failure;
-use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{
     FileId, GuestRange, HostBlock, HostBlocks, HostOffset, Miss, Plan, PlanToken, Settled, Step, Taken,
 };
+use crate::probe::sabotage::{Sabotage, is_broken};
 use smallvec::SmallVec;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;

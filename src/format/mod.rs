@@ -5,7 +5,10 @@
 
 mod blocks;
 mod blueprint;
+mod bytes;
 mod detect;
+pub mod parallels;
+pub mod qcow2;
 pub mod raw;
 mod report;
 mod sector_bits;
@@ -117,6 +120,8 @@ impl Format {
             Format::Vdi => Some(&vdi::DRIVER),
             Format::Vhd => Some(&vhd::DRIVER),
             Format::Vhdx => Some(&vhdx::DRIVER),
+            Format::Parallels => Some(&parallels::DRIVER),
+            Format::Qcow2 => Some(&qcow2::DRIVER),
             _ => None,
         }
     }
@@ -267,7 +272,12 @@ pub fn open_single(
 /// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading. An image that cannot be used is no error but
 /// a report with a corruption.
 pub fn check(format: Format, files: &[ImageFile<'_>]) -> Result<Option<CheckReport>> {
-    format.supported()?.check.map(|f| f(files)).transpose()
+    let driver = format.supported()?;
+    match driver.check {
+        Some(f) => f(files).map(Some),
+        // It has to be one at least.
+        None => (driver.open)(files, OpenHow { read_only: true, info_only: true }).map(|_| None),
+    }
 }
 
 /// Plans the repair of an image. Nothing is written. `None` where nothing can be wrong.

@@ -4,9 +4,10 @@ use super::{Job, LANE_BYTES, Progress, Step, Watch};
 use crate::error::{Error, Result};
 use crate::format::{CheckReport, Format, RepairStep};
 use crate::io::HostFile;
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{MAX_ZEROS_BYTES, SECTOR_BYTES};
 use crate::map::{FileId, HostOffset};
 use crate::vd::{ImageFiles, ImageSpec};
+use std::io;
 use std::time::Duration;
 
 /// Outcome of a repair.
@@ -63,17 +64,34 @@ impl<'a> RepairJob<'a> {
         RepairJob { files, steps, next: 0, copied: 0 }
     }
 
-    /// A file that grows by truncation may, after a power cut, show there what it held before it was once cut, and that
-    /// would be a part of a block. What is allocated reads as zeros, and so do the holes it is turned into: a block may be
-    /// far larger than what is in it.
-    fn set_len(file: &dyn HostFile, to: HostOffset) -> std::io::Result<()> {
+    /// Sets the length; true when that is complete. A file that grows by truncation may, after a power cut, show there
+    /// what it held before it was once cut, and that would be a part of a block. What is allocated reads as zeros, and so
+    /// do the holes it is turned into: a block may be far larger than what is in it. Where the file system cannot allocate,
+    /// zeros are written.
+    fn set_len(file: &dyn HostFile, to: HostOffset) -> io::Result<bool> {
         let now = file.len()?;
-        if to.0 > now && file.allocate(now, to.0 - now).is_ok() {
-            // where that cannot be done the space stays
-            let _ = file.punch(now, to.0 - now);
-            return Ok(());
+        let Some(left) = to.0.checked_sub(now).filter(|left| *left > 0) else {
+            return file.set_len(to.0).map(|()| true);
+        };
+        // a piece at a time: more space need not be free at once
+        let piece = left.min(MAX_ZEROS_BYTES);
+        match file.allocate(now, piece) {
+            Ok(()) => {
+                // where that cannot be done the space stays
+                let _ = file.punch(now, piece);
+                Ok(piece == left)
+            }
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                if left > MAX_ZEROS_BYTES {
+                    let what = "that many zeros are not written where space cannot be allocated";
+                    return Err(io::Error::other(what));
+                }
+                let piece = left.min(LANE_BYTES);
+                file.write_at(now, &vec![0; usize::try_from(piece).expect("1 MiB at most")])?;
+                Ok(piece == left)
+            }
+            Err(e) => Err(e),
         }
-        file.set_len(to.0)
     }
 
     /// What the present step does, behind "cannot".
@@ -100,7 +118,7 @@ impl<'a> RepairJob<'a> {
         from: HostOffset,
         to: HostOffset,
         len: u64,
-    ) -> std::io::Result<bool> {
+    ) -> io::Result<bool> {
         let (from, to, left) = (from.plus(self.copied).0, to.plus(self.copied).0, len - self.copied);
         let (source, target) = (hole_at(file, from)?, hole_at(file, to)?);
         let hole = source.min(target).min(left);
@@ -127,7 +145,7 @@ impl<'a> RepairJob<'a> {
 }
 
 /// Bytes of the hole at `off`, 0 where there is none; all there are where no data follow.
-fn hole_at(file: &dyn HostFile, off: u64) -> std::io::Result<u64> {
+fn hole_at(file: &dyn HostFile, off: u64) -> io::Result<u64> {
     Ok(file.next_data(off)?.map_or(u64::MAX, |data| data.saturating_sub(off)))
 }
 
@@ -138,7 +156,7 @@ impl Job for RepairJob<'_> {
             RepairStep::Write { file, at, bytes } => {
                 (file, self.file(file).write_at(at.0, &bytes).map(|()| true))
             }
-            RepairStep::SetLen { file, to } => (file, Self::set_len(self.file(file), to).map(|()| true)),
+            RepairStep::SetLen { file, to } => (file, Self::set_len(self.file(file), to)),
             RepairStep::Sync { file } => (file, self.file(file).sync().map(|()| true)),
             RepairStep::Copy { file, from, to, len } => {
                 (file, self.copy_piece(self.file(file), from, to, len))

@@ -18,6 +18,11 @@ pub enum PieceKind {
         /// Where they begin in it.
         off: HostOffset,
     },
+    /// Bytes that lie packed in a file.
+    Packed {
+        /// The file.
+        file: FileId,
+    },
     /// An image has a place for it, and there the file has a hole: zeros.
     Hole {
         /// The file.
@@ -34,7 +39,7 @@ pub enum PieceKind {
 impl PieceKind {
     /// It has to be read to be known.
     pub fn is_data(self) -> bool {
-        matches!(self, PieceKind::Data { .. })
+        matches!(self, PieceKind::Data { .. } | PieceKind::Packed { .. })
     }
 }
 
@@ -105,6 +110,7 @@ impl Survey {
                 ExtentKind::Parent => continue,
                 ExtentKind::Zero => PieceKind::Zero,
                 ExtentKind::Data { file, off } => PieceKind::Data { file, off },
+                ExtentKind::Packed { packed, .. } => PieceKind::Packed { file: packed.file },
             };
             depth = i;
             break;
@@ -200,6 +206,9 @@ impl LayerView {
 fn from(e: Extent, skip: u64) -> Extent {
     let kind = match e.kind {
         ExtentKind::Data { file, off } => ExtentKind::Data { file, off: off.plus(skip) },
+        ExtentKind::Packed { packed, into } => {
+            ExtentKind::Packed { packed, into: into + u32::try_from(skip).expect("inside a unit") }
+        }
         kind => kind,
     };
     Extent { len: e.len - skip, kind }

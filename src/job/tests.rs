@@ -3,11 +3,11 @@
 use super::{CompareJob, CopyJob, Job, Piece, PieceKind, RepairJob, Step, Survey, Watch};
 use crate::error::{ErrorKind, Failure};
 use crate::format::vdi::{self, Parent, Variant, VdiCreate};
-use crate::format::{self, Format};
+use crate::format::{self, Format, RepairStep};
 use crate::io::testing::scratch_dir;
 use crate::io::{AlignedBuf, HostFile, MemFile, OpenHow, OsFile, OsHost};
-use crate::map::{ByteSource, FileId, GuestOffset, GuestRange};
-use crate::sim::{Rng, SimEngine};
+use crate::map::{ByteSource, FileId, GuestOffset, GuestRange, HostOffset};
+use crate::sim::{Bytes, Rng, SimEngine, SimFile};
 use crate::vd::{Chain, Channel, Disk, DiskOptions, FileSource, Layer, Request};
 use std::path::Path;
 use std::sync::Arc;
@@ -337,4 +337,38 @@ fn a_repair_that_would_copy_without_end_is_refused() {
     let few = damaged(dir.path(), 10_000, 4096, |_| 0);
     repair(&few).unwrap();
     assert!(vdi::check(&FileSource::new(&few).unwrap()).unwrap().is_clean());
+}
+
+#[test]
+fn a_file_is_lengthened_by_zeros_where_nothing_can_be_allocated() {
+    let (at, to) = (700, (5 << 20) + 1000);
+    let lengthen = |f: &SimFile, to: u64| -> crate::Result<u64> {
+        let mut job =
+            RepairJob::new(vec![f], vec![RepairStep::SetLen { file: FileId(0), to: HostOffset(to) }]);
+        let mut steps = 0;
+        while job.step()? == Step::More {
+            steps += 1;
+        }
+        Ok(steps)
+    };
+    for (errno, pieces) in [(None, 1), (Some(libc::EOPNOTSUPP), 6)] {
+        let f = SimFile::new("short", Bytes::of(&[7; 700]));
+        if let Some(errno) = errno {
+            f.fail_direct_fallocate(errno);
+        }
+        assert_eq!(lengthen(&f, to).unwrap(), pieces, "no piece is larger than 1 MiB");
+        // whatever of it is durable reads as before, or as zeros
+        f.cut_now().for_each_state(3, 40, &mut Rng(1), &mut |left| {
+            let bytes = left.to_vec();
+            assert!(bytes[..at].iter().all(|b| *b == 7) && bytes[at..].iter().all(|b| *b == 0));
+            true
+        });
+        assert_eq!(f.len().unwrap(), to);
+        assert_eq!((lengthen(&f, 512).unwrap(), f.len().unwrap()), (1, 512));
+    }
+    let f = SimFile::new("short", Bytes::of(&[7; 700]));
+    f.fail_direct_fallocate(libc::EOPNOTSUPP);
+    assert!(lengthen(&f, 2 << 30).unwrap_err().to_string().contains("zeros"), "endless writing");
+    f.fail_direct_fallocate(libc::ENOSPC);
+    assert!(lengthen(&f, to).is_err() && f.len().unwrap() == 700, "a full disk is told of");
 }

@@ -61,6 +61,13 @@ impl HostBlocks {
         HostBlocks { state: Mutex::new(state), max, step_max: step_max.max(1) }
     }
 
+    /// The same where nobody knows, or wants to, which places below `end` are in use: none of them is free.
+    pub fn behind(end: u32, max: u32, step_max: u32) -> Self {
+        let places = Self::new(0, max, step_max, |_| true);
+        places.lock().end = end.min(max);
+        places
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().expect("allocator lock")
     }

@@ -4,6 +4,32 @@ use super::{FileId, HostOffset};
 use crate::limits::MAX_EXTENTS;
 use smallvec::SmallVec;
 
+/// How a packed unit was packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// Raw deflate (RFC 1951), without a header.
+    Deflate,
+    /// Deflate with zlib's header and checksum (RFC 1950).
+    Zlib,
+    /// Zstandard frames (RFC 8878).
+    Zstd,
+}
+
+/// A unit of the disk that lies packed in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Packed {
+    /// Where the packed bytes begin.
+    pub off: HostOffset,
+    /// Packed bytes, at most [`crate::limits::MAX_PACKED_BYTES`]. There may be more than the codec needs.
+    pub len: u32,
+    /// Bytes when unpacked, at most [`crate::limits::MAX_UNIT_BYTES`].
+    pub unit: u32,
+    /// The file.
+    pub file: FileId,
+    /// How it is packed.
+    pub codec: Codec,
+}
+
 /// What one piece of a guest range is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
@@ -13,6 +39,13 @@ pub enum ExtentKind {
         file: FileId,
         /// Where the piece begins in it.
         off: HostOffset,
+    },
+    /// Bytes of a packed unit, from `into` on (of the unpacked ones). Read only: writing to it is a change.
+    Packed {
+        /// The unit.
+        packed: Packed,
+        /// Where the piece begins in it.
+        into: u32,
     },
     /// Reads as zeros, and hides what a parent holds.
     Zero,
@@ -99,6 +132,9 @@ fn continues(a: &Extent, b: &Extent) -> bool {
         (ExtentKind::Zero, ExtentKind::Zero) | (ExtentKind::Parent, ExtentKind::Parent) => true,
         (ExtentKind::Data { file: f, off: o }, ExtentKind::Data { file, off }) => {
             f == file && o.checked_add(a.len) == Some(off)
+        }
+        (ExtentKind::Packed { packed: p, into: i }, ExtentKind::Packed { packed, into }) => {
+            p == packed && u64::from(i).checked_add(a.len) == Some(u64::from(into))
         }
         _ => false,
     }

@@ -10,17 +10,15 @@ mod cache;
 mod claims;
 mod extent;
 mod image;
-pub mod moment;
 mod plan;
 mod range;
-pub mod sabotage;
 mod source;
 
 pub use alloc::{HostBlock, HostBlocks, Taken};
 pub use bitmap::Bitmap;
 pub use cache::PageCache;
 pub use claims::{ClaimKey, Claims, Waiter};
-pub use extent::{Extent, ExtentKind, ExtentList};
+pub use extent::{Codec, Extent, ExtentKind, ExtentList, Packed};
 pub use image::{Change, ImageInfo, ImageMap, Intent, Limits, Miss, PagePlace, Settled};
 pub use plan::{MetaKey, MetaOp, Plan, PlanToken, Step};
 pub use range::{BlockIndex, FileId, GuestOffset, GuestRange, HostOffset};

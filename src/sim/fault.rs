@@ -1,5 +1,6 @@
 //! Operations that fail, by plan.
 
+use super::{DATA, Rng};
 use crate::io::{IoKind, IoOp};
 use crate::map::FileId;
 use std::ops::Range;
@@ -40,6 +41,35 @@ impl Fault {
     pub fn of(kinds: &[IoKind], after: u64, how: Failing) -> Fault {
         let kinds = kinds.to_vec();
         Fault { kinds, file: FileId(0), place: 0..u64::MAX, after, sticky: false, how }
+    }
+}
+
+/// What faults by chance are like.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultMix {
+    /// Kinds of operations, one set of which fails; empty: all. What is named twice comes twice as often.
+    pub kinds: &'static [&'static [IoKind]],
+    /// Error numbers.
+    pub errnos: &'static [i32],
+    /// What becomes of an operation that fails with this error number.
+    pub how: fn(&mut Rng, i32) -> Failing,
+    /// Faults of a hundred that last.
+    pub sticky: u64,
+    /// Of a hundred on writes, those of the metadata of a small VDI only.
+    pub metadata: u64,
+}
+
+impl Fault {
+    /// A fault by chance, on one of the first 30 operations.
+    pub fn by_chance(mix: &FaultMix, rng: &mut Rng) -> Fault {
+        let errno = mix.errnos[rng.index(mix.errnos.len())];
+        let how = (mix.how)(rng, errno);
+        let mut f = Fault::of(mix.kinds[rng.index(mix.kinds.len())], rng.below(30), how);
+        f.sticky = rng.chance(mix.sticky);
+        if rng.chance(mix.metadata) && f.kinds == [IoKind::Write] {
+            f.place = 0..DATA;
+        }
+        f
     }
 }
 

@@ -39,6 +39,7 @@ struct Contents {
     /// Moments before a sync ended, if they are wanted.
     cuts: Option<Vec<Cut>>,
     fail_direct_syncs: bool,
+    fallocate_error: Option<i32>,
     dm_log: Option<DmLog>,
     data_writes: u64,
     /// The process that changes it is dead, and no other has it yet.
@@ -134,6 +135,16 @@ impl SimFile {
     /// Syncs that go past the engines fail from now on, or no longer.
     pub fn fail_direct_syncs(&self, fail: bool) {
         self.lock().fail_direct_syncs = fail;
+    }
+
+    /// Space can be neither allocated nor given back from now on, by calls that go past the engines. EOPNOTSUPP: the file
+    /// system has no fallocate.
+    pub fn fail_direct_fallocate(&self, errno: i32) {
+        self.lock().fallocate_error = Some(errno);
+    }
+
+    fn needs_fallocate(&self) -> io::Result<()> {
+        self.lock().fallocate_error.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
     /// Writes behind [`DATA`] so far.
@@ -338,11 +349,13 @@ impl HostFile for SimFile {
     }
 
     fn allocate(&self, off: u64, len: u64) -> io::Result<()> {
+        self.needs_fallocate()?;
         self.change(Change::Allocate { size: off + len });
         Ok(())
     }
 
     fn punch(&self, off: u64, len: u64) -> io::Result<()> {
+        self.needs_fallocate()?;
         self.change(Change::Zero { off, len });
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Other programs that write to an image of ours: a model of how QEMU and VirtualBox add a block to a VDI. Both
 //! believe the header's count: the new block goes to the place of that number, the count becomes one more.
 
+mod parallels;
 pub(super) mod vhd;
 
 use super::bytes::Bytes;
@@ -45,6 +46,11 @@ pub(super) fn program(format: Format) -> Option<Program> {
             free_blocks: vhd::free_blocks,
             block_bytes: vhd::block_bytes,
             append: vhd::append,
+        }),
+        Format::Parallels => Some(Program {
+            free_blocks: parallels::free_blocks,
+            block_bytes: parallels::block_bytes,
+            append: parallels::append,
         }),
         _ => None,
     }

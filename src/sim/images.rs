@@ -8,7 +8,7 @@ use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
-use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch};
+use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch, unpack};
 use crate::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,12 +31,24 @@ pub enum Kind {
     Vhd,
     /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
     VhdDiff,
+    /// A Parallels image without a parent.
+    Parallels,
+    /// One over a VDI full of data.
+    ParallelsDiff,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 6] =
-        [Kind::Raw, Kind::Vdi, Kind::Diff, Kind::DiffDiscard, Kind::Vhd, Kind::VhdDiff];
+    pub const ALL: [Kind; 8] = [
+        Kind::Raw,
+        Kind::Vdi,
+        Kind::Diff,
+        Kind::DiffDiscard,
+        Kind::Vhd,
+        Kind::VhdDiff,
+        Kind::Parallels,
+        Kind::ParallelsDiff,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -47,18 +59,21 @@ impl Kind {
             Kind::DiffDiscard => "diff+discard",
             Kind::Vhd => "vhd",
             Kind::VhdDiff => "vhd-diff",
+            Kind::Parallels => "parallels",
+            Kind::ParallelsDiff => "parallels-diff",
         }
     }
 
     /// It is a differencing image.
     pub fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff)
+        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff | Kind::ParallelsDiff)
     }
 
     /// Where its tables are in the file. Of a VHD the first block may lie there as well, the footer behind it.
     pub(super) fn tables(self) -> Range<u64> {
         match self.format() {
             Format::Vhd => 512..4096,
+            Format::Parallels => 0..4096,
             _ => 1 << 20..DATA,
         }
     }
@@ -74,6 +89,7 @@ impl Kind {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+            Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
         }
     }
 }
@@ -137,6 +153,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
     let option = match format {
         Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
         Format::Vhd => Some(("block_size".to_string(), block.to_string())),
+        Format::Parallels => Some(("cluster_size".to_string(), block.to_string())),
         _ => None,
     };
     let blueprint = format::blueprint(
@@ -145,7 +162,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (format != Format::Raw).then_some(id),
+            uuid: (!matches!(format, Format::Raw | Format::Parallels)).then_some(id),
             modification: id,
             parent,
             comment: None,
@@ -232,7 +249,7 @@ impl Images {
         let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
         let mut layers = self.layers(map);
         if let Some(seed) = self.forgets.filter(|_| self.shape.kind.format() == Format::Vdi) {
-            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed)));
+            layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed, marks)));
         }
         let chain = Chain::new(layers);
         let files = self.files().into_iter().map(|f| f as Arc<dyn HostFile>).collect();
@@ -265,6 +282,7 @@ impl Images {
             match chain.map(rest, &mut list, &mut scratch) {
                 Ok(()) => {}
                 Err(Lack::Failed(f)) => return Err(f.into()),
+                Err(Lack::Unit(_)) => unreachable!("a look-up in tables alone"),
                 Err(Lack::Page { layer, key }) => {
                     let map = &chain.layer(layer).map;
                     let place = map.page_place(key)?;
@@ -277,10 +295,18 @@ impl Images {
             for e in list.as_slice() {
                 let at = usize::try_from(rest.start().0).expect("a small disk");
                 let out = &mut all[at..at + usize::try_from(e.len).expect("a small disk")];
-                if let ExtentKind::Data { file, off } = e.kind
-                    && bytes_of(file).read(off.0, out) < out.len()
-                {
-                    return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                match e.kind {
+                    ExtentKind::Data { file, off } if bytes_of(file).read(off.0, out) < out.len() => {
+                        return Err(Error::new(ErrorKind::Corrupt, "data behind the end of the file"));
+                    }
+                    ExtentKind::Packed { packed, into } => {
+                        let (mut from, mut unit) =
+                            (vec![0; packed.len as usize], vec![0; packed.unit as usize]);
+                        bytes_of(packed.file).read(packed.off.0, &mut from);
+                        unpack(packed.codec, &from, &mut unit)?;
+                        out.copy_from_slice(&unit[into as usize..][..out.len()]);
+                    }
+                    ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Parent => {}
                 }
                 rest = rest.skip(e.len);
             }

@@ -1,5 +1,5 @@
 //! When a simulated process dies: between any two operations of it, and between the stores to shared memory that say so
-//! ([`crate::map::moment`]).
+//! ([`crate::probe::moment`]).
 //!
 //! Nothing is unwound. From the moment of death on its engines move no byte and the file takes no change; what the program
 //! still does to memory that outlives it, until it returns to the simulator, is undone by [`Life::bury`].

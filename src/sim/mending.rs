@@ -21,7 +21,8 @@ pub(super) fn repaired(format: Format, state: &Bytes) -> Result<Bytes, String> {
 
 /// Looks at what an interrupted repair of `state` can leave: `samples` states of each moment before a sync ends, and
 /// what is there between any two steps. A second repair makes each of them clean, and the guest sees what it sees after
-/// a repair that nothing interrupts; where the image opens without a repair, all the time. Returns the states looked at.
+/// a repair that nothing interrupts; where the image opens without a repair, all the time. Some of the repairs are on a
+/// file system without fallocate. Returns the states looked at.
 ///
 /// # Errors
 /// The first thing that is not so.
@@ -45,6 +46,9 @@ pub fn interrupted_repairs(
     };
     let file = SimFile::new("mended", state.clone());
     file.keep_cuts();
+    if rng.chance(40) {
+        file.fail_direct_fallocate(libc::EOPNOTSUPP);
+    }
     let planned = repair(format, state).map_err(|e| e.to_string())?;
     let mut job = RepairJob::new(vec![&*file], planned.map(|p| p.steps).unwrap_or_default());
     let mut states = 0;

@@ -34,7 +34,7 @@ pub use bytes::Bytes;
 pub use cut::{Change, Cut};
 pub use dmlog::DmLog;
 pub use engine::SimEngine;
-pub use fault::{Failing, Fault, Faults};
+pub use fault::{Failing, Fault, FaultMix, Faults};
 pub use file::{DATA, Landing, SimFile};
 pub use foreign::take_away;
 pub use images::{Images, Kind, Shape};
@@ -48,4 +48,4 @@ pub use trace::Trace;
 pub use workload::{Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk};
 pub use world::{Guest, Left, Through, World};
 
-pub use crate::map::sabotage::{Sabotage, sabotage};
+pub use crate::probe::sabotage::{Sabotage, sabotage};

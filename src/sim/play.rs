@@ -1,7 +1,7 @@
 //! A whole simulation from one seed: lives of processes on the same image, with faults, jobs, kills and power cuts.
 
 use super::cut::Cut;
-use super::fault::{Failing, Fault, Faults};
+use super::fault::{Failing, Fault, FaultMix, Faults};
 use super::foreign;
 use super::images::{Images, Kind, Shape, check, copy_target};
 use super::judge::{Judge, Stats};
@@ -25,6 +25,9 @@ pub enum Habit {
     /// Processes are killed that leave places at the end of the file which the table no longer names, as far as anybody
     /// can read, but as far as is durable still does.
     Tails,
+    /// The write of an entry fails and may be on the disk all the same; then other blocks want places, of which there are
+    /// none but those with old bytes in them.
+    Doubts,
 }
 
 /// What is played.
@@ -44,6 +47,8 @@ pub struct Play {
     pub through: Through,
     /// Copies and comparisons run.
     pub jobs: bool,
+    /// Processes of every fourth seed hold tables in parts only, and look whether what they read of them is what they wrote.
+    pub forgetful: bool,
     /// All states of a cut with up to so many parts are looked at.
     pub exhaustive: u32,
     /// States by chance of the other cuts.
@@ -67,6 +72,7 @@ impl Play {
             habit: Habit::Usual,
             through: Through::Rings,
             jobs: true,
+            forgetful: true,
             exhaustive: 3,
             samples: 4,
             most_states: u64::MAX,
@@ -170,7 +176,7 @@ pub fn play(how: &Play) -> Played {
         _ if kind.has_parent() => Images::with_parents(shape, parents, &mut rng),
         _ => Images::new(shape, &mut rng),
     };
-    images.forgets = (how.seed % 4 == 3).then_some(how.seed);
+    images.forgets = (how.forgetful && how.seed % 4 == 3).then_some(how.seed);
     let beneath = past.iter().map(|p| p.may[0]).collect();
     if how.record {
         images.top.record();
@@ -225,14 +231,14 @@ impl Game {
         let steps = match self.how.habit {
             Habit::Usual | Habit::Syncs => 40 + self.rng.below(400),
             Habit::Churn => 20 + self.rng.below(30),
-            Habit::Tails => self.rng.below(16).saturating_sub(10),
+            Habit::Tails | Habit::Doubts => self.rng.below(16).saturating_sub(10),
         };
         w.steps(steps);
         if self.how.faults && self.rng.chance(40) {
             let common = self.how.habit != Habit::Churn && self.rng.chance(80);
             let fault = match self.how.habit {
                 Habit::Syncs => Fault::of(&[IoKind::Sync], self.rng.below(3), Failing::Error(libc::EIO)),
-                _ if common => random_fault(&mut self.rng),
+                _ if common => Fault::by_chance(&FAULTS, &mut self.rng),
                 _ => entry_fault(self.images.shape.kind),
             };
             self.trace.event(format_args!("fault planned: {fault:?}"));
@@ -245,8 +251,10 @@ impl Game {
             w.life.die_after(None);
             self.copy(w);
         }
-        if self.how.habit == Habit::Tails && !w.life.is_dead() {
-            self.leave_a_tail(w);
+        match self.how.habit {
+            Habit::Tails if !w.life.is_dead() => self.leave_a_tail(w),
+            Habit::Doubts if !w.life.is_dead() => self.leave_a_doubt(w),
+            _ => {}
         }
         self.check_failures(w);
     }
@@ -263,6 +271,21 @@ impl Game {
         let zeros = Request::WriteZeroes { range, unmap: true };
         for request in std::iter::once(Request::Write(range)).chain(flush).chain([zeros]) {
             w.post(0, request, w.posted + 1);
+            w.drain();
+        }
+    }
+
+    /// A block's entry is in doubt; others are written.
+    fn leave_a_doubt(&mut self, w: &mut World) {
+        w.drain();
+        let unsupported = Failing::Error(libc::EOPNOTSUPP);
+        self.faults.add(Fault { sticky: true, ..Fault::of(&[IoKind::Allocate], 0, unsupported) });
+        self.faults.add(entry_fault(self.images.shape.kind));
+        let (block, size) = (self.images.shape.block, w.disk.size_bytes());
+        for _ in 0..4 {
+            let from = self.rng.below(size.div_ceil(block)) * block;
+            let range = GuestRange::between(GuestOffset(from), GuestOffset(size.min(from + block)));
+            w.post(0, Request::Write(range), w.posted + 1);
             w.drain();
         }
     }
@@ -318,7 +341,7 @@ impl Game {
         let (close, power) = match self.how.habit {
             Habit::Usual | Habit::Syncs => (25, 50),
             Habit::Churn => (60, 50),
-            Habit::Tails => (10, 20),
+            Habit::Tails | Habit::Doubts => (10, 20),
         };
         if self.rng.chance(close) && !failed_sync && !w.life.is_dead() {
             self.faults.clear();
@@ -410,9 +433,9 @@ fn entry_fault(kind: Kind) -> Fault {
     Fault { place, ..Fault::of(&[IoKind::Write], 0, Failing::ErrorAfterEffect(libc::EIO)) }
 }
 
-/// A fault by chance.
-fn random_fault(rng: &mut Rng) -> Fault {
-    let kinds: [&[IoKind]; 9] = [
+/// What fails in the usual simulation.
+const FAULTS: FaultMix = FaultMix {
+    kinds: &[
         &[],
         &[IoKind::Write],
         &[IoKind::Write],
@@ -422,18 +445,14 @@ fn random_fault(rng: &mut Rng) -> Fault {
         &[IoKind::Sync],
         &[IoKind::Punch, IoKind::ZeroRange],
         &[IoKind::Truncate],
-    ];
-    let errno = [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EOPNOTSUPP][rng.index(4)];
-    let how = match rng.below(6) {
+    ],
+    errnos: &[libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EOPNOTSUPP],
+    how: |rng, errno| match rng.below(6) {
         0 => Failing::Short,
         1 => Failing::Interrupted,
         2 => Failing::ErrorAfterEffect(errno),
         _ => Failing::Error(errno),
-    };
-    let mut f = Fault::of(kinds[rng.index(9)], rng.below(30), how);
-    f.sticky = rng.chance(30);
-    if rng.chance(30) && f.kinds == [IoKind::Write] {
-        f.place = 0..super::DATA;
-    }
-    f
-}
+    },
+    sticky: 30,
+    metadata: 30,
+};

@@ -89,7 +89,7 @@ impl Channel {
     fn start_reads(&mut self, slot: u16) -> Next {
         let rest = self.slot(slot).rest();
         let mut extents = std::mem::take(&mut self.extents);
-        let mapped = self.disk.chain.map(rest, &mut extents, &mut self.scratch);
+        let mut mapped = self.disk.chain.map(rest, &mut extents, &mut self.scratch);
         match mapped {
             Ok(()) => {
                 for e in extents.as_slice() {
@@ -104,16 +104,25 @@ impl Channel {
                             }
                             self.issue_request_bytes(slot, io, at);
                         }
+                        ExtentKind::Packed { packed, into } => match self.unit_of(slot, packed) {
+                            Some(unit) => self.copy_of_unit(slot, &unit, at, (into, e.len)),
+                            None => {
+                                self.slot(slot).cursor = at;
+                                mapped = Err(Lack::Unit(packed));
+                                break;
+                            }
+                        },
                         ExtentKind::Zero | ExtentKind::Parent => self.clear_request_bytes(slot, at, e.len),
                     }
                 }
             }
             Err(Lack::Failed(f)) => self.slot(slot).failure = Some(f),
-            Err(Lack::Page { .. }) => {}
+            Err(Lack::Page { .. } | Lack::Unit(_)) => {}
         }
         self.extents = extents;
         match mapped {
             Err(Lack::Page { layer, key }) => self.want_page(slot, (layer, key)),
+            Err(Lack::Unit(packed)) => self.want_unit(slot, packed),
             _ => Next::Again,
         }
     }
@@ -229,6 +238,7 @@ impl Channel {
         let outcome = s.failure.map_or(Ok(()), Err);
         let job = std::mem::replace(&mut s.job, Job::None);
         s.work = Work::Moving;
+        s.unit = None;
         self.busy -= 1;
         self.give_buffer_back(slot);
         match job {

@@ -63,6 +63,7 @@ impl Channel {
         match lack {
             Lack::Failed(f) => self.part_failed(slot, f),
             Lack::Page { layer, key } => self.want_page(slot, (layer, key)),
+            Lack::Unit(packed) => self.want_unit(slot, packed),
         }
     }
 
@@ -176,7 +177,7 @@ impl Channel {
     pub(super) fn read_piece(&mut self, slot: u16, r: GuestRange) -> Result<u64, Lack> {
         use crate::io::{IoKind, IoOp};
         let mut extents = std::mem::take(&mut self.extents);
-        let mapped = self.disk.chain.map(r, &mut extents, &mut self.scratch);
+        let mut mapped = self.disk.chain.map(r, &mut extents, &mut self.scratch);
         let mut at = 0;
         if mapped.is_ok() {
             for e in extents.as_slice() {
@@ -184,6 +185,15 @@ impl Channel {
                     ExtentKind::Data { file, off } => {
                         self.issue_buffer_bytes(slot, IoOp { kind: IoKind::Read, file, off, len: e.len }, at);
                     }
+                    ExtentKind::Packed { packed, into } => match self.unit_of(slot, packed) {
+                        Some(unit) => self.unit_to_buffer(slot, &unit, at, (into, e.len)),
+                        // what comes before it is a piece of its own
+                        None if at > 0 => break,
+                        None => {
+                            mapped = Err(Lack::Unit(packed));
+                            break;
+                        }
+                    },
                     ExtentKind::Zero | ExtentKind::Parent => self.clear_buffer_bytes(slot, at, e.len),
                 }
                 at += e.len;

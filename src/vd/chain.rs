@@ -2,7 +2,9 @@
 
 use crate::error::Failure;
 use crate::io::HostFile;
-use crate::map::{Extent, ExtentKind, ExtentList, GuestOffset, GuestRange, ImageMap, Intent, MetaKey, Miss};
+use crate::map::{
+    Extent, ExtentKind, ExtentList, GuestOffset, GuestRange, ImageMap, Intent, MetaKey, Miss, Packed,
+};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +37,8 @@ pub enum Lack {
         /// The page.
         key: MetaKey,
     },
+    /// A packed unit is not in memory: have it unpacked, and ask again.
+    Unit(Packed),
 }
 
 impl From<Failure> for Lack {

@@ -6,6 +6,7 @@ use super::mailbox::Mailboxes;
 use super::own::Own;
 use super::pages::Pages;
 use super::sync::SyncGroup;
+use super::units::Units;
 use crate::error::{self, Error, Failure};
 use crate::io::{BouncePool, FileTraits, Host, HostFile, ImageLock};
 use crate::limits::BOUNCE_BYTES;
@@ -93,6 +94,7 @@ pub struct Disk {
     pub(crate) claims: Claims,
     pub(crate) pages: Pages,
     pub(crate) loads: Loads,
+    pub(crate) units: Units,
     pub(crate) start: Start,
     pub(crate) room: Mutex<Room>,
     bounce: Arc<BouncePool>,
@@ -137,6 +139,7 @@ impl Disk {
             claims: Claims::default(),
             pages: Pages::default(),
             loads: Loads::default(),
+            units: Units::default(),
             start: Start::default(),
             room: Mutex::default(),
             bounce: Arc::new(BouncePool::default()),
@@ -222,6 +225,7 @@ impl Disk {
             + self.bounce.in_use()
             + self.pages.in_flight_count()
             + self.loads.in_flight_count()
+            + self.units.in_flight_count()
             + waiters
     }
 

@@ -50,15 +50,15 @@ impl Loads {
 
 /// Where to read so that a page lies inside, whole units of the file's alignment.
 #[derive(Clone, Copy, Debug)]
-struct Window {
-    off: HostOffset,
+pub(super) struct Window {
+    pub(super) off: HostOffset,
     /// Bytes before the page.
-    skip: usize,
-    len: usize,
+    pub(super) skip: usize,
+    pub(super) len: usize,
 }
 
 impl Window {
-    fn around(place: PagePlace, unit: u32) -> Window {
+    pub(super) fn around(place: PagePlace, unit: u32) -> Window {
         let unit = u64::from(unit);
         let skip = usize::try_from(place.off.0 % unit).expect("less than an alignment unit");
         let unit = usize::try_from(unit).expect("an alignment unit is small");

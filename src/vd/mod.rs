@@ -29,6 +29,8 @@ mod stand_in;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod units;
+mod unpack;
 
 pub use chain::{Chain, Lack, Layer, Scratch};
 pub use channel::Channel;
@@ -38,3 +40,4 @@ pub use open::{ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
 pub(crate) use own::Own;
 pub use request::{BlockDevice, Done, Outcome, Request};
 pub use source::FileSource;
+pub use unpack::unpack;

@@ -283,7 +283,7 @@ fn open_parent(how: &OpenDisk, spec: &ImageSpec, images: &[OpenImage]) -> Result
         return Err(Error::new(ErrorKind::Limit, what).at(&how.image.path));
     }
     let child = images.last().expect("the image itself");
-    if !needs_parent(&child.info) && !how.allow_parent_mismatch {
+    if !needs_parent(&child.info) && !child.map.limits().is_diff && !how.allow_parent_mismatch {
         let what = format!("is a base image, but {} was named as its parent", spec.path.display());
         return Err(Error::new(ErrorKind::ParentMismatch, what).at(&child.path).hint("leave --parent out"));
     }

@@ -10,8 +10,8 @@ use crate::io::{
     AlignedBuf, BufSlice, Completion, HostFile, IoKind, IoOp, Tag, fill_zero, scatter, sub_slices, total_len,
 };
 use crate::limits::{BOUNCE_BYTES, SECTOR_BYTES};
-use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{FileId, HostOffset, Waiter};
+use crate::probe::sabotage::{Sabotage, is_broken};
 
 impl Channel {
     /// Moves bytes between the slot's request memory (from `at` on) and a file. Counted as pending unless it has
@@ -220,6 +220,7 @@ impl Channel {
             Owner::Sync(file) => self.sync_ended(file, result),
             Owner::Page(id) => self.page_ended(id, io.file, result),
             Owner::Load(id) => self.load_ended(id, own, result),
+            Owner::Unit(packed) => self.unit_ended(packed, own, result),
         }
     }
 

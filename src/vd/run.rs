@@ -10,8 +10,8 @@ use super::slot::{Copy, CopyFrom, CopyPhase, Job, Owner, Run, Work};
 use crate::error::Failure;
 use crate::io::{IoKind, IoOp, gather, sub_slices};
 use crate::limits::BOUNCE_BYTES;
-use crate::map::sabotage::{Sabotage, is_broken};
 use crate::map::{FileId, GuestRange, HostOffset, MetaOp, Plan, Settled, Step};
+use crate::probe::sabotage::{Sabotage, is_broken};
 
 impl Channel {
     /// Starts work of the disk's own.
@@ -201,6 +201,7 @@ impl Channel {
                         Ok(()) => {}
                         Err(Lack::Failed(f)) => return Err(f),
                         Err(Lack::Page { layer, key }) => drop(self.want_page(slot, (layer, key))),
+                        Err(Lack::Unit(packed)) => drop(self.want_unit(slot, packed)),
                     }
                 }
                 Some((len, CopyPhase::Reading)) => {

@@ -5,8 +5,9 @@ use super::own::Own;
 use super::pages::PageId;
 use crate::error::Failure;
 use crate::io::{BufSlice, IoKind, IoOp};
-use crate::map::sabotage::{Sabotage, is_broken};
-use crate::map::{Change, ClaimKey, FileId, GuestRange, HostOffset, Plan};
+use crate::map::{Change, ClaimKey, FileId, GuestRange, HostOffset, Packed, Plan};
+use crate::probe::sabotage::{Sabotage, is_broken};
+use std::sync::Arc;
 
 /// What occupies a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,8 @@ pub(crate) struct Slot {
     pub(crate) work: Work,
     /// A bounce buffer while `work` needs one.
     pub(crate) buf: Option<Own>,
+    /// A packed unit it has waited for.
+    pub(crate) unit: Option<(Packed, Arc<[u8]>)>,
     /// The claim that is held (or passed on to us by the event we wait for).
     pub(crate) claim: Option<ClaimKey>,
     /// Units it has changed.
@@ -62,6 +65,7 @@ impl Slot {
             bufs: Vec::new(),
             work: Work::Moving,
             buf: None,
+            unit: None,
             claim: None,
             units: 0,
             extended_unclean: false,
@@ -193,6 +197,8 @@ pub(crate) enum Owner {
     Page(PageId),
     /// Everyone who waits for a page to be in memory.
     Load(PageId),
+    /// Everyone who waits for a packed unit.
+    Unit(Packed),
 }
 
 /// An operation in flight (or queued for the engine).

@@ -2,7 +2,7 @@
 //! satisfied only by a sync that was submitted after it came (rule O6).
 
 use crate::map::Waiter;
-use crate::map::sabotage::{Sabotage, is_broken};
+use crate::probe::sabotage::{Sabotage, is_broken};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -1,7 +1,8 @@
 //! The log of pages we have written to, for a guest that is migrated while it runs (VHOST_USER_PROTOCOL_F_LOG_SHMFD).
 //!
 //! One bit for each 4 KiB of guest memory, in a file the front-end shares. A bit is set after the write it tells of: the
-//! front-end clears bits as it copies pages, and one set before would be cleared too early.
+//! front-end clears bits as it copies pages, and one set before would be cleared too early. A write that cannot be noted
+//! would be missing on the other host: its ring stops before the driver is told of it.
 
 use super::shared::SharedFile;
 use crate::limits;
@@ -32,11 +33,13 @@ impl DirtyLog {
         Ok(DirtyLog { shared: SharedFile::map(file, offset, bytes)? })
     }
 
-    /// Says that `len` bytes from guest address `gpa` on were written. False if the log does not reach that far.
+    /// Says that `len` bytes from guest address `gpa` on were written. False if the log does not reach that far, or a part
+    /// of it was taken away.
     pub fn mark(&self, gpa: u64, len: u64) -> bool {
         let Some(last) = len.checked_sub(1) else { return true };
         let Some(end) = gpa.checked_add(last) else { return false };
-        (gpa / PAGE_BYTES..=end / PAGE_BYTES).all(|page| self.mark_page(page))
+        // whether it is lost is known after it was touched
+        (gpa / PAGE_BYTES..=end / PAGE_BYTES).all(|page| self.mark_page(page)) && !self.shared.is_lost()
     }
 
     fn mark_page(&self, page: u64) -> bool {
@@ -83,6 +86,18 @@ mod tests {
         assert!(l.mark(31 * 4096, 4096) && !l.mark(31 * 4096, 4097));
         assert_eq!(bytes(&l)[3], 0x80);
         assert!(!l.mark(u64::MAX, 2) && !l.mark(u64::MAX, 1));
+    }
+
+    #[test]
+    fn a_mark_in_a_page_that_was_taken_away_is_none() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let l = DirtyLog::open(file.try_clone().unwrap(), 0, 8192).unwrap();
+        let far = 4096 * 8 * PAGE_BYTES;
+        assert!(l.mark(0, 1) && l.mark(far, 1));
+        file.set_len(4096).unwrap();
+        assert!(l.mark(0, 1), "nobody has touched what has gone");
+        assert!(!l.mark(far, 1) && !l.mark(0, 1));
     }
 
     #[test]

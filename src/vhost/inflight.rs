@@ -21,7 +21,7 @@
 
 use super::shared::SharedFile;
 use crate::limits;
-use crate::map::sabotage::{Sabotage, is_broken};
+use crate::probe::sabotage::{Sabotage, is_broken};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -35,6 +35,8 @@ const ENTRY_WORDS: usize = 2;
 /// Regions of queues start at a cache line.
 const ALIGN_WORDS: usize = 8;
 const WORD_BYTES: usize = 8;
+/// Why a region that was shortened is of no use.
+pub(super) const GONE: &str = "its file was shortened";
 
 /// The second word of a header. Numbers are in the host's order, as the specification's C structure has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,6 +166,11 @@ pub struct Tracker {
 }
 
 impl Tracker {
+    /// The front-end has taken a part of the region away: nobody will know what is noted there.
+    pub(super) fn is_lost(&self) -> bool {
+        self.region.shared.is_lost()
+    }
+
     fn word(&self, n: usize) -> &AtomicU64 {
         &self.region.shared.words()[self.first + n]
     }
@@ -202,6 +209,10 @@ impl Tracker {
         };
         self.batch.clear();
         self.counter = 0;
+        if self.is_lost() {
+            // a region of zeros says that nothing was ever in flight
+            return Err(Contradiction(GONE));
+        }
         if found.version == 0 {
             self.clear_all();
             self.put_header();
@@ -214,6 +225,9 @@ impl Tracker {
             return Err(Contradiction("the region is that of another queue"));
         }
         let heads = self.in_flight(&found, ring_size, ring_used)?;
+        if self.is_lost() {
+            return Err(Contradiction(GONE));
+        }
         // the last batch is known by now; the header forgets it before anything new can be linked
         self.put_header();
         Ok(Some(heads))

@@ -7,9 +7,11 @@
 //!
 //! So mappings are watched here. The signal's handler puts a page of zeros in the place of the missing one, notes the
 //! loss, and the instruction goes on. Whoever works on the memory looks at [`losses`] and stops: [`Watched::is_lost`].
-//! Only the missing pages are replaced; what is still there stays what it is. A SIGBUS anywhere else goes to
-//! whoever handled it before.
+//! Only the missing pages are replaced; what is still there stays what it is. Of a huge page no part can be replaced: all
+//! of it is missing, and becomes small pages of zeros. A SIGBUS anywhere else goes to whoever handled it before, and so
+//! does one where not even zeros can be had: the instruction cannot go on then, and the process ends.
 
+use super::sys::PAGE_BYTES;
 use std::io;
 use std::mem;
 use std::ptr;
@@ -21,7 +23,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 const MOST: usize = 4096;
 /// The start of a place that is being filled in; no mapping starts there.
 const TAKEN: usize = 1;
-const SMALL_PAGE: usize = 4096;
+const SMALL_PAGE: usize = PAGE_BYTES as usize;
 
 /// A watched mapping; 0: a free place.
 struct Place {
@@ -56,8 +58,8 @@ pub(super) fn losses() -> u64 {
 pub(super) struct Watched(usize);
 
 impl Watched {
-    /// Watches `len` bytes at `start`, mapped in pages of `page` bytes at multiples of that, readable and writable. They
-    /// must stay mapped as long as this lives.
+    /// Watches `len` bytes at `start`, mapped in whole pages of `page` bytes at multiples of that, readable and writable.
+    /// They must stay mapped as long as this lives.
     ///
     /// # Errors
     /// If there are too many; from the operating system.
@@ -158,12 +160,17 @@ fn replace_page(address: usize) -> bool {
         // before anybody can take the zeros for the driver's word
         place.lost.store(true, Ordering::Release);
         LOSSES.fetch_add(1, Ordering::Release);
-        // A part of a huge page cannot be replaced; and if there are too many mappings already, all of it in one.
-        return put_zeros(address - address % SMALL_PAGE, SMALL_PAGE)
-            || put_zeros(address - (address - start) % page, page)
-            || put_zeros(start, len);
+        return fillings(start, len, page, address).iter().any(|(from, len)| put_zeros(*from, *len));
     }
     false
+}
+
+/// What can be replaced in a mapping of `len` bytes at `start` where `address` is missing, the best first, as start and
+/// length: the small page; the whole page, since the kernel splits no huge ones; where there are too many mappings to make
+/// three of one, all of it.
+fn fillings(start: usize, len: usize, page: usize, address: usize) -> [(usize, usize); 3] {
+    let skip = address - start;
+    [(address - skip % SMALL_PAGE, SMALL_PAGE), (address - skip % page, page), (start, len)]
 }
 
 /// New zeros for a page or more of a watched mapping.
@@ -183,6 +190,24 @@ mod tests {
     use vm_memory::{FileOffset, MmapRegion};
 
     const PAGE: usize = SMALL_PAGE;
+
+    #[test]
+    fn what_is_replaced_are_whole_pages_around_the_place() {
+        for (page, start) in
+            [(PAGE, 0x7f00_0000_3000), (2 << 20, 0x7f00_0020_0000), (1 << 30, 0x7f00_4000_0000)]
+        {
+            let len = 3 * page;
+            for skip in [0, 1, PAGE - 1, PAGE, page - 1, page, 2 * page + 5, len - 1] {
+                let address = start + skip;
+                let found = fillings(start, len, page, address);
+                assert_eq!(found.map(|f| f.1), [PAGE, page, len]);
+                for ((from, n), unit) in found.into_iter().zip([PAGE, page, page]) {
+                    assert!((from..from + n).contains(&address) && from.is_multiple_of(unit));
+                    assert!(from >= start && from + n <= start + len && n.is_multiple_of(unit));
+                }
+            }
+        }
+    }
 
     #[test]
     fn a_page_behind_the_end_reads_as_zeros_and_the_others_stay() {

@@ -3,24 +3,19 @@
 //! A snapshot with one more region shares the mappings of the former, so a region can be added while requests run. One
 //! with a region less can only take effect once no request holds memory of it: see `handler.rs`.
 
-use super::lost::Watched;
+use super::mapping::Mapping;
 use crate::io::BufSlice;
 use crate::limits;
 use crate::virtio::GuestMemory;
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// What to do about memory that cannot be mapped here.
 pub(super) const SHARE_IT: &str = "guest memory has to be shared: share=on of QEMU's memory-backend-memfd or -file, \
                                    shared=on of cloud-hypervisor's --memory";
-/// The smallest unit the kernel maps in.
-const PAGE_BYTES: u64 = 4096;
-/// Larger "block sizes" of a file are no huge pages.
-const MAX_HUGE_PAGE_BYTES: u64 = 16 << 30;
 
 /// A memory region as a front-end describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +34,9 @@ pub struct RegionInfo {
 #[derive(Debug)]
 struct Region {
     info: RegionInfo,
-    bytes: BufSlice,
-    /// Before the mapping: dropping it ends the watch over it.
-    watched: Watched,
     /// What `bytes` and `guest` point into.
-    _mapping: Arc<MmapRegion<()>>,
+    mapping: Mapping,
+    bytes: BufSlice,
     guest: Arc<GuestRegionMmap<()>>,
 }
 
@@ -127,7 +120,7 @@ impl Memory {
 
     /// A part of it was taken away by the front-end, and is zeros now.
     pub(super) fn is_lost(&self) -> bool {
-        self.regions.iter().any(|r| r.watched.is_lost())
+        self.regions.iter().any(|r| r.mapping.is_lost())
     }
 
     /// True without memory.
@@ -172,64 +165,25 @@ impl Memory {
 
 impl Region {
     fn map(info: RegionInfo, file: File) -> io::Result<Self> {
-        let (start, page) = check(&info, &file)?;
-        let skew = info.mmap_offset - start;
-        // whole pages at both ends: a mapping of huge pages can be made and unmade in no other size
-        let len =
-            info.len.checked_add(skew).and_then(|n| n.checked_next_multiple_of(page)).ok_or_else(wraps)?;
-        let len = usize::try_from(len).map_err(|_| wraps())?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, start), len)
-            .map_err(|e| io::Error::other(format!("cannot map a memory region: {e} ({SHARE_IT})")))?;
-        let mapping = Arc::new(mapping);
-        let watched = Watched::new(mapping.as_ptr(), len, index(page))?;
-        // SAFETY: `skew + info.len` bytes are mapped, readable and writable, and stay so as long as this Region, which
-        // holds `mapping`; whoever uses the slice holds a Memory with this Region. The memory is shared with a guest:
-        // no reference to it exists.
-        let bytes =
-            unsafe { BufSlice::new(mapping.as_ptr(), mapping.size()) }.part(index(skew), index(info.len));
-        // SAFETY: `bytes` lies within the mapping, which `Region` keeps beside this view of it.
-        let view =
-            unsafe { MmapRegion::build_raw(bytes.as_ptr(), bytes.len(), mapping.prot(), mapping.flags()) };
+        if [info.guest_addr, info.user_addr].iter().any(|a| a.checked_add(info.len).is_none()) {
+            return Err(wraps());
+        }
+        let mapping = Mapping::new(file, info.mmap_offset, info.len).map_err(|e| match e.kind() {
+            io::ErrorKind::InvalidInput => invalid(format!("a memory region {e}")),
+            _ => io::Error::other(format!("a memory region {e} ({SHARE_IT})")),
+        })?;
+        let (bytes, (prot, flags)) = (mapping.bytes(), mapping.mode());
+        // SAFETY: `bytes` are mapped that way as long as `mapping`, which `Region` keeps beside this view of it; whoever uses
+        // it holds a Memory with this Region.
+        let view = unsafe { MmapRegion::build_raw(bytes.as_ptr(), bytes.len(), prot, flags) };
         let view = view.map_err(|e| invalid(e.to_string()))?;
         let guest = GuestRegionMmap::new(view, GuestAddress(info.guest_addr)).ok_or_else(wraps)?;
-        Ok(Region { info, bytes, watched, _mapping: mapping, guest: Arc::new(guest) })
+        Ok(Region { info, mapping, bytes, guest: Arc::new(guest) })
     }
-}
-
-/// Checks all numbers of a region against each other and its file; returns where to start mapping, and in which unit.
-fn check(info: &RegionInfo, file: &File) -> io::Result<(u64, u64)> {
-    let ends = [info.guest_addr, info.user_addr, info.mmap_offset].map(|a| a.checked_add(info.len));
-    let [Some(_), Some(_), Some(file_end)] = ends else { return Err(wraps()) };
-    if info.len == 0 || i64::try_from(file_end).is_err() {
-        return Err(wraps());
-    }
-    if !info.mmap_offset.is_multiple_of(PAGE_BYTES) {
-        return Err(invalid(format!(
-            "a memory region starts at file offset {:#x}, within a page",
-            info.mmap_offset
-        )));
-    }
-    let meta = file.metadata()?;
-    // Touching a mapping behind the end of its file is a SIGBUS; for a file that is shortened later see `lost.rs`. A
-    // device checks its bounds when it is mapped.
-    if meta.is_file() && file_end > meta.len() {
-        return Err(invalid(format!(
-            "a memory region ends at {file_end:#x} in a file of {:#x} bytes",
-            meta.len()
-        )));
-    }
-    if !meta.is_file() && !meta.file_type().is_char_device() {
-        return Err(invalid(format!("the descriptor of a memory region is not a file ({SHARE_IT})")));
-    }
-    // hugetlbfs tells its page size here and maps from multiples of it only; on others, a larger unit does no harm
-    let unit = meta.blksize();
-    let huge = unit.is_power_of_two() && (PAGE_BYTES..=MAX_HUGE_PAGE_BYTES).contains(&unit);
-    let page = if huge { unit } else { PAGE_BYTES };
-    Ok((info.mmap_offset - info.mmap_offset % page, page))
 }
 
 fn wraps() -> io::Error {
-    invalid("a memory region is empty or passes the end of the address space".to_string())
+    invalid("a memory region passes the end of the address space".to_string())
 }
 
 fn invalid(what: String) -> io::Error {

@@ -8,6 +8,7 @@ mod dirty;
 mod handler;
 mod inflight;
 mod lost;
+mod mapping;
 mod memory;
 mod poller;
 mod ring;

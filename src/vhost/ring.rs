@@ -56,6 +56,8 @@ pub enum RingError {
     InFlight(&'static str),
     /// The front-end has taken memory away.
     MemoryLost,
+    /// What is written to guest memory cannot be noted in the log of dirty pages.
+    Unlogged,
 }
 
 impl fmt::Display for RingError {
@@ -74,6 +76,9 @@ impl fmt::Display for RingError {
             RingError::MemoryLost => {
                 f.write_str("guest memory has gone: its file was shortened, or the host has none left for it")
             }
+            RingError::Unlogged => f.write_str(
+                "the log of dirty pages has gone or does not reach this far; a migration would lose what is written",
+            ),
         }
     }
 }

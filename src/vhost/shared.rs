@@ -3,26 +3,19 @@
 //! Whoever else has the file may write to it at any time, so all access is by atomics, and whatever is read is
 //! validated by its reader like a guest's input.
 
-use super::lost::Watched;
+use super::mapping::Mapping;
 use super::sys;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::slice;
 use std::sync::atomic::{AtomicU8, AtomicU64};
-use vm_memory::{FileOffset, MmapRegion};
 
-/// The smallest unit the kernel maps in.
-const PAGE_BYTES: u64 = 4096;
 const WORD_BYTES: usize = size_of::<u64>();
 
 /// A mapped part of a file.
 #[derive(Debug)]
-pub(super) struct SharedFile {
-    /// Before the mapping: dropping it ends the watch over it.
-    _watched: Watched,
-    mapping: MmapRegion<()>,
-}
+pub(super) struct SharedFile(Mapping);
 
 impl SharedFile {
     /// A new file in memory, all zeros, whose length nobody can change any more.
@@ -30,43 +23,37 @@ impl SharedFile {
         sys::sealed_memfd(name, len)
     }
 
-    /// Maps `len` bytes from `offset` on.
+    /// Maps `len` bytes from `offset` on. Our own files are sealed; one that a front-end brings and shortens reads as
+    /// zeros there, which is checked like all it may write there, and what is written there is nobody's:
+    /// [`Self::is_lost`].
     pub(super) fn map(file: File, offset: u64, len: u64) -> io::Result<Self> {
-        let end = offset.checked_add(len).filter(|_| len > 0);
-        let end = end.ok_or_else(|| invalid("is empty or passes the end of every file".to_string()))?;
-        if !offset.is_multiple_of(PAGE_BYTES) {
-            return Err(invalid(format!("starts at file offset {offset:#x}, within a page")));
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the shared file is not a file"));
         }
-        let meta = file.metadata()?;
-        // Touching a mapping behind the end of its file is a SIGBUS. Ours are sealed; one that a front-end brings and
-        // shortens reads as zeros there, which is checked like all it may write there: see `lost.rs`.
-        if !meta.is_file() || end > meta.len() {
-            return Err(invalid(format!("ends at {end:#x} in a file of {:#x} bytes", meta.len())));
-        }
-        let len = usize::try_from(len).map_err(|_| invalid("is too large".to_string()))?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len);
-        let mapping = mapping.map_err(|e| io::Error::other(format!("cannot be mapped: {e}")))?;
-        let page = usize::try_from(PAGE_BYTES).map_err(io::Error::other)?;
-        let watched = Watched::new(mapping.as_ptr(), len, page)?;
-        Ok(SharedFile { _watched: watched, mapping })
+        let mapping = Mapping::new(file, offset, len);
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("the shared file {e}"));
+        mapping.map(SharedFile).map_err(named)
+    }
+
+    /// A part of it was found taken away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.0.is_lost()
     }
 
     /// All of it as words; a last part of one is left out.
     pub(super) fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping is readable and writable over its size, starts at a page, and lives as long as `self`.
+        let bytes = self.0.bytes();
+        // SAFETY: the bytes are readable and writable, start at a page, and stay mapped as long as `self`.
         // Others write to it: atomics are the access for that, and every bit pattern is a value of theirs.
-        unsafe { slice::from_raw_parts(self.mapping.as_ptr().cast(), self.mapping.size() / WORD_BYTES) }
+        unsafe { slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / WORD_BYTES) }
     }
 
     /// All of it as bytes.
     pub(super) fn bytes(&self) -> &[AtomicU8] {
+        let bytes = self.0.bytes();
         // SAFETY: as in `words`. No mapping of ours is used both ways.
-        unsafe { slice::from_raw_parts(self.mapping.as_ptr().cast(), self.mapping.size()) }
+        unsafe { slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) }
     }
-}
-
-fn invalid(what: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, format!("the shared file {what}"))
 }
 
 #[cfg(test)]
@@ -100,5 +87,14 @@ mod tests {
     fn nobody_changes_the_length_of_our_own() {
         let file = SharedFile::create(c"test", 0x1000).unwrap();
         assert!(file.set_len(0).is_err() && file.set_len(0x2000).is_err());
+    }
+
+    #[test]
+    fn huge_pages_that_go_read_as_zeros() {
+        let Some(file) = sys::huge_memfd(2 << 20, 2) else { return };
+        let shared = SharedFile::map(file.try_clone().unwrap(), 0x1000, (2 << 20) + 8).unwrap();
+        shared.bytes()[0].store(7, Ordering::Relaxed);
+        file.set_len(0).unwrap();
+        assert!(shared.bytes().iter().all(|b| b.load(Ordering::Relaxed) == 0));
     }
 }

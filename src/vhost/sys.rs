@@ -8,6 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+/// The smallest unit the kernel maps in; huge pages are multiples of it.
+pub(super) const PAGE_BYTES: u64 = 4096;
+
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -162,6 +165,30 @@ pub(super) fn sealed_memfd(name: &CStr, len: u64) -> io::Result<File> {
     // SAFETY: sets flags of an open descriptor.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
     Ok(file)
+}
+
+/// `pages` pages of `page` bytes; `None`, with a word why, where the machine has none to spare.
+#[cfg(test)]
+pub(super) fn huge_memfd(page: usize, pages: usize) -> Option<File> {
+    // SAFETY: the name is a C string; takes flags and returns a new descriptor.
+    let fd = unsafe { libc::memfd_create(c"huge".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
+    // SAFETY: the descriptor, if it is one, is new and nobody else's.
+    let file = check(fd).ok().map(|fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
+    let reserved = file.filter(|f| {
+        use std::os::unix::fs::MetadataExt;
+        let right = f.metadata().is_ok_and(|m| m.blksize() == page as u64);
+        let place = f.try_clone().map(|f| vm_memory::FileOffset::new(f, 0));
+        let bytes = page * pages;
+        // mapping them reserves them
+        let maps = |place| vm_memory::MmapRegion::<()>::from_file(place, bytes).is_ok();
+        right && f.set_len(bytes as u64).is_ok() && place.is_ok_and(maps)
+    });
+    if reserved.is_none() {
+        println!(
+            "skipped: {pages} huge pages of {page} bytes cannot be had (sysctl vm.nr_overcommit_hugepages)"
+        );
+    }
+    reserved
 }
 
 /// A duplicate of the first descriptor that waits in a unix socket together with its next bytes; both stay there. A peek

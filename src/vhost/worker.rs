@@ -13,15 +13,15 @@
 //! [`limits::PUBLISH_COMPLETIONS`] answers or [`limits::PUBLISH_MICROS`].
 
 use super::dirty::RingLog;
-use super::inflight::{Contradiction, Tracker};
+use super::inflight::{Contradiction, GONE, Tracker};
 use super::lost::losses;
 use super::memory::{Memory, MemoryView};
 use super::ring::{Ring, RingError};
 use crate::error::Failure;
 use crate::io::{BufSlice, Host, OsHost, scatter};
 use crate::limits;
-use crate::map::moment::moment;
-use crate::map::sabotage::{Sabotage, is_broken};
+use crate::probe::moment::moment;
+use crate::probe::sabotage::{Sabotage, is_broken};
 use crate::vd::{BlockDevice, Done, Outcome, Request};
 use crate::virtio::{Action, ChainParser, Rules, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, Segment, Verdict};
 use std::fs::File;
@@ -85,6 +85,8 @@ struct Active {
     popping: bool,
     inflight: Option<Tracker>,
     log: Option<RingLog>,
+    /// Something was written that could not be logged: nothing more is answered, for on another host it would be missing.
+    unlogged: bool,
     /// Heads that a former process had in flight, last first.
     again: Vec<u16>,
     /// Some of those have not ended: nothing new is taken.
@@ -132,8 +134,8 @@ pub struct QueueWorker<D> {
     retry: bool,
     /// Losses of memory when ours was last looked at.
     losses: u64,
-    /// A part of ours is lost.
-    memory_lost: bool,
+    /// A part of ours is lost, or of what the ring has beside it.
+    lost: bool,
     counters: QueueCounters,
 }
 
@@ -156,7 +158,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             done: Vec::with_capacity(usize::from(options.slots)),
             retry: false,
             losses: 0,
-            memory_lost: false,
+            lost: false,
             counters: QueueCounters::default(),
         }
     }
@@ -200,21 +202,31 @@ impl<D: BlockDevice> QueueWorker<D> {
     }
 
     fn forget_losses(&mut self) {
-        (self.losses, self.memory_lost) = (0, false);
+        (self.losses, self.lost) = (0, false);
     }
 
-    /// False once a part of the memory has been taken away; the ring is stopped then: what it says is not the driver's
-    /// word any more. To be called after looking at memory and before acting on what was seen.
+    /// False once a part of the memory has been taken away, or of the region of what is in flight; the ring is stopped then:
+    /// what it says is not the driver's word any more. To be called after looking at memory and before acting on what was
+    /// seen.
     fn memory_is_there(&mut self) -> bool {
         let now = losses();
         if now != self.losses {
             self.losses = now;
-            self.memory_lost = self.memory.memory().is_lost();
-            if self.memory_lost && self.active.as_ref().is_some_and(|a| a.popping) {
-                self.broken(RingError::MemoryLost);
+            let why = self.what_is_lost();
+            self.lost = why.is_some();
+            if let Some(why) = why.filter(|_| self.active.as_ref().is_some_and(|a| a.popping)) {
+                self.broken(why);
             }
         }
-        !self.memory_lost
+        !self.lost
+    }
+
+    fn what_is_lost(&self) -> Option<RingError> {
+        let tracker = self.active.as_ref().and_then(|a| a.inflight.as_ref());
+        if self.memory.memory().is_lost() {
+            return Some(RingError::MemoryLost);
+        }
+        tracker.is_some_and(Tracker::is_lost).then_some(RingError::InFlight(GONE))
     }
 
     /// The memory in use.
@@ -247,8 +259,19 @@ impl<D: BlockDevice> QueueWorker<D> {
         let was_used = ring.next_used() != 0;
         let (repeating, popping) = (!again.is_empty(), true);
         let (unpublished, since) = (0, None);
-        self.active =
-            Some(Active { ring, call, err, popping, inflight, log, again, repeating, unpublished, since });
+        self.active = Some(Active {
+            ring,
+            call,
+            err,
+            popping,
+            inflight,
+            log,
+            unlogged: false,
+            again,
+            repeating,
+            unpublished,
+            since,
+        });
         if was_used {
             // who served it before may have ended between an answer and its signal
             self.signal();
@@ -327,27 +350,33 @@ impl<D: BlockDevice> QueueWorker<D> {
     }
 
     /// Where it is asked for, logs a change of the used ring; after the change.
-    fn log_ring(&self) {
+    fn log_ring(&mut self) {
         let Some(a) = &self.active else { return };
         let Some(RingLog { log, used: Some(gpa) }) = &a.log else { return };
-        if !log.mark(*gpa, a.ring.used_bytes()) {
-            self.log_is_short();
-        }
+        let logged = log.mark(*gpa, a.ring.used_bytes());
+        self.check_logged(logged);
     }
 
     /// Where it is asked for, logs buffers; after they were written.
-    fn log_written(&self, bufs: &[BufSlice]) {
-        let Some(RingLog { log, .. }) = self.active.as_ref().and_then(|a| a.log.as_ref()) else { return };
-        for b in bufs {
-            let gpa = self.memory.memory().guest_addr_of(*b);
-            if !gpa.is_some_and(|gpa| log.mark(gpa, b.len() as u64)) {
-                self.log_is_short();
-            }
-        }
+    fn log_written(&mut self, bufs: &[BufSlice]) {
+        let logged = self.mark(bufs);
+        self.check_logged(logged);
     }
 
-    fn log_is_short(&self) {
-        tracing::debug!("queue {}: the log of dirty pages does not reach this far", self.queue);
+    /// False if there is a log and buffers cannot be noted in it.
+    fn mark(&self, bufs: &[BufSlice]) -> bool {
+        let Some(log) = self.active.as_ref().and_then(|a| a.log.as_ref()) else { return true };
+        let memory = self.memory.memory();
+        let marked =
+            |b: &BufSlice| memory.guest_addr_of(*b).is_some_and(|gpa| log.log.mark(gpa, b.len() as u64));
+        bufs.iter().all(marked)
+    }
+
+    fn check_logged(&mut self, logged: bool) {
+        if let Some(a) = self.active.as_mut().filter(|a| !logged && !a.unlogged) {
+            a.unlogged = true;
+            self.broken(RingError::Unlogged);
+        }
     }
 
     /// The step has to be repeated soon though no descriptor will become readable.
@@ -473,10 +502,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             Action::Identify => return self.identify(head, status),
             Action::Discard | Action::WriteZeroes => match self.queue_segments(head, action) {
                 Some(first) => first,
-                None => {
-                    let written = self.put_status(status, STATUS_OK);
-                    return self.answer(head, written);
-                }
+                None => return self.answer_without_disk(head, status, 0),
             },
         };
         let (bufs, data) = match request {
@@ -516,9 +542,20 @@ impl<D: BlockDevice> QueueWorker<D> {
             scatter(now, &[*b]);
             left = later;
         }
-        self.log_written(place);
+        let logged = self.mark(place);
         let written = SERIAL_BYTES - left.len();
-        let written = u32::try_from(written).unwrap_or(0) + self.put_status(status, STATUS_OK);
+        self.check_logged(logged);
+        self.answer_without_disk(head, status, u32::try_from(written).unwrap_or(0));
+    }
+
+    /// Answers a request that asks nothing of the disk, after `data` bytes were written for it.
+    fn answer_without_disk(&mut self, head: u16, status: BufSlice, data: u32) {
+        let written = if self.memory_is_there() {
+            data + self.put_status(status, STATUS_OK)
+        } else {
+            self.note_failure(Failure::Os(libc::EFAULT));
+            self.put_status(status, STATUS_IOERR)
+        };
         self.answer(head, written);
     }
 
@@ -563,7 +600,7 @@ impl<D: BlockDevice> QueueWorker<D> {
     }
 
     /// Writes the status; returns the bytes written.
-    fn put_status(&self, place: BufSlice, status: u8) -> u32 {
+    fn put_status(&mut self, place: BufSlice, status: u8) -> u32 {
         place.write(&[status]);
         self.log_written(&[place]);
         1
@@ -610,7 +647,7 @@ impl<D: BlockDevice> QueueWorker<D> {
 
     /// Shows the driver what was answered, and signals if it wants that.
     fn release(&mut self) {
-        let Some(a) = self.active.as_mut().filter(|a| a.unpublished > 0) else { return };
+        let Some(a) = self.active.as_mut().filter(|a| a.unpublished > 0 && !a.unlogged) else { return };
         if let Some(t) = &mut a.inflight {
             t.before_publish();
         }

@@ -1,7 +1,8 @@
 //! A guest without a VM: memory in a file, and the driver's side of virtqueues.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,6 +20,9 @@ pub const T_WRITE_ZEROES: u32 = 13;
 const WRITE: u16 = 2;
 const NEXT: u16 = 1;
 
+/// Bytes of a usual huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
 /// One region of guest memory. Its "user address" is made up: nobody follows it on this side.
 pub struct GuestRegion {
     pub memory: GuestMemoryMmap,
@@ -33,6 +37,35 @@ impl GuestRegion {
     pub fn new(gpa: u64, len: u64, offset: u64) -> Arc<Self> {
         let file = tempfile::tempfile().unwrap();
         file.set_len(offset + len).unwrap();
+        Self::of(file, gpa, len, offset)
+    }
+
+    /// Memory at address 0 in so many huge pages; `None`, with a word why, where the machine has none to spare.
+    pub fn huge(pages: u64) -> Option<Arc<Self>> {
+        // SAFETY: a C string and flags.
+        let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
+        // SAFETY: the descriptor, if it is one, is new and nobody else's.
+        let file = (fd >= 0).then(|| File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
+        let reserved = file.filter(|f| {
+            let page = f.metadata().is_ok_and(|m| m.blksize() == HUGE_PAGE);
+            let ranges = || {
+                [(
+                    GuestAddress(0),
+                    (pages * HUGE_PAGE) as usize,
+                    f.try_clone().ok().map(|f| FileOffset::new(f, 0)),
+                )]
+            };
+            // mapping them reserves them
+            page && f.set_len(pages * HUGE_PAGE).is_ok()
+                && GuestMemoryMmap::<()>::from_ranges_with_files(ranges()).is_ok()
+        });
+        if reserved.is_none() {
+            println!("skipped: {pages} huge pages cannot be had (sysctl vm.nr_overcommit_hugepages)");
+        }
+        reserved.map(|file| Self::of(file, 0, pages * HUGE_PAGE, 0))
+    }
+
+    fn of(file: File, gpa: u64, len: u64, offset: u64) -> Arc<Self> {
         let place = FileOffset::new(file.try_clone().unwrap(), offset);
         let ranges = [(GuestAddress(gpa), len as usize, Some(place))];
         let memory = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();

@@ -4,6 +4,7 @@ use super::guest::{GuestQueue, GuestRegion, QUEUE_BYTES, T_FLUSH, T_GET_ID, T_IN
 use super::{PATIENCE, comes_true};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -24,17 +25,21 @@ pub struct Guest {
 impl Guest {
     /// Connects as soon as somebody listens at `path`.
     pub fn connect(path: &Path, queues: usize) -> Guest {
-        let mut stream = None;
-        let came = comes_true(|| {
-            stream = UnixStream::connect(path).ok();
-            stream.is_some()
-        });
-        assert!(came, "nobody listens at {}", path.display());
-        Self::over(stream.expect("connected"), queues)
+        Self::over(dial(path), queues)
+    }
+
+    /// The same with one queue, at the begin of this memory.
+    pub fn connect_in(path: &Path, region: &Arc<GuestRegion>) -> Guest {
+        Self::in_memory(dial(path), region, 1)
     }
 
     /// Over a connection that is there already.
     pub fn over(stream: UnixStream, queues: usize) -> Guest {
+        let region = GuestRegion::new(0, queues as u64 * QUEUE_BYTES, 0);
+        Self::in_memory(stream, &region, queues)
+    }
+
+    fn in_memory(stream: UnixStream, region: &Arc<GuestRegion>, queues: usize) -> Guest {
         stream.set_read_timeout(Some(PATIENCE)).expect("time-out");
         let mut fe = Frontend::from_stream(stream, 64);
         let features = fe.get_features().expect("features");
@@ -43,9 +48,8 @@ impl Guest {
         fe.set_protocol_features(protocol).expect("protocol features");
         fe.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         fe.set_features(features).expect("features");
-        let region = GuestRegion::new(0, queues as u64 * QUEUE_BYTES, 0);
         fe.set_mem_table(&[region.info()]).expect("memory");
-        let queues: Vec<_> = (0..queues).map(|i| GuestQueue::new(&region, i as u64, 64, true)).collect();
+        let queues: Vec<_> = (0..queues).map(|i| GuestQueue::new(region, i as u64, 64, true)).collect();
         for (i, q) in queues.iter().enumerate() {
             set_up(&mut fe, i, q);
         }
@@ -111,6 +115,17 @@ impl Guest {
     pub fn assert_zero(&mut self, offset: u64) {
         assert!(self.read(offset, 4096).iter().all(|b| *b == 0), "not zero at {offset}");
     }
+}
+
+/// Waits for somebody to listen.
+fn dial(path: &Path) -> UnixStream {
+    let mut stream = None;
+    let came = comes_true(|| {
+        stream = UnixStream::connect(path).ok();
+        stream.is_some()
+    });
+    assert!(came, "nobody listens at {}", path.display());
+    stream.expect("connected")
 }
 
 /// 4 KiB that are like no others.

@@ -92,6 +92,12 @@ fn read(layers: &[(Source, Box<dyn ImageMap>)], at: u64, buf: &mut [u8]) {
             let place = &mut buf[done as usize..(done + e.len) as usize];
             match e.kind {
                 ExtentKind::Data { off, .. } => source.read_at(off, place).expect("data inside the file"),
+                ExtentKind::Packed { packed, into } => {
+                    let (mut from, mut unit) = (vec![0; packed.len as usize], vec![0; packed.unit as usize]);
+                    source.read_at(packed.off, &mut from).expect("packed bytes inside the file");
+                    vdblk::vd::unpack(packed.codec, &from, &mut unit).expect("a sound unit");
+                    place.copy_from_slice(&unit[into as usize..][..place.len()]);
+                }
                 ExtentKind::Zero => place.fill(0),
                 ExtentKind::Parent => read(beneath, at + done, place),
             }

@@ -1,8 +1,11 @@
 //! The daemon as a process: started, asked to end, waited for with a deadline, never left behind.
 
 use super::client::Guest;
+use super::guest::GuestRegion;
 use super::{PATIENCE, comes_true};
+use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -190,8 +193,40 @@ impl Daemon {
         Guest::connect(&self.socket, 1)
     }
 
+    pub fn connect_in(&self, region: &Arc<GuestRegion>) -> Guest {
+        Guest::connect_in(&self.socket, region)
+    }
+
     pub fn signal(&self, number: i32) {
         signal(&self.child, number);
+    }
+
+    /// Stops it for a moment to look whether requests are in flight; true: they are, and it stays stopped.
+    pub fn is_stopped_with_requests(&self) -> bool {
+        self.signal(libc::SIGSTOP);
+        let stat = format!("/proc/{}/stat", self.pid());
+        // behind the name, which is in parentheses
+        let is_stopped = || std::fs::read_to_string(&stat).expect("its state").contains(") T ");
+        assert!(comes_true(is_stopped), "the daemon does not stop");
+        let found = self.has_requests();
+        if !found {
+            self.signal(libc::SIGCONT);
+        }
+        found
+    }
+
+    /// Whether its record of what is in flight has a mark (vhost-user's inflight region, which it maps).
+    fn has_requests(&self) -> bool {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("its memory map");
+        let memory = File::open(format!("/proc/{}/mem", self.pid())).expect("its memory");
+        maps.lines().filter(|l| l.contains("/memfd:vdblk-inflight")).any(|line| {
+            let (from, rest) = line.split_once('-').expect("a range");
+            let to = rest.split(' ').next().expect("its end");
+            let [from, to] = [from, to].map(|x| u64::from_str_radix(x, 16).expect("an address"));
+            let mut bytes = vec![0; usize::try_from(to - from).expect("small")];
+            memory.read_exact_at(&mut bytes, from).expect("mapped memory");
+            has_marks(&bytes)
+        })
     }
 
     /// Waits until it has ended by itself.
@@ -210,6 +245,23 @@ impl Daemon {
         assert!(ended.status.success(), "{ended:?}");
         ended
     }
+}
+
+/// Looks through the parts of all queues: a header of 16 bytes, which says how many entries of 16 bytes follow, each with a
+/// mark in its first byte; the next part begins at a multiple of 64.
+fn has_marks(mut region: &[u8]) -> bool {
+    while let Some(header) = region.get(..16) {
+        let entries = usize::from(u16::from_ne_bytes([header[10], header[11]]));
+        let part = (16 + 16 * entries).next_multiple_of(64);
+        if entries == 0 || part > region.len() {
+            return false;
+        }
+        if region[16..16 + 16 * entries].chunks_exact(16).any(|entry| entry[0] != 0) {
+            return true;
+        }
+        region = &region[part..];
+    }
+    false
 }
 
 impl Drop for Daemon {

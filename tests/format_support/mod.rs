@@ -58,6 +58,12 @@ pub(crate) fn read(chain: &[Layer<'_>], range: GuestRange, buf: &mut [u8]) {
             let (piece, after) = std::mem::take(&mut buf).split_at_mut(e.len as usize);
             match e.kind {
                 ExtentKind::Data { off, .. } => leaf.bytes.read_at(off, piece).expect("data inside the file"),
+                ExtentKind::Packed { packed, into } => {
+                    let (mut from, mut unit) = (vec![0; packed.len as usize], vec![0; packed.unit as usize]);
+                    leaf.bytes.read_at(packed.off, &mut from).expect("packed bytes inside the file");
+                    vdblk::vd::unpack(packed.codec, &from, &mut unit).expect("a sound unit");
+                    piece.copy_from_slice(&unit[into as usize..][..piece.len()]);
+                }
                 ExtentKind::Zero => piece.fill(0),
                 ExtentKind::Parent => read(beneath, rest.take(e.len), piece),
             }
@@ -123,6 +129,12 @@ pub(crate) fn fixtures() -> &'static Path {
 pub(crate) fn vhd_fixtures() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| unpacked("vhd"))
+}
+
+/// The same for QCOW2.
+pub(crate) fn qcow2_fixtures() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| unpacked("qcow2"))
 }
 
 fn unpacked(format: &str) -> PathBuf {

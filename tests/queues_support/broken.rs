@@ -32,17 +32,20 @@ pub enum Fault {
     HalfSector,
     /// A write goes to the neighbouring sector.
     Misplaced,
+    /// The words of a write's last sector trade places.
+    Rotated,
 }
 
 /// Each with how many requests that can have it there are to one that has. Discards, and reads of a page that was seen
 /// some time ago, are few.
-pub const FAULTS: [(Fault, u32); 6] = [
+pub const FAULTS: [(Fault, u32); 7] = [
     (Fault::StalePage, 10_000),
     (Fault::LateWrite, 10_000),
     (Fault::LateDiscard, 100),
     (Fault::StaleRead, 60),
     (Fault::HalfSector, 10_000),
     (Fault::Misplaced, 10_000),
+    (Fault::Rotated, 10_000),
 ];
 
 /// A channel to a raw image, with a fault in one of `one_in` requests that can have it.
@@ -101,6 +104,11 @@ impl Broken {
             Fault::HalfSector => self.image.write_all_at(&bytes[..bytes.len() - 256], at).unwrap(),
             Fault::Misplaced => {
                 self.image.write_all_at(&bytes, if at == 0 { 512 } else { at - 512 }).unwrap();
+            }
+            Fault::Rotated => {
+                let last = bytes.len() - 512;
+                bytes[last..].rotate_left(8);
+                self.image.write_all_at(&bytes, at).unwrap();
             }
         }
         Some(Ok(()))

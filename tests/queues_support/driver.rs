@@ -21,18 +21,35 @@ pub fn tick() -> u64 {
     CLOCK.fetch_add(1, Ordering::SeqCst)
 }
 
-/// What a sector holds after a write: each of its words says which one and where.
+/// What a sector holds after a write: which one, and the sector's own number.
 fn value(id: u64, sector: u64) -> u64 {
     id << 24 | sector
 }
 
-/// The different words of a sector: one, unless it was read while it was written.
-pub fn words(sector: &[u8]) -> Vec<u64> {
+/// Bits of a word that say where in its sector it belongs.
+const PLACE_BITS: u32 = (SECTOR / 8).ilog2();
+/// What was found where another word belongs: no value, so nobody has written it.
+const OUT_OF_PLACE: u64 = u64::MAX;
+
+/// Fills a sector with a value; each word says where it belongs, too.
+fn fill(sector: &mut [u8], value: u64) {
+    for (place, w) in (0u64..).zip(sector.chunks_exact_mut(8)) {
+        w.copy_from_slice(&(value << PLACE_BITS | place).to_le_bytes());
+    }
+}
+
+/// The different values of a sector's words: one, unless it was read while it was written.
+///
+/// Which word held which is forgotten: what one word went through is a part of what is noted of the sector, so that no
+/// order explains the sector's reads where none explains the word's.
+pub fn values(sector: &[u8]) -> Vec<u64> {
     let mut of_it: Vec<u64> = Vec::with_capacity(1);
-    for w in sector.chunks_exact(8) {
+    for (place, w) in (0u64..).zip(sector.chunks_exact(8)) {
         let w = u64::from_le_bytes(w.try_into().unwrap());
-        if of_it.last() != Some(&w) && !of_it.contains(&w) {
-            of_it.push(w);
+        let in_place = w == 0 || w & ((1 << PLACE_BITS) - 1) == place;
+        let value = if in_place { w >> PLACE_BITS } else { OUT_OF_PLACE };
+        if of_it.last() != Some(&value) && !of_it.contains(&value) {
+            of_it.push(value);
         }
     }
     of_it
@@ -42,7 +59,7 @@ pub fn words(sector: &[u8]) -> Vec<u64> {
 pub fn note_read(log: &mut Vec<Access>, who: u16, (begin, end): (u64, u64), first: u64, bytes: &[u8]) -> u64 {
     let mut torn = 0;
     for (sector, bytes) in (first..).zip(bytes.chunks_exact(SECTOR)) {
-        let found = words(bytes);
+        let found = values(bytes);
         torn += u64::from(found.len() > 1);
         let sector = u32::try_from(sector).unwrap();
         log.extend(found.iter().map(|w| Access { sector, who, begin, end, what: What::Read(*w) }));
@@ -163,8 +180,7 @@ impl<'a> Driver<'a> {
         let out = match kind {
             T_OUT => {
                 for (sector, bytes) in (first..).zip(self.bytes[..len].chunks_exact_mut(SECTOR)) {
-                    let w = value(id, sector).to_le_bytes();
-                    bytes.chunks_exact_mut(8).for_each(|b| b.copy_from_slice(&w));
+                    fill(bytes, value(id, sector));
                 }
                 &self.bytes[..len]
             }
@@ -227,5 +243,28 @@ impl<'a> Driver<'a> {
             all.extend_from_slice(bytes);
         }
         all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_sector_have_their_places() {
+        let (mut sector, mut other) = ([0; SECTOR], [0; SECTOR]);
+        assert_eq!(values(&sector), [0]);
+        fill(&mut sector, value(3, 7));
+        assert_eq!(values(&sector), [value(3, 7)]);
+        sector.rotate_left(8);
+        assert_eq!(values(&sector), [OUT_OF_PLACE]);
+        sector.rotate_right(8);
+        fill(&mut other, value(4, 7));
+        sector[256..].copy_from_slice(&other[256..]);
+        assert_eq!(values(&sector), [value(3, 7), value(4, 7)]);
+        sector[..256].copy_from_slice(&other[256..]);
+        assert_eq!(values(&sector), [OUT_OF_PLACE, value(4, 7)]);
+        sector[..256].fill(0);
+        assert_eq!(values(&sector), [0, value(4, 7)]);
     }
 }

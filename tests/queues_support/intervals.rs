@@ -70,7 +70,9 @@ pub struct Seen {
     pub of_queues: u64,
     /// Those of them that overlapped another of the same sector, one of the two being a change.
     pub overlapping: u64,
-    /// Reads of zeros that more than one write explains.
+    /// Reads of zeros.
+    pub zeros: u64,
+    /// Those of them that more than one write explains.
     pub ambiguous: u64,
 }
 
@@ -79,6 +81,7 @@ impl Seen {
         self.accesses += more.accesses;
         self.of_queues += more.of_queues;
         self.overlapping += more.overlapping;
+        self.zeros += more.zeros;
         self.ambiguous += more.ambiguous;
     }
 }
@@ -95,7 +98,8 @@ pub fn check(accesses: &mut [Access]) -> Result<Seen, Violation> {
         })?;
         let of_queues = of_one.iter().filter(|a| a.who < NOBODY).count() as u64;
         let accesses = of_one.len() as u64;
-        seen.add(Seen { accesses, of_queues, overlapping: overlapping(of_one), ambiguous });
+        let zeros = of_one.iter().filter(|a| a.what == What::Read(0)).count() as u64;
+        seen.add(Seen { accesses, of_queues, overlapping: overlapping(of_one), zeros, ambiguous });
     }
     Ok(seen)
 }

@@ -7,7 +7,7 @@ pub mod intervals;
 
 use crate::common::guest::{GuestQueue, GuestRegion, QUEUE_BYTES};
 use crate::common::{negotiate, set_up};
-use driver::{Driver, Round, SECTOR, note_read, tick, words};
+use driver::{Driver, Round, SECTOR, note_read, tick, values};
 use intervals::{Access, NOBODY, Seen, Violation, What, check};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -170,7 +170,7 @@ impl Rig {
     fn start(&self) -> Vec<Access> {
         let zeros = vec![0; if self.base.is_some() { 0 } else { self.way.size as usize }];
         let content = self.base.as_ref().map_or(&zeros, |b| &b.1);
-        let what = |bytes: &[u8]| match words(bytes)[0] {
+        let what = |bytes: &[u8]| match values(bytes)[0] {
             0 => What::Zero,
             value => What::Write(value),
         };

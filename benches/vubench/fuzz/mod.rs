@@ -3,7 +3,8 @@
 mod cases;
 mod chain;
 
-use crate::dev::{Dev, Opts, close, open};
+use crate::attach::open;
+use crate::dev::{Dev, Opts, close};
 use crate::features::*;
 use crate::mem::GPA_BASE;
 use crate::queue::{Queue, Req};

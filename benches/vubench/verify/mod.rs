@@ -163,8 +163,18 @@ impl<'a> Runner<'a> {
             self.m.st.server_gone = true;
         } else if self.last_completion.elapsed() > self.m.c.stall {
             self.m.st.lost = outstanding as u64;
+            self.tell_lost();
         }
         Ok(self.m.st.server_gone || self.m.st.lost > 0)
+    }
+
+    fn tell_lost(&mut self) {
+        let waited = self.m.c.stall;
+        for (queue, flight) in self.flight.iter().enumerate() {
+            for (slot, op) in flight.iter().enumerate().filter_map(|(slot, op)| Some((slot, (*op)?))) {
+                self.m.tell(format!("LOST no answer for {waited:?}, queue {queue}, slot {slot}: {op:?}"));
+            }
+        }
     }
 
     /// Waits a little for a completion, unless there is one already.
@@ -309,7 +319,7 @@ impl<'a> Runner<'a> {
 
     /// Takes all completions that are there.
     fn collect(&mut self) -> io::Result<()> {
-        for (q, flight) in self.s.qs.iter_mut().zip(&mut self.flight) {
+        for (n, (q, flight)) in self.s.qs.iter_mut().zip(&mut self.flight).enumerate() {
             while let Some((id, len)) = q.ring.pop() {
                 self.last_completion = Instant::now();
                 if let Some(t) = self.dead_since.take() {
@@ -318,6 +328,7 @@ impl<'a> Runner<'a> {
                 let slot = q.slot(id);
                 let Some(op) = flight.get_mut(slot).and_then(Option::take) else {
                     self.m.st.duplicates += 1;
+                    self.m.tell(format!("DOUBLED answer, queue {n}, slot {slot}, head {id}"));
                     continue;
                 };
                 let (status, data) = (q.status(slot), q.data(slot, op.n * self.m.c.unit));

@@ -13,8 +13,8 @@ const DISCARDED: u8 = 4;
 /// content never learnt
 const UNKNOWN: u8 = 8;
 
-/// How many mismatches are told in full.
-const TOLD: usize = 8;
+/// How many things that went wrong are told in full.
+const TOLD: usize = 40;
 
 /// One unit. Contents are named by the generation of the write, 0 being zeroes.
 #[derive(Clone, Copy, Default)]
@@ -50,7 +50,7 @@ impl Unit {
 }
 
 /// A posted request in units; the sequence number is that of the last completion before it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Op {
     pub(super) typ: u32,
     pub(super) first: usize,
@@ -148,10 +148,16 @@ impl Model {
         match status {
             S_OK => {
                 let should = self.request(op).used_len();
-                self.st.bad_len += u64::from(used_len != should);
+                if used_len != should {
+                    self.st.bad_len += 1;
+                    self.tell(format!("BAD USED LENGTH {used_len}, not {should}: {op:?}"));
+                }
             }
             S_UNSUPP => st.unsupp += 1,
-            _ => st.errors += 1,
+            _ => {
+                st.errors += 1;
+                self.tell(format!("ERROR status {status}: {op:?}"));
+            }
         }
         match op.typ {
             T_FLUSH if status == S_OK => self.flushed(op.seq),
@@ -213,7 +219,7 @@ impl Model {
             let got = judge(s, self.c.seed, o);
             if !b.allows(got) {
                 self.st.mismatches += 1;
-                self.tell(&b, o, got, s);
+                self.tell_mismatch(&b, o, got, s);
             } else if b.flags & DISCARDED != 0 {
                 self.st.discard_zero += u64::from(got == Content::Zero);
                 self.st.discard_old += u64::from(got != Content::Zero);
@@ -224,13 +230,17 @@ impl Model {
         }
     }
 
-    fn tell(&mut self, b: &Unit, off: u64, got: Content, sector: &[u8]) {
+    fn tell_mismatch(&mut self, b: &Unit, off: u64, got: Content, sector: &[u8]) {
+        let head: Vec<u64> = words(sector).take(4).collect();
+        self.tell(format!(
+            "MISMATCH offset {off}: got {got:?}, expected generation {} (durable {}, posted {}, flags {}), words {head:x?}",
+            b.latest, b.durable, b.posted, b.flags
+        ));
+    }
+
+    pub(super) fn tell(&mut self, what: String) {
         if self.st.told.len() < TOLD {
-            let head: Vec<u64> = words(sector).take(4).collect();
-            self.st.told.push(format!(
-                "offset {off}: got {got:?}, expected generation {} (durable {}, posted {}, flags {}), words {head:x?}",
-                b.latest, b.durable, b.posted, b.flags
-            ));
+            self.st.told.push(format!("after {} kills: {what}", self.st.kills));
         }
     }
 

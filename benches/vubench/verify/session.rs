@@ -1,5 +1,6 @@
 //! A connection that can be taken up again with the same rings and the same inflight region.
-use crate::dev::{Dev, Opts, make_queues};
+use crate::attach::{make_queues, start};
+use crate::dev::{Dev, Opts};
 use crate::queue::Queue;
 use crate::sys::poll_fd;
 use std::fs::File;
@@ -20,7 +21,7 @@ pub(super) struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Like `dev::open`, with the inflight region set before the vrings start.
+    /// Like `attach::open`, with the inflight region set before the vrings start.
     pub(super) fn open(o: &Opts, depth: usize, bs: usize) -> io::Result<Session<'_>> {
         let dev = Dev::connect(o)?;
         let qs = make_queues(o, &dev.info, depth, bs)?;
@@ -60,7 +61,7 @@ impl Session<'_> {
         }
         self.dev.set_mem(&self.qs[0].mem, self.o.mem_slots)?;
         for (i, q) in self.qs.iter().enumerate() {
-            self.dev.start_vring(i, q, base(q))?;
+            start(&mut self.dev, i, q, base(q))?;
         }
         Ok(())
     }

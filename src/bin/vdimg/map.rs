@@ -54,6 +54,7 @@ pub(crate) fn run(args: &Map) -> Result<u8> {
 fn json_of(opened: &OpenedDisk, p: &Piece) -> String {
     let (data, offset) = match p.kind {
         PieceKind::Data { off, .. } => (true, Some(off.0)),
+        PieceKind::Packed { .. } => (true, None),
         PieceKind::Hole { off, .. } => (opened.images[p.depth].info.block_size.is_some(), Some(off.0)),
         PieceKind::Zero | PieceKind::Unallocated => (false, None),
     };
@@ -64,7 +65,7 @@ fn json_of(opened: &OpenedDisk, p: &Piece) -> String {
         present: p.kind != PieceKind::Unallocated,
         zero: !p.kind.is_data(),
         data,
-        compressed: false,
+        compressed: matches!(p.kind, PieceKind::Packed { .. }),
         offset,
     };
     serde_json::to_string(&json).expect("numbers")
@@ -74,10 +75,15 @@ const HEADER: &str = "Offset          Length          Mapped to       File\n";
 
 /// Only what has to be read, as qemu-img does.
 fn human_of(opened: &OpenedDisk, p: &Piece, out: &mut String) {
-    if let PieceKind::Data { off, .. } = p.kind {
+    let off = match p.kind {
+        PieceKind::Data { off, .. } => format!("{:#x}", off.0),
+        PieceKind::Packed { .. } => "packed".to_string(),
+        PieceKind::Hole { .. } | PieceKind::Zero | PieceKind::Unallocated => return,
+    };
+    {
         let path = opened.images[p.depth].path.display();
         let (start, len) = (p.range.start().0, p.range.len());
         // Writing to a String does not fail.
-        let _ = writeln!(out, "{start:<#16x}{len:<#16x}{:<#16x}{path}", off.0);
+        let _ = writeln!(out, "{start:<#16x}{len:<#16x}{off:<16}{path}");
     }
 }

@@ -115,6 +115,7 @@ impl Case<'_> {
             // a bitmap before each block, and the footer where the next bitmap would be
             Kind::Vhd => (op.off.0 - 2048.min(op.off.0)) % 4608 >= 512,
             Kind::VhdDiff => (op.off.0 - 2560.min(op.off.0)) % 4608 >= 512,
+            Kind::Parallels | Kind::ParallelsDiff => op.off.0 >= 4096,
             _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
@@ -200,4 +201,10 @@ fn every_operation_of_a_vhd_fails_once() {
 #[test]
 fn every_operation_of_a_vhd_diff_fails_once() {
     every_fault(Kind::VhdDiff);
+}
+
+#[test]
+fn every_operation_of_a_parallels_image_fails_once() {
+    every_fault(Kind::Parallels);
+    every_fault(Kind::ParallelsDiff);
 }

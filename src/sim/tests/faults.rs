@@ -6,8 +6,8 @@ use crate::format::vdi;
 use crate::io::IoKind;
 use crate::map::{GuestOffset, GuestRange};
 use crate::sim::{
-    Bytes, DATA, Failing, Fault, Faults, Images, Kind, Left, Past, Rng, Shape, Through, Trace, World,
-    take_away,
+    Bytes, DATA, Failing, Fault, FaultMix, Faults, Images, Kind, Left, Past, Rng, Shape, Through, Trace,
+    World, take_away,
 };
 use crate::vd::{DiskOptions, Request};
 use std::ops::Range;
@@ -16,7 +16,6 @@ use std::sync::atomic::Ordering;
 /// Where things are in a new VDI.
 const HEADER: Range<u64> = 0..512;
 const TABLE: Range<u64> = 1 << 20..DATA;
-const METADATA: Range<u64> = 0..DATA;
 
 const EIO: Failing = Failing::Error(libc::EIO);
 
@@ -61,8 +60,9 @@ fn check_clean(images: &Images, seed: u64) {
     assert!(report.is_clean(), "seed {seed}: {report:?}");
 }
 
-fn random_fault(rng: &mut Rng) -> Fault {
-    let kinds: [&[IoKind]; 8] = [
+/// Errors only: what is short or interrupted is tried again and fails nobody.
+const FAULTS: FaultMix = FaultMix {
+    kinds: &[
         &[],
         &[IoKind::Write],
         &[IoKind::Write],
@@ -71,16 +71,15 @@ fn random_fault(rng: &mut Rng) -> Fault {
         &[IoKind::Sync],
         &[IoKind::Punch, IoKind::ZeroRange],
         &[IoKind::Truncate],
-    ];
-    let errno = [libc::EIO, libc::ENOSPC, libc::EOPNOTSUPP][rng.index(3)];
-    let how = if rng.chance(30) { Failing::ErrorAfterEffect(errno) } else { Failing::Error(errno) };
-    let mut f = Fault::of(kinds[rng.index(8)], rng.below(30), how);
-    f.sticky = rng.chance(40);
-    if rng.chance(40) && f.kinds == [IoKind::Write] {
-        f.place = METADATA;
-    }
-    f
-}
+    ],
+    errnos: &[libc::EIO, libc::ENOSPC, libc::EOPNOTSUPP],
+    how: |rng, errno| match rng.chance(30) {
+        true => Failing::ErrorAfterEffect(errno),
+        false => Failing::Error(errno),
+    },
+    sticky: 40,
+    metadata: 40,
+};
 
 /// One random fault in a random workload, then on without it.
 fn survives(seed: u64, kind: Kind) {
@@ -89,7 +88,7 @@ fn survives(seed: u64, kind: Kind) {
     let faults = Faults::default();
     let mut w = world(&images, &faults, Left::new(past), rng.draw());
     w.steps(rng.below(200));
-    let fault = random_fault(&mut rng);
+    let fault = Fault::by_chance(&FAULTS, &mut rng);
     let metadata = fault.kinds.is_empty() || fault.kinds.contains(&IoKind::Write);
     faults.add(fault);
     w.steps(rng.below(400));

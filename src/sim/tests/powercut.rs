@@ -17,7 +17,7 @@ fn workloads(kind: Kind) {
         sum.add(played.stats);
     }
     println!("{}: {sum:?}", kind.name());
-    assert!(sum.states > 20_000 || kind == Kind::Raw, "too few states: {sum:?}");
+    assert!(sum.states > 20_000, "too few states: {sum:?}");
 }
 
 #[test]
@@ -50,6 +50,16 @@ fn powercut_in_small_workloads_vhd_diff() {
     workloads(Kind::VhdDiff);
 }
 
+#[test]
+fn powercut_in_small_workloads_parallels() {
+    workloads(Kind::Parallels);
+}
+
+#[test]
+fn powercut_in_small_workloads_parallels_diff() {
+    workloads(Kind::ParallelsDiff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -65,7 +75,7 @@ fn killed(kind: Kind) {
         lives += played.lives;
     }
     println!("{}: {lives} processes, {sum:?}", kind.name());
-    assert!(lives > 1000 && (sum.states > 2000 || kind == Kind::Raw), "too few: {lives} {sum:?}");
+    assert!(lives > 1000 && sum.states > 2000, "too few: {lives} {sum:?}");
 }
 
 #[test]
@@ -96,6 +106,16 @@ fn powercut_after_kills_vhd() {
 #[test]
 fn powercut_after_kills_vhd_diff() {
     killed(Kind::VhdDiff);
+}
+
+#[test]
+fn powercut_after_kills_parallels() {
+    killed(Kind::Parallels);
+}
+
+#[test]
+fn powercut_after_kills_parallels_diff() {
+    killed(Kind::ParallelsDiff);
 }
 
 #[test]

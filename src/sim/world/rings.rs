@@ -2,7 +2,7 @@
 
 use super::{Under, World};
 use crate::error::Failure;
-use crate::map::moment::listen;
+use crate::probe::moment::listen;
 use crate::sim::Rng;
 use crate::sim::driver::{Driver, Seen};
 use crate::sim::port::Port;

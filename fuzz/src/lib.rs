@@ -1,0 +1,39 @@
+//! What the fuzz targets run: the cases of `tests/fuzz_support`, which the tests run as well.
+
+#[path = "../../tests/format_support/build.rs"]
+#[allow(dead_code)]
+mod build_vdi;
+#[path = "../../tests/common/mod.rs"]
+mod common;
+#[path = "../../tests/fuzz_support/mod.rs"]
+#[allow(dead_code)]
+mod fuzz_support;
+
+mod format_support {
+    pub(crate) use super::build_vdi as build;
+}
+
+use common::hostile::Random;
+use fuzz_support::messages::Meeting;
+use std::sync::LazyLock;
+
+/// A guest that writes anything into a virtqueue.
+pub fn chains(case: &[u8]) {
+    fuzz_support::chains::run(case);
+}
+
+/// A front-end that sends anything, to a server that all cases meet.
+pub fn messages(case: &[u8]) {
+    static MEETING: LazyLock<Meeting> = LazyLock::new(Meeting::new);
+    MEETING.run(case);
+}
+
+/// Any bytes as a VDI.
+pub fn vdi(case: &[u8]) {
+    fuzz_support::image::run(case);
+}
+
+/// Changes a case by what is known of a VDI.
+pub fn mutate_vdi(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
+    fuzz_support::mutate::image(case, &mut Random(u64::from(seed)), max_bytes);
+}

@@ -1,0 +1,378 @@
+//! A QCOW2 that is open: look-ups in the first-level table, which is kept whole, and in pages of second-level ones.
+
+use super::super::OpenHow;
+use super::header::Header;
+use super::layout::{COPIED, Cluster, Layout, OFFSET, Place, Sub, Subclusters};
+use super::snapshots::{self, Snapshot};
+use crate::error::{Error, ErrorKind, Failure, Result};
+use crate::limits::{SECTOR_BYTES, TABLE_CACHE_BYTES, TABLE_PIECE_BYTES};
+use crate::map::{
+    BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
+    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
+    Plan, PlanToken, Settled,
+};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use uuid::Uuid;
+
+/// The number by which keys of pages call second-level tables.
+pub(super) const L2: u8 = 0;
+
+/// A QCOW2 that is open.
+#[derive(Debug)]
+pub struct Qcow2Map {
+    pub(super) file: FileId,
+    pub(super) layout: Layout,
+    codec: Codec,
+    /// As the kernel has accepted it.
+    header: Mutex<Header>,
+    /// As the kernel has accepted it, in the machine's byte order. Empty after an open for information only.
+    pub(super) l1: Box<[AtomicU64]>,
+    /// Pages of second-level tables, by their place in the file.
+    pub(super) pages: PageCache,
+    /// What data must not lie in: header, first-level table and the like, as byte ranges.
+    fixed: Vec<(u64, u64)>,
+    /// Bytes the file is known to have.
+    pub(super) end: AtomicU64,
+    snapshots: Vec<Snapshot>,
+}
+
+impl Qcow2Map {
+    /// Opens the image.
+    ///
+    /// # Errors
+    /// As [`super::super::open`].
+    pub fn open(source: &dyn ByteSource, file: FileId, how: OpenHow) -> Result<Self> {
+        let header = Header::read(source)?;
+        let layout = header.layout(source.len())?;
+        let (snapshots, _) = snapshots::read(source, &header, &layout)?;
+        Self::with(source, file, how, header, layout, snapshots)
+    }
+
+    /// Opens what the disk was when the internal snapshot of this name or number was made, for reading only.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] without such a snapshot; as [`Self::open`].
+    pub fn open_snapshot(source: &dyn ByteSource, file: FileId, name: &str) -> Result<Self> {
+        let header = Header::read(source)?;
+        let mut layout = header.layout(source.len())?;
+        let (list, _) = snapshots::read(source, &header, &layout)?;
+        let found = list.iter().find(|s| s.name == name).or_else(|| list.iter().find(|s| s.id == name));
+        let Some(s) = found else {
+            let names: Vec<_> = list.iter().map(|s| s.name.as_str()).collect();
+            let e = Error::new(ErrorKind::NotFound, format!("it has no snapshot '{name}'"));
+            return Err(e.hint(format!("its snapshots: {}", names.join(", "))));
+        };
+        layout.disk_bytes = s.disk_bytes / SECTOR_BYTES * SECTOR_BYTES;
+        (layout.l1_at, layout.l1_entries) = (HostOffset(s.l1_at), s.l1_entries);
+        if u64::from(layout.l1_entries) < layout.l1_needed() {
+            let what = format!("the table of snapshot '{name}' is too short for its disk");
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
+        let how = OpenHow { read_only: true, info_only: false };
+        Self::with(source, file, how, header, layout, list)
+    }
+
+    fn with(
+        source: &dyn ByteSource,
+        file: FileId,
+        how: OpenHow,
+        header: Header,
+        layout: Layout,
+        snapshots: Vec<Snapshot>,
+    ) -> Result<Self> {
+        if !how.read_only {
+            let what = "QCOW2 images cannot be written yet";
+            return Err(Error::new(ErrorKind::Unsupported, what).hint("open it read-only, or use --overlay"));
+        }
+        let l1 = if how.info_only { Box::default() } else { load_l1(source, &layout)? };
+        let l2_pages = layout.l1_needed() * (layout.cluster_bytes() / layout.page_bytes());
+        let pages = PageCache::new(layout.page_bytes(), l2_pages, TABLE_CACHE_BYTES);
+        let codec = if header.compression() == 1 { Codec::Zstd } else { Codec::Deflate };
+        let fixed = fixed_ranges(&header, &layout);
+        let (header, end) = (Mutex::new(header), AtomicU64::new(layout.file_bytes));
+        Ok(Qcow2Map { file, layout, codec, header, l1, pages, fixed, end, snapshots })
+    }
+
+    /// The internal snapshots, in the image's order.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+
+    pub(super) fn header(&self) -> std::sync::MutexGuard<'_, Header> {
+        self.header.lock().expect("header lock")
+    }
+
+    /// What a first-level entry names, if it is a place where a table can be; `None` for 0.
+    pub(super) fn table_of(&self, entry: u64) -> std::result::Result<Option<Place>, Failure> {
+        if entry == 0 {
+            return Ok(None);
+        }
+        let place = Place { at: HostOffset(entry & OFFSET), own: entry & COPIED != 0 };
+        let fits =
+            place.at.0.checked_add(self.layout.cluster_bytes()).is_some_and(|end| end <= self.known_end());
+        if entry & !(OFFSET | COPIED) != 0 || !fits || !self.may_be_used(place.at) {
+            return Err(Failure::Corrupt);
+        }
+        Ok(Some(place))
+    }
+
+    fn known_end(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// A cluster there can be data or a table: it begins where clusters do, and in none of the fixed parts.
+    fn may_be_used(&self, at: HostOffset) -> bool {
+        let bytes = self.layout.cluster_bytes();
+        at.0.is_multiple_of(bytes) && !self.fixed.iter().any(|(from, to)| at.0 < *to && at.0 + bytes > *from)
+    }
+
+    /// The second-level entry of a cluster, and its bitmap. Both are 0 without a table.
+    pub(super) fn entry(&self, block: u64) -> std::result::Result<(u64, u64), Miss> {
+        let index =
+            usize::try_from(block >> self.layout.l2_bits()).map_err(|_| Miss::Fail(Failure::OutOfRange))?;
+        let entry = self.l1.get(index).ok_or(Miss::Fail(Failure::OutOfRange))?.load(Ordering::Acquire);
+        match self.table_of(entry).map_err(Miss::Fail)? {
+            None => Ok((0, 0)),
+            Some(table) => self.entry_in(table.at, block),
+        }
+    }
+
+    /// Where the entry of a cluster is in a table: the page, and the number of its 8-byte word.
+    pub(super) fn entry_place(&self, table: HostOffset, block: u64) -> (u64, usize) {
+        let index = block & ((1 << self.layout.l2_bits()) - 1);
+        let at = table.0 + index * self.layout.entry_bytes();
+        let page = self.layout.page_bytes();
+        (at / page, usize::try_from(at % page / 8).expect("inside a page"))
+    }
+
+    fn entry_in(&self, table: HostOffset, block: u64) -> std::result::Result<(u64, u64), Miss> {
+        let (page, word) = self.entry_place(table, block);
+        let lacks = Miss::NeedsPage(MetaKey::Page { table: L2, number: page });
+        let get = |word| self.pages.bytes8(page, word).map(u64::from_be_bytes).ok_or(lacks);
+        if !self.layout.extended {
+            return Ok((get(word)?, 0));
+        }
+        loop {
+            // Both words change one after the other: a pair that was looked at in between is looked at again.
+            let entry = get(word)?;
+            let bitmap = get(word + 1)?;
+            if get(word)? == entry {
+                return Ok((entry, bitmap));
+            }
+        }
+    }
+
+    /// What the table says of a cluster.
+    pub(super) fn cluster(&self, block: u64) -> std::result::Result<Cluster, Miss> {
+        let (entry, bitmap) = self.entry(block)?;
+        self.checked(entry, bitmap).map_err(Miss::Fail)
+    }
+
+    /// What an entry says, if what it names can be.
+    pub(super) fn checked(&self, entry: u64, bitmap: u64) -> std::result::Result<Cluster, Failure> {
+        let cluster = self.layout.cluster(entry, bitmap)?;
+        let sound = match cluster {
+            Cluster::Free | Cluster::Unplaced(_) | Cluster::Zero(None) => true,
+            Cluster::Zero(Some(place)) | Cluster::Data(place) | Cluster::Partly(place, _) => {
+                place.at.0 < self.known_end() && self.may_be_used(place.at)
+            }
+            Cluster::Packed { at, .. } => {
+                at.0 < self.known_end() && !self.fixed.iter().any(|(from, to)| (*from..*to).contains(&at.0))
+            }
+        };
+        if sound { Ok(cluster) } else { Err(Failure::Corrupt) }
+    }
+
+    /// What the part of one cluster at the start of `r` is.
+    fn extent_at(&self, r: GuestRange) -> std::result::Result<Extent, Miss> {
+        let block = self.layout.block_at(r.start());
+        let into = r.start().0 & (self.layout.cluster_bytes() - 1);
+        let len = r.len().min(self.layout.cluster_bytes() - into);
+        let (kind, len) = match self.cluster(block)? {
+            Cluster::Free => return Ok(self.nothing_at(r, len)),
+            Cluster::Zero(_) => (ExtentKind::Zero, len),
+            Cluster::Data(place) => self.data(place, into, len),
+            Cluster::Unplaced(sub) => self.subcluster(None, sub, into, len),
+            Cluster::Partly(place, sub) => self.subcluster(Some(place), sub, into, len),
+            Cluster::Packed { at, len: bytes } => (self.packed(at, bytes, into), len),
+        };
+        Ok(Extent { len, kind })
+    }
+
+    /// Nothing is here; where there is no table there is nothing as far as it would reach.
+    fn nothing_at(&self, r: GuestRange, len: u64) -> Extent {
+        let span = self.layout.l1_span();
+        let index = usize::try_from(r.start().0 / span).unwrap_or(usize::MAX);
+        let no_table = self.l1.get(index).is_some_and(|e| e.load(Ordering::Acquire) == 0);
+        let len = if no_table { r.len().min(span - r.start().0 % span) } else { len };
+        Extent { len, kind: ExtentKind::Parent }
+    }
+
+    /// Data of a place. A file may end inside its last cluster; what is missing reads as zeros.
+    fn data(&self, place: Place, into: u64, len: u64) -> (ExtentKind, u64) {
+        let off = place.at.plus(into);
+        let there = self.known_end().next_multiple_of(SECTOR_BYTES).saturating_sub(off.0);
+        match there {
+            0 => (ExtentKind::Zero, len),
+            _ => (ExtentKind::Data { file: self.file, off }, len.min(there)),
+        }
+    }
+
+    fn subcluster(&self, place: Option<Place>, sub: Subclusters, into: u64, len: u64) -> (ExtentKind, u64) {
+        let bytes = self.layout.subcluster_bytes();
+        let what = sub.get(into / bytes);
+        let end = (into / bytes + 1..)
+            .find(|n| *n == super::layout::SUBCLUSTERS || sub.get(*n) != what)
+            .expect("the last one ends it");
+        let len = len.min(end * bytes - into);
+        match (what, place) {
+            (Sub::Here, Some(place)) => self.data(place, into, len),
+            (Sub::Zero, _) => (ExtentKind::Zero, len),
+            _ => (ExtentKind::Parent, len),
+        }
+    }
+
+    fn packed(&self, off: HostOffset, len: u32, into: u64) -> ExtentKind {
+        // The last one may end before its last sector does.
+        let there = u32::try_from(self.known_end().saturating_sub(off.0)).unwrap_or(u32::MAX);
+        let small = |n: u64| u32::try_from(n).expect("a cluster has 2 MiB at most");
+        let packed = Packed {
+            off,
+            len: len.min(there),
+            unit: small(self.layout.cluster_bytes()),
+            file: self.file,
+            codec: self.codec,
+        };
+        ExtentKind::Packed { packed, into: small(into) }
+    }
+
+    fn version(header: &Header) -> String {
+        header.version().to_string()
+    }
+}
+
+/// What data must not lie in, as the header says it.
+fn fixed_ranges(header: &Header, layout: &Layout) -> Vec<(u64, u64)> {
+    let cluster = layout.cluster_bytes();
+    let table = |at: u64, bytes: u64| (at, at.saturating_add(bytes));
+    let refcounts = u64::from(header.refcount_table_clusters()).saturating_mul(cluster);
+    vec![
+        (0, cluster),
+        table(layout.l1_at.0, u64::from(layout.l1_entries) * 8),
+        table(header.l1_at(), u64::from(header.l1_entries()) * 8),
+        table(header.refcount_table_at(), refcounts),
+    ]
+}
+
+fn load_l1(source: &dyn ByteSource, layout: &Layout) -> Result<Box<[AtomicU64]>> {
+    let mut table = Vec::with_capacity(usize::try_from(layout.l1_entries).expect("checked"));
+    let (mut at, end) = (layout.l1_at.0, layout.l1_at.0 + u64::from(layout.l1_entries) * 8);
+    let mut piece = vec![0; TABLE_PIECE_BYTES];
+    while at < end {
+        let len = usize::try_from(end - at).map_or(piece.len(), |left| left.min(piece.len()));
+        source.read_at(HostOffset(at), &mut piece[..len])?;
+        table.extend(
+            piece[..len].as_chunks::<8>().0.iter().map(|raw| AtomicU64::new(u64::from_be_bytes(*raw))),
+        );
+        at += len as u64;
+    }
+    Ok(table.into())
+}
+
+impl ImageMap for Qcow2Map {
+    fn limits(&self) -> Limits {
+        Limits {
+            size_bytes: self.layout.disk_bytes,
+            block_bytes: self.layout.cluster_bytes(),
+            is_diff: self.header().backing.is_some(),
+            data_alignment: self.layout.cluster_bytes(),
+        }
+    }
+
+    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+        if !self.layout.disk().contains(r) {
+            return Err(Miss::Fail(Failure::OutOfRange));
+        }
+        if why == Intent::Overwrite {
+            return Err(Miss::Fail(Failure::ReadOnly));
+        }
+        let mut rest = r;
+        while !rest.is_empty() {
+            let extent = match self.extent_at(rest) {
+                Ok(extent) => extent,
+                Err(_) if rest.len() < r.len() => return Ok(()),
+                Err(miss) => return Err(miss),
+            };
+            if !out.push(extent) {
+                return Ok(());
+            }
+            rest = rest.skip(extent.len);
+        }
+        Ok(())
+    }
+
+    fn unit(&self, at: GuestOffset) -> GuestRange {
+        self.layout.unit(self.layout.block_at(at))
+    }
+
+    fn claim_of(&self, at: GuestOffset) -> BlockIndex {
+        BlockIndex(self.layout.block_at(at))
+    }
+
+    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
+        Err(Miss::Fail(Failure::ReadOnly))
+    }
+
+    fn room(&self, _urgent: bool) -> Option<Plan> {
+        None
+    }
+
+    fn settle(&self, token: PlanToken, _how: Settled) {
+        debug_assert!(false, "{token:?} of an image that is not written");
+    }
+
+    fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
+        let MetaKey::Page { table: L2, number } = key else { return Err(Failure::Corrupt) };
+        let bytes = self.layout.page_bytes();
+        let off = number.checked_mul(bytes).filter(|off| off + bytes <= self.known_end());
+        let off = HostOffset(off.ok_or(Failure::Corrupt)?);
+        Ok(PagePlace { file: self.file, off, len: self.pages.page_bytes() })
+    }
+
+    fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {
+        let MetaKey::Page { table: L2, number } = key else { return Err(Failure::Corrupt) };
+        self.pages.insert(number, bytes);
+        Ok(())
+    }
+
+    fn compose(&self, key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
+        Err(Error::new(ErrorKind::ReadOnly, format!("{key:?} of an image that is not written")))
+    }
+
+    fn publish(&self, key: MetaKey, _ops: &[MetaOp]) {
+        debug_assert!(false, "{key:?} of an image that is not written");
+    }
+
+    fn begin(&self, _modification: Uuid) -> Plan {
+        Plan::default()
+    }
+
+    fn end(&self) -> Plan {
+        Plan::default()
+    }
+
+    fn info(&self) -> ImageInfo {
+        let header = self.header();
+        ImageInfo {
+            format: "qcow2",
+            variant: if header.backing.is_some() { "diff" } else { "dynamic" },
+            virtual_size: self.layout.disk_bytes,
+            block_size: Some(self.layout.cluster_bytes()),
+            version: Some(Self::version(&header)),
+            parent_names: header.backing.iter().cloned().collect(),
+            parent_format: header.backing_format.clone(),
+            ..ImageInfo::default()
+        }
+    }
+}
