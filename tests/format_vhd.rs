@@ -238,6 +238,29 @@ fn broken_vhdx_images_are_refused_with_one_clear_line() {
 }
 
 #[test]
+fn a_log_is_written_and_a_bad_copy_renewed_by_a_repair() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let sum =
+        |p: &Path| hex(&read_all(&layers(&[open(p, 0).unwrap_or_else(|e| panic!("{}: {e}", p.display()))])));
+    for name in [
+        "crash-vhdx-w8of27.vhdx",
+        "crash-vhdx-w17of27.vhdx",
+        "crash-vhdx-w19of27.vhdx",
+        "broken/vhdx-one-header-bad.vhdx",
+        "broken/vhdx-one-region-bad.vhdx",
+    ] {
+        let file = copy(dir.path(), name);
+        let before = sum(&file);
+        vdimg(&["repair", path(&file)]);
+        assert!(
+            String::from_utf8_lossy(&vdimg(&["check", path(&file)]).stdout).contains("No errors"),
+            "{name}"
+        );
+        assert_eq!(sum(&file), before, "{name}: reads otherwise after the repair");
+    }
+}
+
+#[test]
 fn vhdx_images_are_never_written() {
     let dir = tempfile::tempdir().expect("temporary folder");
     let file = copy(dir.path(), "crash-vhdx-w8of27.vhdx");

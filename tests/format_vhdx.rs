@@ -2,7 +2,7 @@
 
 mod format_support;
 
-use format_support::hostile::{Random, judge};
+use format_support::hostile::{Random, carry_out, judge};
 use format_support::vhdx::{BLOCKS_AT, Logged, MIB, Spec, entry, log, reseal, table_sector, use_log};
 use format_support::{Layer, read_all};
 use uuid::Uuid;
@@ -173,6 +173,35 @@ fn a_log_lies_over_the_file_until_somebody_writes_it() {
     let files = [ImageFile { id: FileId(0), source: &f }];
     let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
     assert_eq!(report.exit_code(), 3, "{report:?}");
+}
+
+/// After each step, and as if the rest had never happened.
+#[test]
+fn a_repair_that_is_interrupted_has_changed_nothing() {
+    let mut f = two_blocks();
+    let len = f.len() as u64;
+    let sector = [table_sector(&f, &[(1, entry(6, 5)), (2, entry(2, 0))])];
+    let zeros = [(6 * MIB as u64, 2 * MIB as u64)];
+    use_log(&mut f);
+    log(&mut f, 8192, &Logged { sequence: 9, tail: 8192, file_bytes: len, sectors: &sector, zeros: &zeros });
+    // the second table of regions is damaged as well
+    f[(256 << 10) + 20] ^= 1;
+    let expected = content(&f);
+    let plan = |f: &Vec<u8>| {
+        let files = [ImageFile { id: FileId(0), source: f as &dyn ByteSource }];
+        format::repair(Format::Vhdx, &files).expect("a plan").expect("a plan").steps
+    };
+    let steps = plan(&f);
+    assert!(steps.len() > 10, "{}", steps.len());
+    for n in 0..=steps.len() {
+        let mut left = f.clone();
+        carry_out(steps[..n].to_vec(), &mut left);
+        assert!(content(&left) == expected, "after {n} steps");
+        let mut again = left.clone();
+        carry_out(plan(&left), &mut again);
+        assert!(content(&again) == expected, "after {n} steps and another repair");
+        assert!(plan(&again).is_empty(), "not clean after {n} steps and another repair");
+    }
 }
 
 #[test]

@@ -57,7 +57,8 @@ fn beginning(map: &dyn ImageMap, file: &Vec<u8>) -> Vec<u8> {
     all
 }
 
-fn carry_out(steps: Vec<RepairStep>, file: &mut Vec<u8>) {
+/// What a repair does.
+pub(crate) fn carry_out(steps: Vec<RepairStep>, file: &mut Vec<u8>) {
     for step in steps {
         match step {
             RepairStep::Write { at, bytes, .. } => {

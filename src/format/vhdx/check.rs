@@ -5,7 +5,7 @@ use super::map::Parts;
 use crate::error::{ErrorKind, Result};
 use crate::map::ByteSource;
 
-/// Checks an image without its parents, as its log leaves it. Nothing is repaired yet, so nothing found is repairable.
+/// Checks an image without its parents, as its log leaves it. What is wrong with the table of blocks is not repaired.
 ///
 /// # Errors
 /// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading.
@@ -24,15 +24,15 @@ pub(super) fn check(source: &dyn ByteSource) -> Result<CheckReport> {
     });
     report.allocated = places.iter().filter(|p| p.block.is_some()).count() as u64;
     if !parts.regions.both_are_good {
-        report.add(Severity::Corruption, false, "one of the two tables of regions is damaged".into());
+        report.add(Severity::Corruption, true, "one of the two tables of regions is damaged".into());
     }
     // Writers change one header after the other, and a log waits for its replay: what a killed one leaves is in no danger.
     if !parts.headers.both_are_good {
-        report.add(Severity::Leak, false, "one of the two headers is not good; the other is used".into());
+        report.add(Severity::Leak, true, "one of the two headers is not good; the other is used".into());
     }
     if !parts.patches.0.is_empty() {
         let what = format!("the log has {} sectors that are not in their places yet", parts.patches.0.len());
-        report.add(Severity::Leak, false, what);
+        report.add(Severity::Leak, true, what);
     }
     Ok(report)
 }

@@ -34,6 +34,8 @@ pub(super) struct Header {
 #[derive(Clone, Debug)]
 pub(super) struct Headers {
     pub(super) current: Header,
+    /// Which of the two it is.
+    pub(super) slot: usize,
     /// The other one is good as well.
     pub(super) both_are_good: bool,
 }
@@ -47,6 +49,21 @@ impl Header {
         source.read_at(HostOffset(at), h.as_mut_bytes())?;
         let good = h.signature == HEADER_SIGNATURE && h.checksum.get() == checksum(h.as_bytes(), 4);
         Ok(good.then_some(h))
+    }
+
+    /// Where one of the two is.
+    pub(super) fn at(slot: usize) -> u64 {
+        HEADERS_AT[slot]
+    }
+
+    /// The header after a change of the file: so many numbers on, and without a log.
+    pub(super) fn renewed(&self, file_write: Uuid, ahead: u64) -> Vec<u8> {
+        let mut h = self.clone();
+        h.sequence = self.sequence().saturating_add(ahead).into();
+        h.file_write = file_write.to_bytes_le();
+        h.log = [0; 16];
+        h.checksum = checksum(h.as_bytes(), 4).into();
+        h.as_bytes().to_vec()
     }
 
     pub(super) fn sequence(&self) -> u64 {
@@ -105,12 +122,14 @@ impl Headers {
         let [first, second] = HEADERS_AT;
         let (first, second) = (Header::read(source, first)?, Header::read(source, second)?);
         let both_are_good = first.is_some() && second.is_some();
-        let found = [first, second].into_iter().flatten().max_by_key(Header::sequence);
-        let current = found.ok_or_else(|| corrupt("neither of its two headers has a right checksum"))?;
+        let found = (0..).zip([first, second]).filter_map(|(slot, h)| Some((slot, h?)));
+        let newest = found.max_by_key(|(_, h)| h.sequence());
+        let none = || corrupt("neither of its two headers has a right checksum");
+        let (slot, current) = newest.ok_or_else(none)?;
         if current.version.get() != 1 {
             return Err(unsupported(format!("VHDX version {} is not supported", current.version.get())));
         }
-        Ok(Headers { current, both_are_good })
+        Ok(Headers { current, slot, both_are_good })
     }
 }
 

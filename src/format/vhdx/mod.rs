@@ -9,6 +9,7 @@ mod log;
 mod map;
 mod metadata;
 mod region;
+mod repair;
 mod replayed;
 
 use super::{Driver, ImageFile, only};
@@ -22,7 +23,7 @@ pub(super) const DRIVER: Driver = Driver {
     },
     references: None,
     check: Some(|files| check::check(only(files).source)),
-    repair: None,
+    repair: Some(|files| repair::repair(only(files).source)),
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,

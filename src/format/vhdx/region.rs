@@ -63,12 +63,20 @@ fn copy(source: &dyn ByteSource, at: u64) -> Result<Option<Vec<u8>>> {
     Ok((bytes.starts_with(SIGNATURE) && stated == checksum(&bytes, 4)).then_some(bytes))
 }
 
+/// Both copies, where they are and what they are; `None` for one that is not good.
+///
+/// # Errors
+/// Those of reading.
+pub(super) fn copies(source: &dyn ByteSource) -> Result<[(u64, Option<Vec<u8>>); 2]> {
+    let [first, second] = COPIES_AT;
+    Ok([(first, copy(source, first)?), (second, copy(source, second)?)])
+}
+
 impl Regions {
     /// # Errors
     /// [`crate::ErrorKind::Corrupt`] and [`crate::ErrorKind::Unsupported`], naming what is wrong; those of reading.
     pub(super) fn read(source: &dyn ByteSource) -> Result<Self> {
-        let [first, second] = COPIES_AT;
-        let (first, second) = (copy(source, first)?, copy(source, second)?);
+        let [(_, first), (_, second)] = copies(source)?;
         let both_are_good = first.is_some() && second.is_some();
         let bytes = first
             .or(second)
