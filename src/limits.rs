@@ -40,8 +40,12 @@ pub const MAX_PARENT_SEARCH_DEPTH: usize = 4;
 pub const MAX_DISK_BYTES: u64 = 4 << 50;
 /// Largest block table kept in memory.
 pub const MAX_TABLE_BYTES: u64 = 1 << 30;
+/// Largest disk of a VHD: of what its sectors hold, a bit each 2 MiB is kept. 2040 GiB is what Microsoft allows.
+pub const MAX_VHD_DISK_BYTES: u64 = 64 << 40;
 /// Largest block table of a VHD: 4 bytes for each block of a disk of 2 TiB.
 pub const MAX_VHD_TABLE_BYTES: u64 = 64 << 20;
+/// Largest log of a VHDX that is replayed; Hyper-V and QEMU make 1 MiB.
+pub const MAX_VHDX_LOG_BYTES: u64 = 64 << 20;
 /// Pages of tables that are too large to be kept whole, of one image.
 pub const MAX_PAGE_CACHE_BYTES: u64 = 32 << 20;
 /// Block sizes of BAT formats.

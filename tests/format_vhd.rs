@@ -3,13 +3,14 @@
 
 mod format_support;
 
+use format_support::hostile::{Random, judge};
 use format_support::{FileSource, Layer, data_pieces, range_of, read, read_all, vhd_fixtures};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use vdblk::error::ErrorKind;
-use vdblk::format::{self, Format, ImageFile, OpenHow, detect, open_single};
+use vdblk::format::{self, Format, ImageFile, NewImage, OpenHow, detect, open_single};
 use vdblk::map::{FileId, ImageMap};
 use vdblk::vd::{ImageSpec, OpenDisk, open_disk};
 
@@ -219,4 +220,152 @@ fn new_images_say_what_was_asked_for() {
     let diff = open(&at("d.vhd"), 0).expect("a diff").0.info();
     assert_eq!(diff.parent_uuid, open(&at("a.vhd"), 0).expect("its parent").0.info().uuid);
     assert_eq!(diff.parent_names.first().map(String::as_str), Some(".\\a.vhd"), "{diff:?}");
+}
+
+/// Two of them have a log that nobody has written to its places: it is replayed in memory.
+#[test]
+fn vhdx_images_read_byte_for_byte() {
+    let good = table("vhdx-good.json");
+    assert_eq!(good.len(), 11);
+    good.iter().for_each(|e| assert_reads(vhd_fixtures(), e));
+}
+
+#[test]
+fn broken_vhdx_images_are_refused_with_one_clear_line() {
+    let good = table("vhdx-good.json");
+    let found: Vec<_> = table("vhdx-broken.json").iter().map(|e| assert_refused(e, &good)).collect();
+    assert_eq!(count(&found), [8, 2, 0]);
+}
+
+#[test]
+fn a_log_is_written_and_a_bad_copy_renewed_by_a_repair() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let sum =
+        |p: &Path| hex(&read_all(&layers(&[open(p, 0).unwrap_or_else(|e| panic!("{}: {e}", p.display()))])));
+    for name in [
+        "crash-vhdx-w8of27.vhdx",
+        "crash-vhdx-w17of27.vhdx",
+        "crash-vhdx-w19of27.vhdx",
+        "broken/vhdx-one-header-bad.vhdx",
+        "broken/vhdx-one-region-bad.vhdx",
+    ] {
+        let file = copy(dir.path(), name);
+        let before = sum(&file);
+        vdimg(&["repair", path(&file)]);
+        assert!(
+            String::from_utf8_lossy(&vdimg(&["check", path(&file)]).stdout).contains("No errors"),
+            "{name}"
+        );
+        assert_eq!(sum(&file), before, "{name}: reads otherwise after the repair");
+    }
+}
+
+#[test]
+fn vhdx_images_are_never_written() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let file = copy(dir.path(), "crash-vhdx-w8of27.vhdx");
+    let before = hex(&std::fs::read(&file).expect("a file"));
+    let raw = dir.path().join("out.raw");
+    vdimg(&["convert", "--output-format", "raw", path(&file), path(&raw)]);
+    vdimg(&["info", path(&file)]);
+    let expected =
+        table("vhdx-good.json").iter().find(|g| g["id"] == "crash-vhdx-w8of27").expect("it")["sha256"]
+            .clone();
+    assert_eq!(hex(&std::fs::read(&raw).expect("the copy")), text(&expected));
+    let source = FileSource::open(&file);
+    let err =
+        open_single(Format::Vhdx, &source, FileId(0), OpenHow::default()).map(drop).expect_err("read-only");
+    assert_eq!(err.kind(), ErrorKind::Unsupported, "{err}");
+    assert_eq!(hex(&std::fs::read(&file).expect("a file")), before);
+}
+
+/// A VHD of 16 blocks of 4 KiB, some of them there, some in parts.
+fn small_vhd(r: &mut Random, variant: &str) -> Vec<u8> {
+    let new = NewImage {
+        file_name: "a.vhd".into(),
+        size_bytes: (64 << 10) - 512 * r.below(8),
+        variant: Some(variant.into()),
+        uuid: None,
+        modification: uuid::Uuid::nil(),
+        parent: None,
+        comment: None,
+        geometry: None,
+        options: if variant == "fixed" { Vec::new() } else { vec![("block_size".into(), "4096".into())] },
+    };
+    let [file] = format::blueprint(Format::Vhd, &new).expect("a VHD").files.try_into().expect("one file");
+    let mut f = vec![0x5a; file.len as usize];
+    for (at, bytes) in file.pieces {
+        f[at.0 as usize..at.0 as usize + bytes.len()].copy_from_slice(&bytes);
+    }
+    let footer = f[f.len() - 512..].to_vec();
+    if variant == "fixed" {
+        return f;
+    }
+    for block in 0..16usize {
+        if r.below(3) == 0 {
+            continue;
+        }
+        let at = f.len() - 512;
+        f.truncate(at);
+        f.extend([if r.below(2) == 0 { 0xff } else { r.below(256) as u8 }; 512]);
+        f.extend([block as u8 + 1; 4096]);
+        f.extend(&footer);
+        f[1536 + 4 * block..1540 + 4 * block].copy_from_slice(&((at / 512) as u32).to_be_bytes());
+    }
+    f
+}
+
+/// The checksum of the structure at `at` is made right, its own four bytes being at `own`.
+fn seal(f: &mut [u8], at: usize, len: usize, own: usize) {
+    f[at + own..at + own + 4].fill(0);
+    let sum = !f[at..at + len].iter().map(|b| u32::from(*b)).sum::<u32>();
+    f[at + own..at + own + 4].copy_from_slice(&sum.to_be_bytes());
+}
+
+fn change(f: &mut Vec<u8>, r: &mut Random) {
+    match r.below(8) {
+        // an entry: another's, a bit beside it, anything
+        0..=2 => {
+            let (from, to) = (1536 + 4 * r.below(16) as usize, 1536 + 4 * r.below(16) as usize);
+            let other = u32::from_be_bytes(f[from..from + 4].try_into().expect("four bytes"));
+            let near = other.wrapping_add(r.below(12) as u32).wrapping_sub(6);
+            let entry =
+                [other, near, r.below(200) as u32, r.below(1 << 32) as u32, u32::MAX][r.below(5) as usize];
+            f[to..to + 4].copy_from_slice(&entry.to_be_bytes());
+        }
+        // a field of the footer or the header, with right checksums
+        3 | 4 => {
+            let at = [16, 40, 48, 56, 60, 512 + 16, 512 + 28, 512 + 32, 512 + 576][r.below(9) as usize];
+            let at = at + r.below(8) as usize;
+            f[at] = [0, 1, 2, 4, 0x10, 0x7f, 0xff, r.below(256) as u8][r.below(8) as usize];
+            seal(f, 0, 512, 64);
+            seal(f, 512, 1024, 36);
+            if r.below(2) == 0 {
+                let (end, footer) = (f.len() - 512, f[..512].to_vec());
+                f[end..].copy_from_slice(&footer);
+            }
+        }
+        5 => {
+            let at = r.below(f.len() as u64) as usize;
+            f[at] ^= 1 << r.below(8);
+        }
+        6 => f.truncate(f.len() - (r.below(20) as usize * 512).min(f.len() - 2048)),
+        _ => f.resize(f.len() + r.below(30) as usize * 512, r.below(2) as u8),
+    }
+}
+
+#[test]
+fn any_vhd_is_read_and_repaired_or_refused() {
+    let mut opened = 0;
+    for seed in 0..6000 {
+        let mut r = Random(seed);
+        let mut f = small_vhd(&mut r, if seed % 20 == 0 { "fixed" } else { "dynamic" });
+        assert!(judge(Format::Vhd, &f), "seed {seed}: sound");
+        for _ in 0..1 + r.below(4) {
+            change(&mut f, &mut r);
+        }
+        let seen = std::panic::catch_unwind(|| judge(Format::Vhd, &f));
+        opened += u32::from(seen.unwrap_or_else(|_| panic!("seed {seed}")));
+    }
+    assert!((1000..5000).contains(&opened), "{opened} of 6000 opened");
 }

@@ -14,6 +14,7 @@ mod report;
 mod sector_bits;
 pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
@@ -119,6 +120,7 @@ impl Format {
             Format::Raw => Some(&raw::DRIVER),
             Format::Vdi => Some(&vdi::DRIVER),
             Format::Vhd => Some(&vhd::DRIVER),
+            Format::Vhdx => Some(&vhdx::DRIVER),
             Format::Parallels => Some(&parallels::DRIVER),
             Format::Qcow2 => Some(&qcow2::DRIVER),
             Format::Vmdk => Some(&vmdk::DRIVER),

@@ -3,7 +3,9 @@
 
 use sha2::{Digest, Sha256};
 pub(crate) mod build;
+pub(crate) mod hostile;
 pub(crate) mod mini;
+pub(crate) mod vhdx;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};

@@ -7,6 +7,7 @@ use super::header::Header;
 use super::layout::{FREE, Layout};
 use super::table::{self, holes, survey};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::SECTOR_BYTES;
 use crate::map::ByteSource;
 
 /// A VHD whose blocks can be found.
@@ -76,7 +77,8 @@ impl Examined {
         let end = survey(&self.table, &self.layout, self.file_bytes, |fault| {
             report.add(Severity::Corruption, true, fault.describe(self.file_bytes));
         });
-        self.judge_slack(end.max(self.layout.metadata_end()), &mut report);
+        let end = end.max(self.layout.metadata_end()).next_multiple_of(SECTOR_BYTES);
+        self.judge_slack(end, &mut report);
         report
     }
 

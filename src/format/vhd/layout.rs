@@ -5,7 +5,9 @@
 use super::footer::{FOOTER_BYTES, Footer, corrupt};
 use super::header::{HEADER_BYTES, Header};
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{MAX_BLOCK_BYTES, MAX_VHD_TABLE_BYTES, META_PAGE_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
+use crate::limits::{
+    MAX_BLOCK_BYTES, MAX_VHD_DISK_BYTES, MAX_VHD_TABLE_BYTES, META_PAGE_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES,
+};
 use crate::map::{BlockIndex, GuestOffset, GuestRange, HostOffset, MetaKey};
 
 /// An entry without a place.
@@ -62,6 +64,10 @@ impl Layout {
         if blocks > entries {
             let what = format!("the disk has {disk_bytes} bytes, but the table has only {entries} entries");
             return Err(corrupt(what));
+        }
+        if disk_bytes > MAX_VHD_DISK_BYTES {
+            let what = format!("the disk size is {disk_bytes} bytes; {MAX_VHD_DISK_BYTES} are the limit");
+            return Err(Error::new(ErrorKind::Limit, what));
         }
         if entries * 4 > MAX_VHD_TABLE_BYTES {
             let what = format!("the table has {} bytes; {MAX_VHD_TABLE_BYTES} are the limit", entries * 4);

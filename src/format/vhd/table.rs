@@ -82,15 +82,17 @@ pub(super) fn placed(table: &[u32]) -> Vec<Placed> {
     all
 }
 
-/// Ranges between blocks, or before the first, that a block would fit into.
+/// Ranges that a block would fit into, and that a block lies behind.
 pub(super) fn holes(table: &[u32], layout: &Layout) -> Vec<(u64, u64)> {
     let (mut holes, stride) = (Vec::new(), layout.stride());
-    let blocks = placed(table).into_iter().map(|p| (p.start, p.start + stride));
+    let blocks = placed(table);
+    let last = blocks.last().map_or(0, |p| p.start);
+    let blocks = blocks.into_iter().map(|p| (p.start, p.start + stride));
     let mut taken: Vec<_> = blocks.chain(layout.metadata.iter().copied()).collect();
     taken.sort_unstable();
     let mut end = 0;
     for (from, to) in taken {
-        if from.saturating_sub(end) >= stride {
+        if from.saturating_sub(end) >= stride && end < last {
             holes.push((end, from));
         }
         end = end.max(to.next_multiple_of(SECTOR_BYTES));

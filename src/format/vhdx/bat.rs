@@ -1,0 +1,207 @@
+//! The table of blocks: payload blocks, and after every so many of them the block with the bitmap of their sectors.
+
+use super::corrupt;
+use super::header::MIB;
+use super::metadata::Metadata;
+use super::region::Region;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::{MAX_TABLE_BYTES, TABLE_PIECE_BYTES};
+use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
+
+/// Sectors that one bitmap block speaks of.
+const CHUNK_SECTORS: u64 = 1 << 23;
+
+/// What an entry says of a payload block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    /// Nothing: the parent shows.
+    Free,
+    /// Zeros, or what nobody needs any more.
+    Zero,
+    At(u64),
+    /// The sectors whose bits are set; the others are the parent's.
+    Partly(u64),
+}
+
+/// Arithmetic of checked metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) disk_bytes: u64,
+    pub(super) block_bytes: u64,
+    pub(super) block_shift: u32,
+    pub(super) sector_bytes: u64,
+    /// Payload blocks of a chunk, as a shift.
+    chunk_shift: u32,
+    pub(super) blocks: u64,
+    /// Entries of the table that mean something.
+    pub(super) entries: u64,
+    pub(super) is_diff: bool,
+    table: Region,
+}
+
+impl Layout {
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if the table is too short, [`ErrorKind::Limit`] if it is too long.
+    pub(super) fn new(m: &Metadata, table: Region) -> Result<Self> {
+        let ratio = CHUNK_SECTORS * m.sector_bytes / m.block_bytes;
+        let blocks = m.disk_bytes.div_ceil(m.block_bytes);
+        let chunks = blocks.div_ceil(ratio);
+        let entries = if m.is_diff { chunks * (ratio + 1) } else { blocks + (blocks - 1) / ratio };
+        if entries * 8 > table.len {
+            let what = format!("the block table has {} bytes; the disk needs {}", table.len, entries * 8);
+            return Err(corrupt(what));
+        }
+        if entries * 8 > MAX_TABLE_BYTES {
+            let what = format!("the block table has {} bytes; {MAX_TABLE_BYTES} are the limit", entries * 8);
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        Ok(Layout {
+            disk_bytes: m.disk_bytes,
+            block_bytes: m.block_bytes,
+            block_shift: m.block_bytes.trailing_zeros(),
+            sector_bytes: m.sector_bytes,
+            chunk_shift: ratio.trailing_zeros(),
+            blocks,
+            entries,
+            is_diff: m.is_diff,
+            table,
+        })
+    }
+
+    pub(super) fn disk(&self) -> GuestRange {
+        GuestRange::between(GuestOffset(0), GuestOffset(self.disk_bytes))
+    }
+
+    /// Where a payload block's entry is in the table.
+    pub(super) fn index_of(&self, block: u64) -> u64 {
+        block + (block >> self.chunk_shift)
+    }
+
+    /// The chunk a block is in.
+    pub(super) fn chunk_of(&self, block: u64) -> u64 {
+        block >> self.chunk_shift
+    }
+
+    /// Where the entry of a chunk's bitmap is in the table.
+    pub(super) fn bitmap_index(&self, chunk: u64) -> u64 {
+        (chunk << self.chunk_shift) + (1 << self.chunk_shift) + chunk
+    }
+
+    /// The bit of a guest offset in its chunk's bitmap.
+    pub(super) fn bit_of(&self, at: GuestOffset) -> u64 {
+        at.0 / self.sector_bytes % CHUNK_SECTORS
+    }
+
+    /// The payload block of an entry; `None` for a bitmap's.
+    fn block_of(&self, index: u64) -> Option<u64> {
+        let per_chunk = (1 << self.chunk_shift) + 1;
+        let (chunk, into) = (index / per_chunk, index % per_chunk);
+        let block = (chunk << self.chunk_shift) + into;
+        (into + 1 < per_chunk && block < self.blocks).then_some(block)
+    }
+
+    /// The whole table.
+    ///
+    /// # Errors
+    /// Those of reading, and [`ErrorKind::Limit`] without the memory.
+    pub(super) fn load(&self, source: &dyn ByteSource) -> Result<Vec<u64>> {
+        let mut entries = Vec::new();
+        let count = usize::try_from(self.entries).expect("MAX_TABLE_BYTES");
+        let no_memory = |_| Error::new(ErrorKind::Limit, format!("no memory for {count} table entries"));
+        entries.try_reserve_exact(count).map_err(no_memory)?;
+        let mut piece = vec![0u8; TABLE_PIECE_BYTES.min(count * 8)];
+        while entries.len() < count {
+            let len = piece.len().min((count - entries.len()) * 8);
+            let at = HostOffset(self.table.at + entries.len() as u64 * 8);
+            source.read_at(at, &mut piece[..len])?;
+            entries.extend(piece[..len].as_chunks::<8>().0.iter().map(|raw| u64::from_le_bytes(*raw)));
+        }
+        Ok(entries)
+    }
+
+    /// What a payload block's entry says; `None` where it says nothing known.
+    pub(super) fn entry(&self, raw: u64) -> Option<Entry> {
+        let at = (raw >> 20) * MIB;
+        match raw & 7 {
+            0 => Some(Entry::Free),
+            1..=3 => Some(Entry::Zero),
+            6 => Some(Entry::At(at)),
+            7 if self.is_diff => Some(Entry::Partly(at)),
+            _ => None,
+        }
+    }
+
+    /// Where the bitmap of a chunk is, if it has one.
+    pub(super) fn bitmap(&self, raw: u64) -> Option<u64> {
+        (self.is_diff && raw & 7 == 6).then_some((raw >> 20) * MIB)
+    }
+
+    /// What an entry of the table names; `None` for nothing, an error for what it cannot say.
+    fn place(&self, index: u64, raw: u64, table: &[u64]) -> std::result::Result<Option<Place>, String> {
+        let Some(block) = self.block_of(index) else {
+            return Ok(self.bitmap(raw).map(|at| Place { at, len: MIB, needed: MIB, block: None }));
+        };
+        let at = match self.entry(raw) {
+            None => {
+                let state = raw & 7;
+                return Err(format!(
+                    "block {block} is in state {state}, in which a block of this image cannot be"
+                ));
+            }
+            Some(Entry::Free | Entry::Zero) => return Ok(None),
+            Some(Entry::At(at) | Entry::Partly(at)) => at,
+        };
+        let bitmap = usize::try_from(self.bitmap_index(self.chunk_of(block))).ok().and_then(|i| table.get(i));
+        if raw & 7 == 7 && bitmap.and_then(|b| self.bitmap(*b)).is_none() {
+            return Err(format!("block {block} is there in parts, but nothing says in which"));
+        }
+        let left = self.disk_bytes - (block << self.block_shift);
+        Ok(Some(Place { at, len: self.block_bytes, needed: self.block_bytes.min(left), block: Some(block) }))
+    }
+
+    /// The places that the table names, in the order of the file. Each fault is told.
+    pub(super) fn survey(
+        &self,
+        table: &[u64],
+        taken: &[Region],
+        file_bytes: u64,
+        mut fault: impl FnMut(String),
+    ) -> Vec<Place> {
+        let mut places = Vec::new();
+        for (index, raw) in (0u64..).zip(table) {
+            match self.place(index, *raw, table) {
+                Ok(place) => places.extend(place),
+                Err(what) => fault(what),
+            }
+        }
+        places.sort_unstable_by_key(|p| (p.at, p.block));
+        for p in &places {
+            if p.at < MIB || taken.iter().any(|r| r.overlaps(p.at, p.len)) {
+                fault(format!("{} is said to lie at byte {}, where no block can be", p.name(), p.at));
+            } else if p.at.saturating_add(p.needed) > file_bytes {
+                fault(format!("{} lies at byte {}, behind the file's end at {file_bytes}", p.name(), p.at));
+            }
+        }
+        for w in places.windows(2).filter(|w| w[0].at.saturating_add(w[0].len) > w[1].at) {
+            fault(format!("{} lies at byte {}, where {} lies already", w[1].name(), w[1].at, w[0].name()));
+        }
+        places
+    }
+}
+
+/// A range of the file that the table names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) at: u64,
+    pub(super) len: u64,
+    /// Bytes of it that have to be in the file.
+    pub(super) needed: u64,
+    /// `None`: a bitmap.
+    pub(super) block: Option<u64>,
+}
+
+impl Place {
+    pub(super) fn name(&self) -> String {
+        self.block.map_or_else(|| "a bitmap".to_string(), |b| format!("block {b}"))
+    }
+}

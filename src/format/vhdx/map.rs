@@ -1,0 +1,273 @@
+//! A VHDX that is open for reading.
+
+use super::super::OpenHow;
+use super::super::sector_bits::run;
+use super::bat::{Entry, Layout};
+use super::header::Headers;
+use super::log;
+use super::metadata::Metadata;
+use super::region::{Region, Regions};
+use super::replayed::{Patches, Replayed};
+use super::{corrupt, unsupported};
+use crate::error::{Error, ErrorKind, Failure, Result};
+use crate::limits::{MAX_PAGE_CACHE_BYTES, META_PAGE_BYTES};
+use crate::map::{
+    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
+    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan,
+    PlanToken, Settled,
+};
+use uuid::Uuid;
+
+/// The table of the keys of bitmap pages.
+const BITMAPS: u8 = 1;
+/// Sectors that one page of a bitmap speaks of.
+const PAGE_SECTORS: u64 = META_PAGE_BYTES * 8;
+/// Pages of one bitmap.
+const BITMAP_PAGES: u64 = (1 << 20) / META_PAGE_BYTES;
+
+/// Everything about an image but its blocks.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) headers: Headers,
+    pub(super) regions: Regions,
+    pub(super) metadata: Metadata,
+    pub(super) layout: Layout,
+    pub(super) patches: Patches,
+}
+
+impl Parts {
+    /// Reads what the image is, as its log leaves it.
+    ///
+    /// # Errors
+    /// As [`super::super::open`].
+    pub(super) fn read(source: &dyn ByteSource) -> Result<Self> {
+        let headers = Headers::read(source)?;
+        let patches = match headers.current.log()? {
+            Some((id, at, bytes)) => log::read(source, id, at, bytes)?,
+            None => Patches::default(),
+        };
+        let replayed = Replayed { file: source, patches: &patches };
+        let regions = Regions::read(&replayed)?;
+        let (log_at, log_bytes) = headers.current.log_extent();
+        if regions.all().iter().any(|r| r.overlaps(log_at, log_bytes)) {
+            return Err(corrupt("the log lies in another region"));
+        }
+        let metadata = Metadata::read(&replayed, regions.metadata)?;
+        let layout = Layout::new(&metadata, regions.table)?;
+        Ok(Parts { headers, regions, metadata, layout, patches })
+    }
+
+    pub(super) fn table(&self, source: &dyn ByteSource) -> Result<Vec<u64>> {
+        self.layout.load(&Replayed { file: source, patches: &self.patches })
+    }
+
+    /// Where no block can be.
+    pub(super) fn taken(&self) -> Vec<Region> {
+        let (at, len) = self.headers.current.log_extent();
+        let log = Region { at, len };
+        self.regions.all().into_iter().chain([log].into_iter().filter(|r| r.len > 0)).collect()
+    }
+}
+
+/// A VHDX that is open.
+#[derive(Debug)]
+pub(super) struct VhdxMap {
+    file: FileId,
+    parts: Parts,
+    /// Empty after an open for information only.
+    table: Vec<u64>,
+    allocated: u64,
+    bitmaps: PageCache,
+}
+
+impl VhdxMap {
+    /// Opens the image for reading. Its log is replayed in memory: nothing is ever written.
+    ///
+    /// # Errors
+    /// As [`super::super::open`]; [`ErrorKind::Unsupported`] for writing.
+    pub(super) fn open(source: &dyn ByteSource, file: FileId, how: OpenHow) -> Result<Self> {
+        let parts = Parts::read(source)?;
+        if !how.read_only {
+            return Err(unsupported("VHDX images are only read so far, not written")
+                .hint("open it read-only, or convert it to vdi or vhd"));
+        }
+        let table = parts.table(source)?;
+        let has_place =
+            |raw: &&u64| matches!(parts.layout.entry(**raw), Some(Entry::At(_) | Entry::Partly(_)));
+        let in_table = |block| usize::try_from(parts.layout.index_of(block)).ok().and_then(|i| table.get(i));
+        let allocated = (0..parts.layout.blocks).filter_map(in_table).filter(has_place).count() as u64;
+        if !how.info_only {
+            verify(&parts, &table, source.len())?;
+        }
+        let pages = parts.layout.blocks.div_ceil(2).saturating_mul(BITMAP_PAGES);
+        let table = if how.info_only { Vec::new() } else { table };
+        let bitmaps = PageCache::new(META_PAGE_BYTES, pages, MAX_PAGE_CACHE_BYTES);
+        Ok(VhdxMap { file, parts, table, allocated, bitmaps })
+    }
+
+    fn raw(&self, index: u64) -> Option<u64> {
+        usize::try_from(index).ok().and_then(|i| self.table.get(i)).copied()
+    }
+
+    fn block_or_end(&self, at: GuestOffset) -> u64 {
+        let layout = &self.parts.layout;
+        (at.0 >> layout.block_shift).min(layout.blocks)
+    }
+
+    /// What the part of one block at the start of `r` is.
+    fn extent_at(&self, r: GuestRange) -> std::result::Result<Extent, Miss> {
+        let layout = &self.parts.layout;
+        let block = self.block_or_end(r.start());
+        let raw = self.raw(layout.index_of(block)).ok_or(Miss::Fail(Failure::Unsupported))?;
+        let into = r.start().0 & (layout.block_bytes - 1);
+        let len = r.len().min(layout.block_bytes - into);
+        let data = |at: u64| ExtentKind::Data { file: self.file, off: HostOffset(at).plus(into) };
+        Ok(match layout.entry(raw).ok_or(Miss::Fail(Failure::Corrupt))? {
+            Entry::Free => Extent { len, kind: ExtentKind::Parent },
+            Entry::Zero => Extent { len, kind: ExtentKind::Zero },
+            Entry::At(at) => Extent { len, kind: data(at) },
+            Entry::Partly(at) => {
+                let (there, len) = self.run(block, r.take(len))?;
+                Extent { len, kind: if there { data(at) } else { ExtentKind::Parent } }
+            }
+        })
+    }
+
+    /// Whether the first sector of `r` is there, and how many bytes are as it is.
+    fn run(&self, block: u64, r: GuestRange) -> std::result::Result<(bool, u64), Miss> {
+        let layout = &self.parts.layout;
+        let first = layout.bit_of(r.start());
+        let page = layout.chunk_of(block) * BITMAP_PAGES + first / PAGE_SECTORS;
+        let from = first % PAGE_SECTORS;
+        let before = r.start().0 % layout.sector_bytes;
+        let end = (from + (before + r.len()).div_ceil(layout.sector_bytes)).min(PAGE_SECTORS);
+        let word = |n: u64| {
+            let bytes = self.bitmaps.bytes8(page, usize::try_from(n).ok()?)?;
+            Some(u64::from_le_bytes(bytes).reverse_bits())
+        };
+        let key = MetaKey::Page { table: BITMAPS, number: page };
+        let (there, known) = run(from, end, word).ok_or(Miss::NeedsPage(key))?;
+        Ok((there, ((known - from) * layout.sector_bytes - before).min(r.len())))
+    }
+}
+
+/// Refuses what the table cannot say, and blocks that only the log has.
+fn verify(parts: &Parts, table: &[u64], file_bytes: u64) -> Result<()> {
+    let mut first = None;
+    let places = parts.layout.survey(table, &parts.taken(), file_bytes, |what| {
+        first.get_or_insert(what);
+    });
+    if let Some(what) = first {
+        return Err(corrupt(what).hint("vdimg check tells everything that is wrong"));
+    }
+    let payload = places.iter().filter(|p| p.block.is_some());
+    match payload.into_iter().find_map(|p| parts.patches.touching(p.at, p.len)) {
+        None => Ok(()),
+        Some(p) => {
+            let what = format!("its log holds data of the disk itself, for byte {} of the file", p.at);
+            Err(unsupported(what).hint("let Hyper-V, or qemu-img check -r all, write its log first"))
+        }
+    }
+}
+
+impl ImageMap for VhdxMap {
+    fn limits(&self) -> Limits {
+        let Layout { disk_bytes, block_bytes, is_diff, .. } = self.parts.layout;
+        Limits { size_bytes: disk_bytes, block_bytes, is_diff, data_alignment: 1 << 20 }
+    }
+
+    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+        if !self.parts.layout.disk().contains(r) {
+            return Err(Miss::Fail(Failure::OutOfRange));
+        }
+        if why == Intent::Overwrite {
+            return Err(Miss::Fail(Failure::ReadOnly));
+        }
+        let mut rest = r;
+        while !rest.is_empty() {
+            let extent = match self.extent_at(rest) {
+                Err(Miss::NeedsPage(_)) if rest.len() < r.len() => return Ok(()),
+                other => other?,
+            };
+            if !out.push(extent) {
+                return Ok(());
+            }
+            rest = rest.skip(extent.len);
+        }
+        Ok(())
+    }
+
+    fn unit(&self, at: GuestOffset) -> GuestRange {
+        let layout = &self.parts.layout;
+        let start = (self.block_or_end(at) << layout.block_shift).min(layout.disk_bytes);
+        let end = (start + layout.block_bytes).min(layout.disk_bytes);
+        GuestRange::between(GuestOffset(start), GuestOffset(end))
+    }
+
+    fn claim_of(&self, at: GuestOffset) -> BlockIndex {
+        BlockIndex(self.block_or_end(at))
+    }
+
+    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
+        Err(Miss::Fail(Failure::ReadOnly))
+    }
+
+    fn room(&self, _urgent: bool) -> Option<Plan> {
+        None
+    }
+
+    fn settle(&self, _token: PlanToken, _how: Settled) {}
+
+    fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
+        let MetaKey::Page { table: BITMAPS, number } = key else { return Err(Failure::Corrupt) };
+        let layout = &self.parts.layout;
+        let raw = self.raw(layout.bitmap_index(number / BITMAP_PAGES)).ok_or(Failure::Corrupt)?;
+        let at = HostOffset(layout.bitmap(raw).ok_or(Failure::Corrupt)?);
+        let len = usize::try_from(META_PAGE_BYTES).expect("small");
+        Ok(PagePlace { file: self.file, off: at.plus(number % BITMAP_PAGES * META_PAGE_BYTES), len })
+    }
+
+    fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {
+        let MetaKey::Page { number, .. } = key else { return Err(Failure::Corrupt) };
+        let mut page = bytes.to_vec();
+        self.parts.patches.over(self.page_place(key)?.off.0, &mut page);
+        self.bitmaps.insert(number, &page);
+        Ok(())
+    }
+
+    fn compose(&self, _key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
+        Err(Error::new(ErrorKind::Unsupported, "VHDX images are only read"))
+    }
+
+    fn publish(&self, _key: MetaKey, _ops: &[MetaOp]) {}
+
+    fn begin(&self, _modification: Uuid) -> Plan {
+        Plan::default()
+    }
+
+    fn end(&self) -> Plan {
+        Plan::default()
+    }
+
+    fn info(&self) -> ImageInfo {
+        let (header, metadata) = (&self.parts.headers.current, &self.parts.metadata);
+        let some = |u: Uuid| (!u.is_nil()).then_some(u);
+        ImageInfo {
+            format: "vhdx",
+            variant: match (metadata.is_diff, metadata.is_fixed) {
+                (true, _) => "diff",
+                (false, true) => "fixed",
+                (false, false) => "dynamic",
+            },
+            virtual_size: metadata.disk_bytes,
+            block_size: Some(metadata.block_bytes),
+            allocated_blocks: Some(self.allocated),
+            uuid: some(header.data_write()),
+            modification_uuid: some(header.file_write()),
+            parent_uuid: metadata.parent.filter(|u| !u.is_nil()),
+            parent_names: metadata.parent_names.clone(),
+            version: Some("1".into()),
+            ..ImageInfo::default()
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! VHDX, Hyper-V's disk image of the second generation: two headers, a log, two copies of a table of regions, metadata by
+//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts. Images are read so far; writing is refused.
+
+mod bat;
+mod check;
+mod crc32c;
+mod header;
+mod log;
+mod map;
+mod metadata;
+mod region;
+mod repair;
+mod replayed;
+
+use super::{Driver, ImageFile, only};
+use map::VhdxMap;
+
+/// VHDX as one of the formats.
+pub(super) const DRIVER: Driver = Driver {
+    open: |files, how| {
+        let ImageFile { id, source } = only(files);
+        Ok(Box::new(VhdxMap::open(source, id, how)?))
+    },
+    references: None,
+    check: Some(|files| check::check(only(files).source)),
+    repair: Some(|files| repair::repair(only(files).source)),
+    blueprint: None,
+    keeps_comment: false,
+    keeps_geometry: false,
+};
+
+fn corrupt(what: impl Into<String>) -> crate::error::Error {
+    crate::error::Error::new(crate::error::ErrorKind::Corrupt, what)
+}
+
+fn unsupported(what: impl Into<String>) -> crate::error::Error {
+    crate::error::Error::new(crate::error::ErrorKind::Unsupported, what)
+}

@@ -1,0 +1,276 @@
+//! VHDX images made by hand: what no program at hand makes, and what a log may say.
+
+mod format_support;
+
+use format_support::hostile::{Random, carry_out, judge};
+use format_support::vhdx::{BLOCKS_AT, Logged, MIB, Spec, entry, log, reseal, table_sector, use_log};
+use format_support::{Layer, read_all};
+use uuid::Uuid;
+use vdblk::error::{Error, ErrorKind};
+use vdblk::format::{self, Format, ImageFile, OpenHow, open_single};
+use vdblk::map::{ByteSource, FileId, ImageMap};
+use vdblk::vd::{OpenDisk, open_disk};
+
+const READ: OpenHow = OpenHow { read_only: true, info_only: false };
+
+fn open(file: &dyn ByteSource) -> Result<Box<dyn ImageMap>, Error> {
+    open_single(Format::Vhdx, file, FileId(0), READ)
+}
+
+fn content(file: &dyn ByteSource) -> Vec<u8> {
+    let map = open(file).expect("a sound image");
+    read_all(&[Layer { map: &*map, bytes: file }])
+}
+
+fn refused(file: &dyn ByteSource, kind: ErrorKind, word: &str) {
+    let e = open(file).map(drop).expect_err(word);
+    let line = e.to_string();
+    assert!(e.kind() == kind && line.contains(word) && !line.contains('\n'), "{word}: {e:?}");
+}
+
+/// Two blocks at 4 and 5 MiB that are full of ones and twos; the table has the first.
+fn two_blocks() -> Vec<u8> {
+    let mut f = Spec { table: vec![(0, entry(6, 4))], ..Spec::default() }.build();
+    f[BLOCKS_AT..BLOCKS_AT + MIB].fill(1);
+    f[BLOCKS_AT + MIB..BLOCKS_AT + 2 * MIB].fill(2);
+    f
+}
+
+#[test]
+fn states_of_blocks() {
+    let mut f = Spec {
+        table: vec![(0, entry(6, 5)), (1, entry(2, 0)), (2, entry(3, 0)), (3, entry(1, 0))],
+        ..Spec::default()
+    }
+    .build();
+    f[5 * MIB..6 * MIB].fill(7);
+    let all = content(&f);
+    assert!(all[..MIB].iter().all(|b| *b == 7) && all[MIB..].iter().all(|b| *b == 0));
+    for (table, word) in [
+        (vec![(0, entry(7, 4))], "state 7"),
+        (vec![(0, entry(4, 4))], "state 4"),
+        (vec![(0, entry(6, 4)), (1, entry(6, 4))], "lies already"),
+        (vec![(0, entry(6, 3))], "no block can be"),
+        (vec![(0, entry(6, 1))], "no block can be"),
+        (vec![(0, entry(6, 0))], "no block can be"),
+        (vec![(0, entry(6, 8))], "behind the file's end"),
+        (vec![(0, u64::MAX)], "state 7"),
+        (vec![(0, u64::MAX - 1)], "behind the file's end"),
+    ] {
+        let file = Spec { table, ..Spec::default() }.build();
+        refused(&file, ErrorKind::Corrupt, word);
+        let files = [ImageFile { id: FileId(0), source: &file }];
+        let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
+        assert_eq!(report.exit_code(), 2, "{word}: {report:?}");
+    }
+}
+
+#[test]
+fn what_has_to_be_understood_and_is_not_is_refused() {
+    let strange = |region, item| Spec { strange: Some((region, item)), ..Spec::default() }.build();
+    assert_eq!(content(&strange(false, false)).len(), 4 << 20);
+    refused(&strange(true, false), ErrorKind::Unsupported, "a region");
+    refused(&strange(false, true), ErrorKind::Unsupported, "metadata item");
+    for (spec, word) in [
+        (Spec { block: 3 << 20, ..Spec::default() }, "block size 3145728"),
+        (Spec { block: 512, ..Spec::default() }, "block size 512"),
+        (Spec { sector: 1024, ..Spec::default() }, "sector size"),
+        (Spec { size: 0, ..Spec::default() }, "disk size 0"),
+        (Spec { size: 4096 + 512, sector: 4096, ..Spec::default() }, "disk size 4608"),
+        (Spec { size: 1 << 40, ..Spec::default() }, "block table"),
+    ] {
+        refused(&spec.build(), ErrorKind::Corrupt, word);
+    }
+}
+
+/// Sectors of the third and fourth page of a bitmap, so that pages are loaded where they are needed.
+fn diff(sector: u32, name: &'static str) -> (Vec<u8>, Vec<bool>) {
+    // blocks 0 to 3, of which the second is there in parts; the bitmap of the first chunk behind as many as it speaks of
+    let ratio = (1usize << 23) * sector as usize / MIB;
+    let table = vec![(0, entry(6, 4)), (1, entry(7, 5)), (2, entry(2, 0)), (ratio, entry(6, 6))];
+    let parent = Some((Uuid::from_u128(0xda7a), name));
+    let mib = ratio * 8 / MIB + 8;
+    let spec = Spec { sector, table, parent, data_write: Uuid::from_u128(0xd1ff), mib, ..Spec::default() };
+    let mut f = spec.build();
+    f[4 * MIB..5 * MIB].fill(0xa4);
+    f[5 * MIB..6 * MIB].fill(0xa5);
+    let sectors = MIB / sector as usize;
+    let there: Vec<_> = (0..sectors).map(|i| i % 7 < 3 || i > sectors / 2 + 11).collect();
+    for i in (0..sectors).filter(|i| there[*i]) {
+        let bit = sectors + i;
+        f[6 * MIB + bit / 8] |= 1 << (bit % 8);
+    }
+    (f, there)
+}
+
+#[test]
+fn a_block_that_is_there_in_parts_shows_the_parent_between_them() {
+    for sector in [512, 4096] {
+        let mut base =
+            Spec { table: (0..4).map(|i| (i, entry(6, 4 + i))).collect(), sector, ..Spec::default() }.build();
+        base[4 * MIB..].fill(0xb0);
+        let (diff, there) = diff(sector, "base.vhdx");
+        let (below, above) = (open(&base).expect("a base"), open(&diff).expect("a diff"));
+        let layers = [
+            Layer { map: &*above, bytes: &diff as &dyn ByteSource },
+            Layer { map: &*below, bytes: &base as &dyn ByteSource },
+        ];
+        let all = read_all(&layers);
+        assert!(all[..MIB].iter().all(|b| *b == 0xa4));
+        for (i, sector) in all[MIB..2 * MIB].chunks(sector as usize).enumerate() {
+            let expected = if there[i] { 0xa5 } else { 0xb0 };
+            assert!(sector.iter().all(|b| *b == expected), "sector {i}");
+        }
+        assert!(all[2 * MIB..3 * MIB].iter().all(|b| *b == 0), "zeros hide the parent");
+        assert!(all[3 * MIB..].iter().all(|b| *b == 0xb0));
+        // without the bitmap nobody knows what is there
+        let at = 3 * MIB + (1usize << 23) * sector as usize / MIB * 8;
+        let mut without = diff.clone();
+        without[at..at + 8].fill(0);
+        refused(&without, ErrorKind::Corrupt, "in parts");
+    }
+}
+
+#[test]
+fn a_parent_is_known_by_its_data_write_guid() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let put = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).expect("a file");
+    let base = |id: u128| Spec { data_write: Uuid::from_u128(id), ..Spec::default() }.build();
+    put("child.vhdx", &diff(512, ".\\base.vhdx").0);
+    put("base.vhdx", &base(0xda7a));
+    let how = OpenDisk::new(dir.path().join("child.vhdx"));
+    assert_eq!(open_disk(&how).expect("a chain").images.len(), 2);
+    // the same file, but its contents were changed since
+    put("base.vhdx", &base(0xbad));
+    assert_eq!(open_disk(&how).map(drop).expect_err("another").kind(), ErrorKind::ParentMismatch);
+}
+
+#[test]
+fn a_log_lies_over_the_file_until_somebody_writes_it() {
+    let mut f = two_blocks();
+    let len = f.len() as u64;
+    let (one, two) =
+        (table_sector(&f, &[(1, entry(6, 5))]), table_sector(&f, &[(1, entry(2, 0)), (0, entry(6, 5))]));
+    // near the end of the ring, so that the run wraps
+    let first = MIB - 8192;
+    let e = |sequence, tail, sectors| Logged { sequence, tail, file_bytes: len, sectors, zeros: &[] };
+    let before = content(&f);
+    let next = log(&mut f, first, &e(40, first, std::slice::from_ref(&one)));
+    assert_eq!(content(&f), before, "a log that nobody speaks of");
+    use_log(&mut f);
+    let all = content(&f);
+    assert!(all[MIB..2 * MIB].iter().all(|b| *b == 2));
+    assert_eq!(next, 0);
+    let third = log(&mut f, next, &e(41, first, std::slice::from_ref(&two)));
+    let all = content(&f);
+    assert!(all[..MIB].iter().all(|b| *b == 2) && all[MIB..].iter().all(|b| *b == 0), "the later one wins");
+    // one that was torn, one that is out of order, and an older run further on: none of them counts
+    let torn = log(&mut f, third, &e(42, first, std::slice::from_ref(&one)));
+    f[MIB + third + 5000] ^= 1;
+    log(&mut f, torn + 4096, &e(44, first, std::slice::from_ref(&one)));
+    log(&mut f, torn + 65536, &e(12, torn + 65536, std::slice::from_ref(&one)));
+    assert_eq!(content(&f), all);
+    let files = [ImageFile { id: FileId(0), source: &f }];
+    let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
+    assert_eq!(report.exit_code(), 3, "{report:?}");
+}
+
+/// After each step, and as if the rest had never happened.
+#[test]
+fn a_repair_that_is_interrupted_has_changed_nothing() {
+    let mut f = two_blocks();
+    let len = f.len() as u64;
+    let sector = [table_sector(&f, &[(1, entry(6, 5)), (2, entry(2, 0))])];
+    let zeros = [(6 * MIB as u64, 2 * MIB as u64)];
+    use_log(&mut f);
+    log(&mut f, 8192, &Logged { sequence: 9, tail: 8192, file_bytes: len, sectors: &sector, zeros: &zeros });
+    // the second table of regions is damaged as well
+    f[(256 << 10) + 20] ^= 1;
+    let expected = content(&f);
+    let plan = |f: &Vec<u8>| {
+        let files = [ImageFile { id: FileId(0), source: f as &dyn ByteSource }];
+        format::repair(Format::Vhdx, &files).expect("a plan").expect("a plan").steps
+    };
+    let steps = plan(&f);
+    assert!(steps.len() > 10, "{}", steps.len());
+    for n in 0..=steps.len() {
+        let mut left = f.clone();
+        carry_out(steps[..n].to_vec(), &mut left);
+        assert!(content(&left) == expected, "after {n} steps");
+        let mut again = left.clone();
+        carry_out(plan(&left), &mut again);
+        assert!(content(&again) == expected, "after {n} steps and another repair");
+        assert!(plan(&again).is_empty(), "not clean after {n} steps and another repair");
+    }
+}
+
+#[test]
+fn zeros_in_a_log_and_a_tail_further_on() {
+    let mut f = two_blocks();
+    let len = f.len() as u64;
+    let gone = [(3 * MIB as u64, 4096)];
+    let sector = [table_sector(&f, &[(1, entry(6, 5))])];
+    use_log(&mut f);
+    let next = log(&mut f, 0, &Logged { sequence: 5, tail: 0, file_bytes: len, sectors: &[], zeros: &gone });
+    assert!(content(&f).iter().all(|b| *b == 0), "the table was zeroed");
+    // the run begins with the second entry: the first has been written to its place already
+    log(&mut f, next, &Logged { sequence: 6, tail: next, file_bytes: len, sectors: &sector, zeros: &[] });
+    let all = content(&f);
+    assert!(all[..MIB].iter().all(|b| *b == 1) && all[MIB..2 * MIB].iter().all(|b| *b == 2));
+}
+
+#[test]
+fn logs_that_cannot_be_are_refused() {
+    let mut f = two_blocks();
+    use_log(&mut f);
+    let clean = f.clone();
+    let len = f.len() as u64;
+    let sector = |at: u64| [(at, vec![3; 4096])];
+    let with = |file_bytes, sectors: &[(u64, Vec<u8>)]| {
+        let mut f = clean.clone();
+        log(&mut f, 0, &Logged { sequence: 1, tail: 0, file_bytes, sectors, zeros: &[] });
+        f
+    };
+    refused(&with(len + 1, &sector(3 << 20)), ErrorKind::Corrupt, "the log is of a file");
+    refused(&with(len, &sector(64 << 10)), ErrorKind::Unsupported, "headers");
+    refused(&with(len, &sector(4 << 20)), ErrorKind::Unsupported, "data of the disk");
+    assert_eq!(content(&with(len, &sector(7 << 20))), content(&clean), "a place nobody names");
+    let huge = [(3 << 20, u64::MAX)];
+    log(&mut f, 0, &Logged { sequence: 1, tail: 0, file_bytes: len, sectors: &[], zeros: &huge });
+    refused(&f, ErrorKind::Unsupported, "headers");
+}
+
+/// Changes that the checksums do not see: they are made right again.
+#[test]
+fn any_vhdx_is_read_or_refused() {
+    let sound = |r: &mut Random| {
+        let mut f = if r.below(2) == 0 { two_blocks() } else { diff(4096, "base.vhdx").0 };
+        f.truncate(f.len().min(8 * MIB));
+        let (len, sector) = (f.len() as u64, [table_sector(&f, &[(3, entry(6, 7))])]);
+        log(&mut f, 4096, &Logged { sequence: 3, tail: 4096, file_bytes: len, sectors: &sector, zeros: &[] });
+        f
+    };
+    let mut opened = 0;
+    for seed in 0..120 {
+        let mut r = Random(seed);
+        let mut f = sound(&mut r);
+        for _ in 0..1 + r.below(3) {
+            let (at, span) = [
+                (64 << 10, 80),
+                (192 << 10, 112),
+                (2 * MIB, 256),
+                (2 * MIB + (64 << 10), 400),
+                (3 * MIB, 64),
+            ][r.below(5) as usize];
+            let at = at + r.below(span) as usize;
+            f[at] = [0, 1, 2, 6, 7, 0x10, 0xff, r.below(256) as u8][r.below(8) as usize];
+        }
+        reseal(&mut f);
+        if r.below(2) == 0 {
+            use_log(&mut f);
+        }
+        let seen = std::panic::catch_unwind(|| judge(Format::Vhdx, &f));
+        opened += u32::from(seen.unwrap_or_else(|_| panic!("seed {seed}")));
+    }
+    assert!((20..110).contains(&opened), "{opened} of 120 opened");
+}
