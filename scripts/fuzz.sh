@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Fuzzes one target, guided by coverage, and stops at the first finding. Needs a nightly toolchain and cargo-fuzz.
-#   scripts/fuzz.sh chains|messages|vdi [SECONDS]      default: 900
+#   scripts/fuzz.sh chains|messages|vdi|vmdk [SECONDS]      default: 900
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TARGET=${1:?which target: chains, messages or vdi}
+TARGET=${1:?which target: chains, messages, vdi or vmdk}
 LIMIT=${2:-900}
 # bytes of a case: more only makes it slower
 case $TARGET in
-  vdi) MAX=32768 ;;
+  vdi | vmdk) MAX=32768 ;;
   *) MAX=1024 ;;
 esac
 

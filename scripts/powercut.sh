@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Power cuts by the million: all small workloads, also with their processes killed at every moment, then random ones, on
 # each kind of image, until at least that many states of each were looked at. The first violation ends it.
-#   scripts/powercut.sh [STATES]
+#   scripts/powercut.sh [STATES [KIND …]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WANTED=${1:-1000000}
+shift || true
+[ $# -gt 0 ] || set -- raw vdi diff diff+discard vhd vhd-diff parallels parallels-diff
 cargo build --release --features sim --bin sim --locked
 SIM=${CARGO_TARGET_DIR:-target}/release/sim
 
-for KIND in raw vdi diff diff+discard; do
+for KIND in "$@"; do
   STATES=0
   SEED=0
   while [ "$STATES" -lt "$WANTED" ]; do

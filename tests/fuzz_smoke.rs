@@ -13,7 +13,7 @@ mod format_support {
 use common::hostile::{Choices, Random};
 use fuzz_support::effort::Effort;
 use fuzz_support::messages::{Meeting, queue_threads};
-use fuzz_support::{chains, image, mutate};
+use fuzz_support::{chains, image, mutate, vmdk};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -89,6 +89,12 @@ fn any_messages_leave_the_server_as_it_was() {
 fn any_image_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     smoke("vdi", 8_000, 64 << 10, mutate::image, &image::run);
+}
+
+#[test]
+fn any_vmdk_is_served_and_repaired_or_refused() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    smoke("vmdk", 6_000, 64 << 10, mutate::vmdk, &vmdk::run);
 }
 
 #[test]

@@ -37,3 +37,13 @@ pub fn vdi(case: &[u8]) {
 pub fn mutate_vdi(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
     fuzz_support::mutate::image(case, &mut Random(u64::from(seed)), max_bytes);
 }
+
+/// Any bytes as a VMDK.
+pub fn vmdk(case: &[u8]) {
+    fuzz_support::vmdk::run(case);
+}
+
+/// Changes a case by what is known of a VMDK.
+pub fn mutate_vmdk(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
+    fuzz_support::mutate::vmdk(case, &mut Random(u64::from(seed)), max_bytes);
+}

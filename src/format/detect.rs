@@ -8,8 +8,6 @@ use std::path::Path;
 
 /// Bytes of the head that signatures lie in.
 const HEAD_BYTES: u64 = 512;
-/// A text a VMDK descriptor file begins with.
-const VMDK_DESCRIPTOR: &[u8] = b"# Disk DescriptorFile";
 
 /// The format of the file at `path` with the contents `source`.
 ///
@@ -124,10 +122,12 @@ fn signature_of_head(head: &[u8]) -> Option<Format> {
     if head.get(0x40..0x44) == Some(&super::vdi::SIGNATURE.to_le_bytes()) {
         return Some(Format::Vdi);
     }
-    let starts: [(&[u8], Format); 11] = [
+    if super::vmdk::is_descriptor(head) {
+        return Some(Format::Vmdk);
+    }
+    let starts: [(&[u8], Format); 10] = [
         (b"KDMV", Format::Vmdk),
         (b"COWD", Format::Vmdk),
-        (VMDK_DESCRIPTOR, Format::Vmdk),
         (b"conectix", Format::Vhd),
         (b"vhdxfile", Format::Vhdx),
         (b"QFI\xfb\0\0\0\x01", Format::Qcow),

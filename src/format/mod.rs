@@ -15,6 +15,7 @@ mod report;
 mod sector_bits;
 pub mod vdi;
 pub mod vhd;
+pub mod vmdk;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
 pub use detect::{detect, extension_format, signature};
@@ -121,6 +122,7 @@ impl Format {
             Format::Vhd => Some(&vhd::DRIVER),
             Format::Parallels => Some(&parallels::DRIVER),
             Format::Qcow2 => Some(&qcow2::DRIVER),
+            Format::Vmdk => Some(&vmdk::DRIVER),
             Format::Dmg => Some(&dmg::DRIVER),
             _ => None,
         }
@@ -328,10 +330,7 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_named() {
-        let e = open_single(Format::Vmdk, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
-        assert_eq!(
-            e.to_string(),
-            "this is VMDK, which is not supported yet (convert it to vdi or raw first)"
-        );
+        let e = open_single(Format::Dmg, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
+        assert_eq!(e.to_string(), "this is DMG, which is not supported yet (convert it to vdi or raw first)");
     }
 }

@@ -36,6 +36,8 @@ pub enum MetaOp {
     Count(u32),
     /// The header's modification UUID.
     Modification(Uuid),
+    /// The header's mark that somebody writes to the image.
+    InUse(bool),
 }
 
 /// One step of a plan. Steps between two barriers may run at the same time.

@@ -3,6 +3,7 @@
 
 mod parallels;
 pub(super) mod vhd;
+mod vmdk;
 
 use super::bytes::Bytes;
 use super::{Rng, SimFile};
@@ -46,6 +47,11 @@ pub(super) fn program(format: Format) -> Option<Program> {
             free_blocks: vhd::free_blocks,
             block_bytes: vhd::block_bytes,
             append: vhd::append,
+        }),
+        Format::Vmdk => Some(Program {
+            free_blocks: vmdk::free_blocks,
+            block_bytes: vmdk::block_bytes,
+            append: vmdk::append,
         }),
         Format::Parallels => Some(Program {
             free_blocks: parallels::free_blocks,
@@ -99,13 +105,28 @@ fn append(b: &mut Bytes, block: u32, data: &[u8], order: Order, after: &mut dyn 
         (ALLOCATED, (count + 1).to_le_bytes().to_vec()),
         (table + u64::from(block) * 4, count.to_le_bytes().to_vec()),
     ];
-    let order = if order == Order::DataFirst { [0, 1, 2] } else { [2, 1, 0] };
-    for i in order {
-        let (off, bytes) = &writes[i];
+    let end = place + block_bytes(b);
+    carry_out(b, &writes, end, order, after);
+    true
+}
+
+/// Carries out the writes, in this order or from the last to the first; `after` sees the file after each, as long as `end` makes
+/// it.
+fn carry_out(
+    b: &mut Bytes,
+    writes: &[(u64, Vec<u8>)],
+    end: u64,
+    order: Order,
+    after: &mut dyn FnMut(&Bytes),
+) {
+    let mut writes: Vec<_> = writes.iter().collect();
+    if order == Order::EntryFirst {
+        writes.reverse();
+    }
+    for (off, bytes) in writes {
         b.write(*off, bytes);
         let mut whole = b.clone();
-        whole.set_len(b.len().max(place + block_bytes(b)));
+        whole.set_len(b.len().max(end));
         after(&whole);
     }
-    true
 }

@@ -8,6 +8,7 @@ use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
+use crate::probe::paging::with_paged_tables;
 use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch, unpack};
 use crate::{Error, ErrorKind, Result};
 use std::ops::Range;
@@ -35,11 +36,17 @@ pub enum Kind {
     Parallels,
     /// One over a VDI full of data.
     ParallelsDiff,
+    /// A sparse VMDK without a parent.
+    Vmdk,
+    /// A differencing VMDK over a VDI full of data.
+    VmdkDiff,
+    /// The same with a word for grains of zeros.
+    VmdkZeroed,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 8] = [
+    pub const ALL: [Kind; 11] = [
         Kind::Raw,
         Kind::Vdi,
         Kind::Diff,
@@ -48,6 +55,9 @@ impl Kind {
         Kind::VhdDiff,
         Kind::Parallels,
         Kind::ParallelsDiff,
+        Kind::Vmdk,
+        Kind::VmdkDiff,
+        Kind::VmdkZeroed,
     ];
 
     /// Its name.
@@ -61,12 +71,23 @@ impl Kind {
             Kind::VhdDiff => "vhd-diff",
             Kind::Parallels => "parallels",
             Kind::ParallelsDiff => "parallels-diff",
+            Kind::Vmdk => "vmdk",
+            Kind::VmdkDiff => "vmdk-diff",
+            Kind::VmdkZeroed => "vmdk-diff+zeroed",
         }
     }
 
     /// It is a differencing image.
     pub fn has_parent(self) -> bool {
-        matches!(self, Kind::Diff | Kind::DiffDiscard | Kind::VhdDiff | Kind::ParallelsDiff)
+        matches!(
+            self,
+            Kind::Diff
+                | Kind::DiffDiscard
+                | Kind::VhdDiff
+                | Kind::ParallelsDiff
+                | Kind::VmdkDiff
+                | Kind::VmdkZeroed
+        )
     }
 
     /// Where its tables are in the file. Of a VHD the first block may lie there as well, the footer behind it.
@@ -74,6 +95,8 @@ impl Kind {
         match self.format() {
             Format::Vhd => 512..4096,
             Format::Parallels => 0..4096,
+            // directories and tables of one table's worth of grains
+            Format::Vmdk => 21 * 512..31 * 512,
             _ => 1 << 20..DATA,
         }
     }
@@ -90,6 +113,7 @@ impl Kind {
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
+            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
         }
     }
 }
@@ -144,18 +168,22 @@ impl Host for SimHost {
 }
 
 /// A new image of one file.
-fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
+fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
+    let format = kind.format();
     let id = Uuid::from_u128(uuid);
     let parent = parent.map(Uuid::from_u128).map(|p| NewParent {
         info: ImageInfo { uuid: Some(p), modification_uuid: Some(p), ..ImageInfo::default() },
         path: Some("parent".into()),
     });
-    let option = match format {
-        Format::Vdi => Some(("AllocationBlockSize".to_string(), block.to_string())),
-        Format::Vhd => Some(("block_size".to_string(), block.to_string())),
-        Format::Parallels => Some(("cluster_size".to_string(), block.to_string())),
-        _ => None,
+    let option = |key: &str, value: &str| (key.to_string(), value.to_string());
+    let mut options = match format {
+        Format::Vdi => vec![option("AllocationBlockSize", &block.to_string())],
+        Format::Vhd => vec![option("block_size", &block.to_string())],
+        Format::Parallels => vec![option("cluster_size", &block.to_string())],
+        Format::Vmdk => vec![option("grain_size", &block.to_string())],
+        _ => Vec::new(),
     };
+    options.extend((kind == Kind::VmdkZeroed).then(|| option("zeroed_grain", "on")));
     let blueprint = format::blueprint(
         format,
         &NewImage {
@@ -167,7 +195,7 @@ fn new_image(format: Format, size: u64, block: u64, uuid: u128, parent: Option<u
             parent,
             comment: None,
             geometry: None,
-            options: option.into_iter().collect(),
+            options,
         },
     );
     let [file] = blueprint.expect("a shape the format can have").files.try_into().expect("one file");
@@ -208,7 +236,7 @@ impl Images {
         let mut parent = None;
         for uuid in (1..).take(parents) {
             let own = Shape { kind: Kind::Vdi, size, block: 4096 << rng.below(4) };
-            let bytes = new_image(Format::Vdi, size, own.block, uuid, parent);
+            let bytes = new_image(Kind::Vdi, size, own.block, uuid, parent);
             let images = Images {
                 shape: own,
                 top: SimFile::new("parent.vdi", bytes),
@@ -219,7 +247,7 @@ impl Images {
             below.insert(0, images.top.bytes());
             parent = Some(uuid);
         }
-        let mut bytes = new_image(kind.format(), size, block, 100, parent);
+        let mut bytes = new_image(kind, size, block, 100, parent);
         if kind.format() == Format::Vhd && rng.chance(50) {
             vhd::add_parts(&mut bytes, &mut past, rng);
         }
@@ -246,9 +274,12 @@ impl Images {
     /// # Errors
     /// What the format says of the top image.
     pub fn open(&self, options: DiskOptions, marks: &Arc<AtomicU32>) -> Result<Arc<Disk>> {
-        let map = open_map(&self.top.bytes(), self.shape.kind.format(), FileId(0), false)?;
+        let format = self.shape.kind.format();
+        let open = || open_map(&self.top.bytes(), format, FileId(0), false);
+        let paged = self.forgets.is_some() && format == Format::Vmdk;
+        let map = if paged { with_paged_tables(open)? } else { open()? };
         let mut layers = self.layers(map);
-        if let Some(seed) = self.forgets.filter(|_| self.shape.kind.format() == Format::Vdi) {
+        if let Some(seed) = self.forgets.filter(|_| format == Format::Vdi) {
             layers.iter_mut().for_each(|l| l.map = Arc::new(Forgetful::over(l.map.clone(), seed, marks)));
         }
         let chain = Chain::new(layers);
@@ -350,7 +381,7 @@ pub(super) fn copy_target(size: u64) -> Images {
     let shape = Shape { kind: Kind::Vdi, size, block: 8192 };
     Images {
         shape,
-        top: SimFile::new("copy.vdi", new_image(Format::Vdi, size, 8192, 3, None)),
+        top: SimFile::new("copy.vdi", new_image(Kind::Vdi, size, 8192, 3, None)),
         below: vec![],
         forgets: None,
     }

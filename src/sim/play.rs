@@ -403,9 +403,13 @@ impl Game {
     }
 
     fn check_clean(&self, w: &mut World) {
-        match check(self.images.shape.kind.format(), &self.images.top.bytes()) {
+        let format = self.images.shape.kind.format();
+        // Who holds a VMDK's tables only in parts does not know which places a killed process has left.
+        let may_leak = format == Format::Vmdk && self.images.forgets.is_some();
+        match check(format, &self.images.top.bytes()) {
             Ok(None) => {}
             Ok(Some(report)) if report.is_clean() => {}
+            Ok(Some(report)) if may_leak && report.corruptions == 0 => {}
             other => {
                 w.wrong.get_or_insert(format!("not clean after a close: {other:?}"));
             }

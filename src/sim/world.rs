@@ -644,10 +644,16 @@ impl World {
         let under = std::mem::take(&mut self.under);
         let rings = self.rings.take().filter(|_| !power_cut);
         let guest = rings.map(|(ram, drivers)| Guest { ram, drivers, under });
-        if guest.is_none() {
-            for p in &mut self.past {
-                p.may = p.after_cut(flushed);
+        for p in &mut self.past {
+            let possible = p.after_cut(flushed);
+            if guest.is_none() {
+                p.may = possible;
                 p.busy = false;
+            } else {
+                // A write that failed may have landed all the same. While its process lived, and remembered the older
+                // entry, reads showed the older bytes.
+                let more: Vec<_> = possible.into_iter().filter(|v| !p.may.contains(v)).collect();
+                p.may.extend(more);
             }
         }
         Left { past: std::mem::take(&mut self.past), flushed: durable, time: self.time, guest }

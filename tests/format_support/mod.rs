@@ -116,8 +116,7 @@ pub(crate) fn data_pieces(chain: &[Layer<'_>]) -> Vec<GuestRange> {
     pieces
 }
 
-/// The folder with the small fixtures, unpacked into sparse files. It stays in the build folder, under the
-/// checksum of the archive.
+/// The folder with the small fixtures of VDI, unpacked into sparse files.
 pub(crate) fn fixtures() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| unpacked("vdi"))
@@ -141,11 +140,12 @@ pub(crate) fn dmg_fixtures() -> &'static Path {
     DIR.get_or_init(|| unpacked("dmg"))
 }
 
-fn unpacked(format: &str) -> PathBuf {
-    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{format}.tar.zst"));
+/// The fixtures of a format, unpacked into sparse files. They stay in the build folder, under the checksum of the archive.
+pub(crate) fn unpacked(name: &str) -> PathBuf {
+    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{name}.tar.zst"));
     let packed = std::fs::read(packed).expect("fixtures");
     let sum: String = Sha256::digest(&packed)[..8].iter().map(|b| format!("{b:02x}")).collect();
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{format}-{sum}"));
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{sum}"));
     if !dir.exists() {
         let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("temporary folder");
         unpack(&packed, fresh.path());

@@ -10,6 +10,7 @@ pub(crate) mod messages;
 pub(crate) mod mutate;
 pub(crate) mod plain;
 pub(crate) mod sparse;
+pub(crate) mod vmdk;
 
 use crate::common::hostile::Choices;
 use std::fs::File;

@@ -156,3 +156,41 @@ fn length(case: &mut Vec<u8>, r: &mut Random, max: usize) {
     };
     case.resize(len, 0x99);
 }
+
+/// Changes that know where a VMDK of one file has its numbers: header, directories and tables, as sparse images of ours
+/// have them.
+pub(crate) fn vmdk(case: &mut Vec<u8>, r: &mut Random, max: usize) {
+    const HEADER: [usize; 13] = [4, 8, 12, 20, 28, 36, 44, 48, 56, 64, 72, 73, 77];
+    // directories, their tables, and how long they are
+    const TABLES: [(usize, u64); 4] = [(21 * 512, 2), (22 * 512, 24), (26 * 512, 2), (27 * 512, 24)];
+    if case.len() < 32 * 512 {
+        return bytes(case, r, max);
+    }
+    for _ in 0..1 + r.below(3) {
+        let sectors = case.len() as u64 / 512;
+        let value = match r.below(5) {
+            0 => r.below(4) as u32,
+            1 | 2 => r.below(sectors + 8) as u32,
+            3 => (r.below(sectors / 8 + 2) * 8) as u32,
+            _ => r.next() as u32,
+        };
+        match r.below(8) {
+            0 => {
+                let at = HEADER[r.below(HEADER.len() as u64) as usize];
+                case[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            }
+            1..=4 => {
+                let (from, len) = TABLES[r.below(4) as usize];
+                let at = from + 4 * r.below(len) as usize;
+                case[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            }
+            5 => (448..512).for_each(|i| case[i] = r.next() as u8),
+            6 => case.resize((case.len() + 512 * r.below(24) as usize).saturating_sub(4096).min(max), 0),
+            _ if r.below(4) == 0 => return bytes(case, r, max),
+            _ => {}
+        }
+        if case.len() < 32 * 512 {
+            return;
+        }
+    }
+}

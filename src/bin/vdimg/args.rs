@@ -90,7 +90,7 @@ pub(crate) struct Parents {
 /// An existing image.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// Format of the image: raw, vdi or vhd [default: what extension and contents agree on; the extension .raw says raw].
+    /// Format of the image: raw, vdi, vmdk, vhd or parallels [default: what extension and contents agree on; the extension .raw says raw].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
@@ -160,7 +160,7 @@ pub(crate) struct Info {
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// Format of the new image: raw, vdi or vhd.
+    /// Format of the new image: raw, vdi, vmdk, vhd or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Format,
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
@@ -191,7 +191,7 @@ pub(crate) struct Create {
 pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) image: Image,
-    /// Format of the new image: raw, vdi or vhd.
+    /// Format of the new image: raw, vdi, vmdk, vhd or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand [default: dynamic].

@@ -109,7 +109,9 @@ impl VdiMap {
             match *op {
                 MetaOp::Count(count) => header.set_allocated(count),
                 MetaOp::Modification(uuid) => header.set_modification(uuid),
-                MetaOp::Entry { .. } => debug_assert!(false, "a table entry in the header: {op:?}"),
+                MetaOp::Entry { .. } | MetaOp::InUse(_) => {
+                    debug_assert!(false, "no change of a VDI's header: {op:?}");
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 //! What is not understood survives: a change edits lines in place.
 
 use crate::error::{Error, ErrorKind, Result};
+use std::ops::Range;
 use uuid::Uuid;
 
 /// Largest descriptor in a file of its own.
@@ -55,12 +56,10 @@ pub(super) struct ExtentLine {
 pub(super) struct Descriptor {
     lines: Vec<String>,
     extents: Vec<ExtentLine>,
-    /// Lines end with CR and LF.
-    crlf: bool,
 }
 
 /// True if the text is a descriptor's beginning.
-pub(super) fn is_descriptor(head: &[u8]) -> bool {
+pub(in super::super) fn is_descriptor(head: &[u8]) -> bool {
     let line = head.split(|b| *b == b'\n').next().unwrap_or_default();
     let squeezed: Vec<u8> =
         line.iter().filter(|b| !b.is_ascii_whitespace()).map(u8::to_ascii_lowercase).collect();
@@ -83,7 +82,6 @@ impl Descriptor {
         }
         // Comments may be in whatever the writer's machine spoke; keys and values that matter are ASCII or UTF-8.
         let text = String::from_utf8_lossy(bytes);
-        let crlf = text.contains("\r\n");
         let lines: Vec<String> = text.lines().map(|l| l.trim_end_matches('\r').to_string()).collect();
         if lines.len() > MAX_LINES {
             return Err(Error::new(ErrorKind::Limit, format!("a descriptor of {} lines", lines.len())));
@@ -98,7 +96,7 @@ impl Descriptor {
             let what = format!("the descriptor lists {} extents", extents.len());
             return Err(Error::new(ErrorKind::Corrupt, what));
         }
-        Ok(Descriptor { lines, extents, crlf })
+        Ok(Descriptor { lines, extents })
     }
 
     /// The extents, in the order of the disk.
@@ -168,30 +166,27 @@ impl Descriptor {
         };
         Some((one("cylinders")?, one("heads")?, one("sectors")?)).filter(|g| g.0 > 0 && g.1 > 0 && g.2 > 0)
     }
+}
 
-    /// Gives a key another value, at its place or, if it is new, at the end of its section.
-    pub(super) fn set(&mut self, key: &str, value: &str) {
-        let quoted = key.starts_with("ddb.") || matches!(key, "createType" | "parentFileNameHint" | "encoding");
-        let line = if quoted { format!("{key}=\"{value}\"") } else { format!("{key}={value}") };
-        if let Some(old) = self.lines.iter_mut().find(|l| value_in(l, key).is_some()) {
-            *old = line;
-            return;
+/// Where the value of a key stands in a descriptor's bytes, without quotes.
+pub(super) fn value_span(bytes: &[u8], key: &str) -> Option<Range<usize>> {
+    let text = bytes.split(|b| *b == 0).next().unwrap_or_default();
+    let mut at = 0;
+    for line in text.split(|b| *b == b'\n') {
+        let start = at;
+        at += line.len() + 1;
+        let Some(sign) = line.iter().position(|b| *b == b'=') else { continue };
+        let (name, value) = (line[..sign].trim_ascii(), &line[sign + 1..]);
+        if !name.eq_ignore_ascii_case(key.as_bytes()) {
+            continue;
         }
-        let at = if key.starts_with("ddb.") {
-            self.lines.iter().rposition(|l| !l.trim().is_empty()).map_or(self.lines.len(), |i| i + 1)
-        } else {
-            let first = |l: &String| ExtentLine::parse(l).is_ok_and(|e| e.is_some());
-            let extents = self.lines.iter().position(first).unwrap_or(self.lines.len());
-            self.lines[..extents].iter().rposition(|l| l.contains('=')).map_or(extents, |i| i + 1)
-        };
-        self.lines.insert(at, line);
+        let blanks = value.len() - value.trim_ascii_start().len();
+        let trimmed = value.trim_ascii();
+        let quoted = trimmed.len() >= 2 && trimmed.starts_with(b"\"") && trimmed.ends_with(b"\"");
+        let from = start + sign + 1 + blanks + usize::from(quoted);
+        return Some(from..from + trimmed.len() - 2 * usize::from(quoted));
     }
-
-    /// The text, without an end mark.
-    pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let end = if self.crlf { "\r\n" } else { "\n" };
-        self.lines.iter().flat_map(|l| l.bytes().chain(end.bytes())).collect()
-    }
+    None
 }
 
 /// The value in `line` if it is one of `key`.
@@ -215,7 +210,9 @@ impl ExtentLine {
             "NOACCESS" => Access::None,
             _ => return Ok(None),
         };
-        let wrong = |what: &str| Err(Error::new(ErrorKind::Corrupt, format!("{what} in the extent line: {line}")));
+        let wrong = |what: &str| {
+            Err(Error::new(ErrorKind::Corrupt, format!("{what} in the extent line: {}", line.escape_debug())))
+        };
         let (sectors, rest) = split_word(rest);
         let Some(sectors) = sectors.parse::<u64>().ok().filter(|n| *n > 0 && *n <= 1 << 54) else {
             return wrong("no size");
@@ -268,9 +265,15 @@ mod tests {
     #[test]
     fn keys_extents_and_database_are_read() {
         let d = Descriptor::parse(FLAT.as_bytes()).unwrap();
-        assert_eq!((d.cid(), d.parent_cid(), d.get("createtype")), (Some(0x7d0e_cd1f), None, Some("twoGbMaxExtentFlat")));
+        assert_eq!(
+            (d.cid(), d.parent_cid(), d.get("createtype")),
+            (Some(0x7d0e_cd1f), None, Some("twoGbMaxExtentFlat"))
+        );
         let [a, b, zero] = d.extents() else { panic!("{:?}", d.extents()) };
-        assert_eq!((a.sectors, a.keep, a.file.as_deref(), a.offset), (4_192_256, Keep::Flat, Some("a b-f001.vmdk"), 0));
+        assert_eq!(
+            (a.sectors, a.keep, a.file.as_deref(), a.offset),
+            (4_192_256, Keep::Flat, Some("a b-f001.vmdk"), 0)
+        );
         assert_eq!((b.offset, b.access), (128, Access::ReadWrite));
         assert_eq!((zero.keep, zero.access, zero.file.as_deref()), (Keep::Zero, Access::ReadOnly, None));
         assert_eq!(d.geometry(""), Some((32, 16, 63)));
@@ -281,30 +284,38 @@ mod tests {
     }
 
     #[test]
-    fn a_change_leaves_the_other_lines_alone() {
-        let text = FLAT.replace('\n', "\r\n");
-        let mut d = Descriptor::parse(text.as_bytes()).unwrap();
-        assert_eq!(d.to_bytes(), text.as_bytes());
-        d.set("CID", "0000002a");
-        d.set("parentFileNameHint", "base.vmdk");
-        d.set("ddb.uuid.modification", "522a9a1c-9e30-4df6-85f6-95053f964fe4");
-        let d = Descriptor::parse(&d.to_bytes()).unwrap();
-        assert_eq!((d.cid(), d.parent_hint()), (Some(42), Some("base.vmdk")));
-        assert!(d.uuid("ddb.uuid.modification").is_some());
-        assert_eq!(d.extents().len(), 3);
-        let at = |k: &str| d.lines.iter().position(|l| l.starts_with(k)).unwrap();
-        assert!(at("parentFileNameHint") < at("RW "), "among the keys of the first section");
+    fn values_are_found_where_they_stand() {
+        for text in [FLAT.to_string(), FLAT.replace('\n', "\r\n")] {
+            let d = Descriptor::parse(text.as_bytes()).unwrap();
+            for key in ["cid", "parentCID", "createType", "ddb.virtualHWVersion", "ddb.uuid.image"] {
+                let span = value_span(text.as_bytes(), key).unwrap();
+                assert_eq!(&text[span], d.get(key).unwrap(), "{key}");
+            }
+            assert_eq!(value_span(text.as_bytes(), "ddb.uuid.modification"), None);
+            assert_eq!(value_span(b"a=1\0CID=2", "CID"), None, "behind the end");
+            assert_eq!(value_span(b"CID=\"", "CID"), Some(4..5));
+        }
     }
 
     #[test]
     fn what_is_not_understood_is_refused_where_it_matters() {
         let with = |line: &str| Descriptor::parse(format!("# Disk DescriptorFile\n{line}\n").as_bytes());
-        for line in ["", "RW x FLAT \"a\" 0", "RW 0 FLAT \"a\" 0", "RW 9 FLAT", "RW 9 FLAT \"\" 0", "RW 9 WHAT \"a\"", "RW 9 FLAT \"a\" x"] {
+        for line in [
+            "",
+            "RW x FLAT \"a\" 0",
+            "RW 0 FLAT \"a\" 0",
+            "RW 9 FLAT",
+            "RW 9 FLAT \"\" 0",
+            "RW 9 WHAT \"a\"",
+            "RW 9 FLAT \"a\" x",
+        ] {
             assert_eq!(with(line).unwrap_err().kind(), ErrorKind::Corrupt, "{line}");
         }
         assert_eq!(with("RW 9 VMFSRDM \"a\"").unwrap_err().kind(), ErrorKind::Unsupported);
         assert_eq!(Descriptor::parse(b"KDMV").unwrap_err().kind(), ErrorKind::NotThisFormat);
-        assert!(is_descriptor(b"# Disk Descriptor File\r\nversion=1") && is_descriptor(b"#disk descriptorfile\n"));
+        assert!(
+            is_descriptor(b"# Disk Descriptor File\r\nversion=1") && is_descriptor(b"#disk descriptorfile\n")
+        );
     }
 
     proptest! {
@@ -314,11 +325,13 @@ mod tests {
         }
 
         #[test]
-        fn a_value_set_is_the_value_read(key in "ddb\\.[a-z]{1,8}", value in "[ -!#-~]{0,40}") {
-            let mut d = Descriptor::parse(FLAT.as_bytes()).unwrap();
-            d.set(&key, &value);
-            let again = Descriptor::parse(&d.to_bytes()).unwrap();
-            prop_assert_eq!(again.get(&key), Some(value.as_str()));
+        fn a_value_is_read_where_it_is_found(tail in "[a-z=\" \r\n]{0,60}") {
+            let text = format!("# Disk DescriptorFile\nRW 1 ZERO\n{tail}");
+            let d = Descriptor::parse(text.as_bytes()).unwrap();
+            for key in ["a", "ab", ""] {
+                let found = value_span(text.as_bytes(), key).map(|r| &text[r]);
+                prop_assert_eq!(found, d.get(key), "{}", text);
+            }
         }
     }
 }

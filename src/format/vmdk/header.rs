@@ -2,7 +2,7 @@
 //! it). Little endian; sizes and places are in sectors.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES, MAX_TABLE_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
+use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -12,9 +12,11 @@ pub(super) const COWD: [u8; 4] = *b"COWD";
 /// Bytes of a KDMV header.
 pub(super) const KDMV_BYTES: usize = 512;
 /// Where the unclean mark is in it.
-pub(super) const UNCLEAN_AT: u64 = 72;
+pub(super) const UNCLEAN_AT: usize = 72;
 /// A directory offset that says: look into the footer.
 const IN_FOOTER: u64 = u64::MAX;
+/// Largest directory: 2 TiB of COWD's smallest grains, 32 TiB of the usual ones.
+const MAX_DIRECTORY_BYTES: u64 = 4 << 20;
 /// Entries of a table of COWD.
 const COWD_ENTRIES: u32 = 4096;
 
@@ -137,7 +139,10 @@ impl SparseHeader {
     fn of_kdmv(raw: &RawKdmv, file_bytes: u64) -> Result<Self> {
         let (version, flags) = (raw.version.get(), raw.flags.get());
         if !(1..=3).contains(&version) {
-            return Err(Error::new(ErrorKind::Unsupported, format!("version {version} of VMDK is not known")));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("version {version} of VMDK is not known"),
+            ));
         }
         if flags & !KNOWN_FLAGS != 0 {
             let what = format!("unknown flags {:#x} in the header", flags & !KNOWN_FLAGS);
@@ -192,7 +197,8 @@ impl SparseHeader {
         };
         let header = header.checked(file_bytes)?;
         if u64::from(raw.directory_entries.get()) < header.tables() {
-            let what = format!("a directory of {} entries for {} tables", raw.directory_entries, header.tables());
+            let what =
+                format!("a directory of {} entries for {} tables", raw.directory_entries, header.tables());
             return Err(corrupt(what));
         }
         Ok(header)
@@ -203,7 +209,9 @@ impl SparseHeader {
         if self.disk_bytes == 0 || self.disk_bytes > MAX_DISK_BYTES {
             return Err(corrupt(format!("an extent of {} bytes", self.disk_bytes)));
         }
-        if !self.grain_bytes.is_power_of_two() || !(MIN_BLOCK_BYTES..=MAX_BLOCK_BYTES).contains(&self.grain_bytes) {
+        // ESX's own snapshots have grains of one sector.
+        let least = if self.kdmv_version.is_some() { MIN_BLOCK_BYTES } else { SECTOR_BYTES };
+        if !self.grain_bytes.is_power_of_two() || !(least..=MAX_BLOCK_BYTES).contains(&self.grain_bytes) {
             return Err(corrupt(format!("grains of {} bytes", self.grain_bytes)));
         }
         if !self.entries.is_power_of_two() || !(128..=COWD_ENTRIES).contains(&self.entries) {
@@ -213,7 +221,8 @@ impl SparseHeader {
         let inside = |at: HostOffset| {
             at.0 >= SECTOR_BYTES && at.checked_add(bytes).is_some_and(|end| end.0 <= file_bytes)
         };
-        if bytes > MAX_TABLE_BYTES || !inside(self.directory_at) || !self.redundant_at.is_none_or(inside) {
+        if bytes > MAX_DIRECTORY_BYTES || !inside(self.directory_at) || !self.redundant_at.is_none_or(inside)
+        {
             return Err(corrupt(format!(
                 "the directory of {bytes} bytes at byte {} lies behind the file's end at {file_bytes}",
                 self.directory_at.0

@@ -2,7 +2,7 @@
 //! at the end of the file, rounded up to a sector.
 
 use super::super::bytes::Bytes;
-use super::Order;
+use super::{Order, carry_out};
 
 const FIRST_ENTRY: u64 = 64;
 
@@ -44,13 +44,7 @@ pub(in super::super) fn append(
     };
     let entry = u32::try_from(place / 512).expect("a small file");
     let writes = [(place, data.to_vec()), (FIRST_ENTRY + u64::from(block) * 4, entry.to_le_bytes().to_vec())];
-    let order = if order == Order::DataFirst { [0, 1] } else { [1, 0] };
-    for i in order {
-        let (off, bytes) = &writes[i];
-        b.write(*off, bytes);
-        let mut whole = b.clone();
-        whole.set_len(b.len().max(place + block_bytes(b)));
-        after(&whole);
-    }
+    let end = place + block_bytes(b);
+    carry_out(b, &writes, end, order, after);
     true
 }

@@ -116,6 +116,8 @@ impl Case<'_> {
             Kind::Vhd => (op.off.0 - 2048.min(op.off.0)) % 4608 >= 512,
             Kind::VhdDiff => (op.off.0 - 2560.min(op.off.0)) % 4608 >= 512,
             Kind::Parallels | Kind::ParallelsDiff => op.off.0 >= 4096,
+            // one table and its copy before grains of 4 KiB
+            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
             _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
@@ -186,6 +188,16 @@ fn every_operation_may_fail_raw() {
 #[test]
 fn every_operation_may_fail_vdi() {
     every_fault(Kind::Vdi);
+}
+
+#[test]
+fn every_operation_may_fail_vmdk() {
+    every_fault(Kind::Vmdk);
+}
+
+#[test]
+fn every_operation_may_fail_vmdk_diff() {
+    every_fault(Kind::VmdkZeroed);
 }
 
 #[test]

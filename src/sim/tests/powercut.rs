@@ -60,6 +60,21 @@ fn powercut_in_small_workloads_parallels_diff() {
     workloads(Kind::ParallelsDiff);
 }
 
+#[test]
+fn powercut_in_small_workloads_vmdk() {
+    workloads(Kind::Vmdk);
+}
+
+#[test]
+fn powercut_in_small_workloads_vmdk_diff() {
+    workloads(Kind::VmdkDiff);
+}
+
+#[test]
+fn powercut_in_small_workloads_vmdk_zeroed() {
+    workloads(Kind::VmdkZeroed);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -116,6 +131,21 @@ fn powercut_after_kills_parallels() {
 #[test]
 fn powercut_after_kills_parallels_diff() {
     killed(Kind::ParallelsDiff);
+}
+
+#[test]
+fn powercut_after_kills_vmdk() {
+    killed(Kind::Vmdk);
+}
+
+#[test]
+fn powercut_after_kills_vmdk_diff() {
+    killed(Kind::VmdkDiff);
+}
+
+#[test]
+fn powercut_after_kills_vmdk_zeroed() {
+    killed(Kind::VmdkZeroed);
 }
 
 #[test]

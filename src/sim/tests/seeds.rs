@@ -27,6 +27,15 @@ fn pages_of_tables_are_loaded_in_the_midst_of_it() {
     assert_eq!(loads(), before, "the others hold them whole");
 }
 
+/// An entry whose write failed after its effect: what it names is seen once the process is gone that knew better.
+#[test]
+fn a_failed_entry_may_be_seen_by_the_next_process() {
+    for kind in [Kind::Diff, Kind::DiffDiscard] {
+        let p = play(&Play { kind: Some(kind), ..Play::seed(393) });
+        assert!(p.wrong.is_none(), "{kind:?}: {:?}", p.wrong);
+    }
+}
+
 /// Seeds of this run: as many as VDBLK_SEEDS says.
 fn seeds() -> u64 {
     let default = if cfg!(debug_assertions) { 500 } else { 3000 };

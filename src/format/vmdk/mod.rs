@@ -1,0 +1,32 @@
+//! VMDK, VMware's disk image: a descriptor that lists extents, and the extents: sparse, flat or nothing but zeros.
+//! docs/formats/vmdk.md tells the facts and the orders of our writes.
+
+mod check;
+mod create;
+mod descriptor;
+mod header;
+mod layout;
+mod map;
+mod open;
+mod places;
+mod repair;
+mod sparse;
+mod table;
+mod text;
+mod writer;
+
+pub(super) use descriptor::is_descriptor;
+pub use map::VmdkMap;
+
+use super::Driver;
+
+/// VMDK as one of the formats.
+pub(super) const DRIVER: Driver = Driver {
+    open: |files, how| Ok(Box::new(open::open(files, how)?)),
+    references: Some(open::references),
+    check: Some(check::check),
+    repair: Some(repair::repair),
+    blueprint: Some(create::blueprint),
+    keeps_comment: true,
+    keeps_geometry: true,
+};

@@ -1,0 +1,223 @@
+//! Putting a VMDK right without losing anything that is still there.
+//!
+//! - An entry whose grain lies wholly behind the end of the file becomes what its copy says, if that is there and belongs
+//!   to no other grain; otherwise the grain becomes free.
+//! - A grain cut off by the end of the file is filled up with zeros.
+//! - The copies of the tables are written anew.
+//! - Holes are filled from the end, the file is cut, and the mark that somebody writes is taken off.
+//!
+//! Grains upon each other or upon metadata are told, and nothing is done about them.
+//!
+//! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written over a
+//! place before the entry that named it is durably gone.
+
+use super::super::ImageFile;
+use super::super::report::{CheckReport, Repair, RepairStep};
+use super::check::{Examined, Extent, examine};
+use super::header::UNCLEAN_AT;
+use super::layout::Entry;
+use super::places::{Dense, sector_of};
+use super::table::{ENTRY_BYTES, page_entries};
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::{MAX_CHECK_LINES, SECTOR_BYTES};
+use crate::map::{FileId, HostOffset};
+use std::collections::{BTreeSet, HashSet};
+
+/// Plans the repair of an image. Nothing is written.
+///
+/// # Errors
+/// As [`super::super::repair`].
+pub(super) fn repair(files: &[ImageFile<'_>]) -> Result<Repair> {
+    let hopeless = |report: &CheckReport| {
+        let first = report.findings.iter().find(|f| !f.repairable).map_or("unknown", |f| &f.text);
+        Error::new(ErrorKind::Corrupt, format!("cannot be repaired: {first}"))
+    };
+    let Examined { extents, report } = examine(files)?.map_err(|report| hopeless(&report))?;
+    if report.unrepairable > 0 {
+        return Err(hopeless(&report));
+    }
+    let mut plan = Repair { report, lines: Vec::new(), steps: Vec::new() };
+    if plan.report.is_clean() {
+        return Ok(plan);
+    }
+    let (mut lines, mut untold) = (Vec::new(), 0u64);
+    for extent in extents.into_iter().filter(|e| !e.read_only) {
+        let mut work = Work::new(extent);
+        work.bring_back();
+        work.fill_up();
+        work.write_pages();
+        work.make_dense();
+        work.take_mark_off();
+        let room = MAX_CHECK_LINES.saturating_sub(lines.len());
+        untold += work.lines.len().saturating_sub(room) as u64;
+        lines.extend(work.lines.into_iter().take(room));
+        plan.steps.extend(work.steps);
+    }
+    if untold > 0 {
+        lines.push(format!("and {untold} things more"));
+    }
+    plan.lines = lines;
+    Ok(plan)
+}
+
+struct Work<'a> {
+    extent: Extent<'a>,
+    file: FileId,
+    file_bytes: u64,
+    /// Pages of the tables that differ from the file, and pages of their copies that do.
+    pages: BTreeSet<u64>,
+    copies: BTreeSet<u64>,
+    lines: Vec<String>,
+    steps: Vec<RepairStep>,
+}
+
+impl<'a> Work<'a> {
+    fn new(extent: Extent<'a>) -> Self {
+        let file = extent.file.id;
+        let n = u64::from(page_entries(extent.layout.header.entries));
+        let mut work = Work {
+            file,
+            file_bytes: extent.file.source.len(),
+            pages: BTreeSet::new(),
+            copies: BTreeSet::new(),
+            lines: Vec::new(),
+            steps: vec![RepairStep::Sync { file }],
+            extent,
+        };
+        if let Some(copy) = &work.extent.copy {
+            let differ = (0u64..).zip(work.extent.entries.iter().zip(copy)).filter(|(_, (a, b))| a != b);
+            work.copies = differ.map(|(i, _)| i / n).collect();
+        }
+        if !work.copies.is_empty() {
+            work.say(format!("{} pages of the redundant tables: written anew", work.copies.len()));
+        }
+        work
+    }
+
+    fn say(&mut self, line: String) {
+        self.lines.push(line);
+    }
+
+    fn set(&mut self, grain: u64, value: u32) {
+        let i = usize::try_from(grain).expect("a table in memory");
+        self.extent.entries[i] = value;
+        let page = grain / u64::from(page_entries(self.extent.layout.header.entries));
+        self.pages.insert(page);
+        if self.extent.copy.is_some() {
+            self.copies.insert(page);
+        }
+    }
+
+    fn bring_back(&mut self) {
+        let layout = &self.extent.layout;
+        let size = layout.header.grain_bytes;
+        let places: HashSet<u64> = self
+            .extent
+            .entries
+            .iter()
+            .zip(0..layout.grains())
+            .filter_map(|(e, _)| match layout.entry(*e) {
+                Entry::At(at) => Some([at.0 / size, at.0.div_ceil(size)]),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        let mut taken = places;
+        for grain in std::mem::take(&mut self.extent.gone) {
+            let layout = &self.extent.layout;
+            let i = usize::try_from(grain).expect("a table in memory");
+            let other = self.extent.copy.as_ref().map_or(0, |c| c[i]);
+            let found = match layout.entry(other) {
+                Entry::At(at) if layout.can_hold(at, grain, self.file_bytes) => {
+                    let own = [at.0 / size, at.0.div_ceil(size)];
+                    let free = own.iter().all(|p| !taken.contains(p));
+                    taken.extend(own);
+                    free.then_some(other)
+                }
+                _ => None,
+            };
+            let line = match found {
+                Some(_) => format!("grain {grain}: brought back by the redundant table"),
+                None => format!("grain {grain}: freed, its place lies behind the file's end"),
+            };
+            self.set(grain, found.unwrap_or(0));
+            self.say(line);
+        }
+    }
+
+    fn fill_up(&mut self) {
+        let size = self.extent.layout.header.grain_bytes;
+        if self.extent.needed.0 > self.file_bytes {
+            let to = HostOffset(self.extent.needed.0.next_multiple_of(size));
+            self.say(format!("file: filled up with {} bytes of zeros", to.0 - self.file_bytes));
+            self.set_len(to);
+            self.steps.push(RepairStep::Sync { file: self.file });
+        }
+    }
+
+    fn set_len(&mut self, to: HostOffset) {
+        self.steps.push(RepairStep::SetLen { file: self.file, to });
+        self.file_bytes = to.0;
+    }
+
+    /// Tables first: a copy never names what they do not.
+    fn write_pages(&mut self) {
+        let file = self.file;
+        let main = std::mem::take(&mut self.pages);
+        let copies = std::mem::take(&mut self.copies);
+        let layout = &self.extent.layout;
+        let both = [(main, Some(&layout.directory)), (copies, layout.redundant.as_ref())];
+        let n = u64::from(page_entries(layout.header.entries));
+        for (pages, directory) in both {
+            for page in &pages {
+                let Some(at) = directory.and_then(|d| layout.entry_at(d, page * n)) else { continue };
+                let from = usize::try_from(page * n).expect("a table in memory");
+                let len = usize::try_from(n).expect("a page");
+                let entries = &self.extent.entries[from..from + len];
+                let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_le_bytes()).collect();
+                debug_assert_eq!(bytes.len() as u64, n * ENTRY_BYTES);
+                self.steps.push(RepairStep::Write { file, at, bytes });
+            }
+            if !pages.is_empty() {
+                self.steps.push(RepairStep::Sync { file });
+            }
+        }
+    }
+
+    fn make_dense(&mut self) {
+        let (file, len) = (self.file, self.extent.layout.header.grain_bytes);
+        let grid = self.extent.layout.data_at;
+        let entries = self.extent.entries.clone();
+        let dense = Dense::plan(&self.extent.layout, grid, &|| entries.iter().copied(), u64::MAX);
+        for m in &dense.moves {
+            // the last grain of the disk need not be whole in the file
+            if m.from.0 + len > self.file_bytes {
+                self.set_len(m.from.plus(len));
+            }
+            self.steps.push(RepairStep::Copy { file, from: m.from, to: m.to, len });
+        }
+        if !dense.moves.is_empty() {
+            self.say(format!("{} grains: moved into holes", dense.moves.len()));
+            self.steps.push(RepairStep::Sync { file });
+            dense.moves.iter().for_each(|m| self.set(m.grain, sector_of(m.to)));
+            self.write_pages();
+        }
+        if self.file_bytes > dense.end.0 {
+            self.say(format!("file: cut from {} to {} bytes", self.file_bytes, dense.end.0));
+            self.set_len(dense.end);
+            self.steps.push(RepairStep::Sync { file });
+        }
+    }
+
+    fn take_mark_off(&mut self) {
+        if !self.extent.layout.header.unclean {
+            return;
+        }
+        // a byte: written whole, or not at all
+        let at = HostOffset(UNCLEAN_AT as u64);
+        debug_assert!(at.0 < SECTOR_BYTES);
+        self.steps.push(RepairStep::Write { file: self.file, at, bytes: vec![0] });
+        self.steps.push(RepairStep::Sync { file: self.file });
+        self.say("the mark that somebody writes: taken off".to_string());
+    }
+}
