@@ -71,6 +71,8 @@ pub const MAX_UNIT_BYTES: u32 = 4 << 20;
 pub const UNIT_CACHE_BYTES: usize = 16 << 20;
 /// Packed units of one disk that are on their way at a time; others wait.
 pub const MAX_UNITS_LOADING: usize = 8;
+/// Largest property list of a DMG: chunks of 256 KiB for 150 GiB.
+pub const MAX_PLIST_BYTES: u64 = 32 << 20;
 /// Bytes of the window a packed unit may ask for to be unpacked.
 pub const MAX_UNPACK_WINDOW: u64 = 8 << 20;
 /// Pages of second-level tables that one image keeps, in bytes.

@@ -1,17 +1,19 @@
 //! Images that other programs made: every byte of the good ones, a clear refusal of the broken ones.
 //!
 //! tests/fixtures holds the small ones. `VDBLK_FIXTURES=DIR` names a folder with the whole unpacked set and its
-//! manifests; then all of its raw and VDI images are read.
+//! manifests; then all of its raw, VDI and DMG images are read.
 
 mod format_support;
 
-use format_support::{FileSource, Layer, data_pieces, fixtures, range_of, read, read_all};
+use format_support::{FileSource, Layer, data_pieces, dmg_fixtures, fixtures, range_of, read, read_all};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use vdblk::error::{Error, ErrorKind};
 use vdblk::format::{Format, OpenHow, detect, open_single, vdi};
-use vdblk::map::{FileId, ImageMap};
+use vdblk::map::{ExtentKind, ExtentList, FileId, ImageMap, Intent};
+use vdblk::vd::unpack;
 
 const BIG: u64 = 64 << 20;
 
@@ -216,6 +218,121 @@ fn broken_images_can_be_checked() {
     }
 }
 
+/// `vdimg convert` of a DMG to a raw file: through a disk's channels, which unpack on demand.
+fn convert_dmg(file: &str, to: &Path) -> Output {
+    let mut vdimg = Command::new(env!("CARGO_BIN_EXE_vdimg"));
+    let from = dmg_fixtures().join(file);
+    vdimg.args(["convert", "--output-format", "raw"]).args([from.as_path(), to]).output().expect("vdimg")
+}
+
+#[test]
+fn good_dmgs_read_byte_for_byte() {
+    let good = table("dmg-good.json");
+    assert_eq!(good.len(), 8);
+    let dir = tempfile::tempdir().expect("temporary folder");
+    for e in &good {
+        let chain = open_by_table(dmg_fixtures(), e);
+        assert_eq!(chain.leaf().limits().size_bytes, e["size"].as_u64().expect("size"), "{e}");
+        assert_content(e, &chain);
+        let to = dir.path().join(text(&e["id"]));
+        let done = convert_dmg(text(&e["chain"][0]), &to);
+        assert!(done.status.success(), "{e}: {}", String::from_utf8_lossy(&done.stderr));
+        assert_eq!(hex(&std::fs::read(&to).expect("the copy")), text(&e["sha256"]), "{e}");
+    }
+}
+
+/// Refused in one line where the trailer or the property list is broken; a damaged chunk fails where it is read.
+#[test]
+fn broken_dmgs_are_refused_or_fail_where_they_are_broken() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let read = OpenHow { read_only: true, info_only: false };
+    let (mut refused, mut failed) = (0, 0);
+    for e in table("dmg-broken.json") {
+        let path = dmg_fixtures().join(text(&e["file"]));
+        let source = FileSource::open(&path);
+        let opened = open_single(Format::Dmg, &source, FileId(0), read);
+        if let Some(word) = e["refused_with"].as_str() {
+            let line = opened.expect_err(text(&e["id"])).to_string();
+            assert!(line.contains(word) && !line.contains('\n'), "{}: {line}", e["id"]);
+            refused += 1;
+        } else {
+            drop(opened.expect("only a chunk is damaged"));
+            let done = convert_dmg(text(&e["file"]), &dir.path().join("copy"));
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert!(
+                !done.status.success() && said.contains("offset 0 of its disk: Input/output error"),
+                "{said}"
+            );
+            failed += 1;
+        }
+    }
+    assert_eq!((refused, failed), (3, 1));
+}
+
+/// Every piece is inside the file, and unpacking it ends well or with an error. False if one does not unpack.
+fn every_piece_ends(map: &dyn ImageMap, bytes: &[u8]) -> bool {
+    let mut rest = range_of(0, map.limits().size_bytes);
+    let mut sound = true;
+    while !rest.is_empty() {
+        let mut list = ExtentList::new();
+        map.map(rest, Intent::Read, &mut list).expect("the table is in memory");
+        for e in list.as_slice() {
+            match e.kind {
+                ExtentKind::Packed { packed, .. } => {
+                    let from = &bytes[packed.off.0 as usize..][..packed.len as usize];
+                    sound &= unpack(packed.codec, from, &mut vec![0; packed.unit as usize]).is_ok();
+                }
+                ExtentKind::Data { off, .. } => assert!(off.0 + e.len <= bytes.len() as u64),
+                ExtentKind::Zero => {}
+                ExtentKind::Parent => panic!("a DMG has no parent"),
+            }
+        }
+        rest = rest.skip(list.covered());
+    }
+    sound
+}
+
+/// Bytes anywhere in the file are changed: half of the times in the tables, which stand at its end.
+#[test]
+fn changed_dmgs_are_refused_or_read() {
+    let read = OpenHow { read_only: true, info_only: false };
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut below = |n: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % n
+    };
+    let (mut refused, mut failed, mut sound) = (0, 0, 0);
+    for file in ["dmg-lzfse.dmg", "dmg-lzma.dmg", "dmg-adc.dmg", "dmg-zlib.dmg"] {
+        let whole = std::fs::read(dmg_fixtures().join(file)).expect("a fixture");
+        for _ in 0..80 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + below(4) {
+                let within = if below(2) == 0 { bytes.len() as u64 } else { 3000 };
+                let at = bytes.len() - 1 - below(within) as usize;
+                bytes[at] ^= 1 << below(8);
+            }
+            match open_single(Format::Dmg, &bytes, FileId(0), read) {
+                Ok(map) if every_piece_ends(&*map, &bytes) => sound += 1,
+                Ok(_) => failed += 1,
+                Err(e) => {
+                    assert!(!e.to_string().contains('\n'), "{e}");
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(refused > 20 && failed > 20 && sound > 20, "{refused} refused, {failed} failed, {sound} sound");
+}
+
+#[test]
+fn a_dmg_is_opened_for_reading_only() {
+    let source = FileSource::open(&dmg_fixtures().join("dmg-zlib.dmg"));
+    let e = open_single(Format::Dmg, &source, FileId(0), OpenHow::default()).expect_err("writing");
+    assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("--overlay"), "{e}");
+}
+
 /// A manifest entry of the whole set in the form of good.json.
 fn from_manifest(e: &Value) -> Value {
     let chain = if e["chain"].is_array() { e["chain"].clone() } else { serde_json::json!([e["file"]]) };
@@ -235,8 +352,8 @@ fn whole_set_reads_byte_for_byte() {
     let manifest: Value =
         serde_json::from_slice(&std::fs::read(dir.join("manifest.json")).expect("manifest")).expect("JSON");
     let images = list(&manifest["images"]).iter();
-    let ours: Vec<_> = images.filter(|e| e["format"] == "VDI" || e["format"] == "RAW").collect();
-    assert_eq!(ours.len(), 37);
+    let ours: Vec<_> = images.filter(|e| ["VDI", "RAW", "DMG"].contains(&text(&e["format"]))).collect();
+    assert_eq!(ours.len(), 43);
     for e in ours {
         let entry = from_manifest(e);
         let chain = open_by_table(&dir, &entry);
@@ -246,5 +363,5 @@ fn whole_set_reads_byte_for_byte() {
         }
         assert_content(&entry, &chain);
     }
-    eprintln!("37 images of {} read, 36 compared, 1 is encrypted", dir.display());
+    eprintln!("43 images of {} read, 42 compared, 1 is encrypted", dir.display());
 }

@@ -7,6 +7,7 @@ mod blocks;
 mod blueprint;
 mod bytes;
 mod detect;
+pub mod dmg;
 pub mod parallels;
 pub mod qcow2;
 pub mod raw;
@@ -124,6 +125,7 @@ impl Format {
             Format::Parallels => Some(&parallels::DRIVER),
             Format::Qcow2 => Some(&qcow2::DRIVER),
             Format::Vmdk => Some(&vmdk::DRIVER),
+            Format::Dmg => Some(&dmg::DRIVER),
             _ => None,
         }
     }

@@ -13,6 +13,14 @@ pub enum Codec {
     Zlib,
     /// Zstandard frames (RFC 8878).
     Zstd,
+    /// Apple Data Compression.
+    Adc,
+    /// A bzip2 stream.
+    Bzip2,
+    /// Apple's LZFSE, LZVN blocks included.
+    Lzfse,
+    /// LZMA2 in an xz stream.
+    Xz,
 }
 
 /// A unit of the disk that lies packed in a file.

@@ -5,6 +5,7 @@
 //! look-ups and operations in place need nothing else; where metadata has to change, the slot takes the claim on
 //! the unit, compares, asks the format for a plan, and runs it.
 
+mod adc;
 mod advance;
 mod allocate;
 mod bounce;
