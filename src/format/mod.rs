@@ -7,8 +7,11 @@ mod blocks;
 mod blueprint;
 mod bytes;
 mod detect;
+mod levels;
 pub mod parallels;
+mod qcow;
 pub mod qcow2;
+mod qed;
 pub mod raw;
 mod report;
 mod sector_bits;
@@ -119,7 +122,9 @@ impl Format {
             Format::Vdi => Some(&vdi::DRIVER),
             Format::Vhd => Some(&vhd::DRIVER),
             Format::Parallels => Some(&parallels::DRIVER),
+            Format::Qcow => Some(&qcow::DRIVER),
             Format::Qcow2 => Some(&qcow2::DRIVER),
+            Format::Qed => Some(&qed::DRIVER),
             _ => None,
         }
     }

@@ -135,6 +135,12 @@ pub(crate) fn qcow2_fixtures() -> &'static Path {
     DIR.get_or_init(|| unpacked("qcow2"))
 }
 
+/// The same for QED and QCOW.
+pub(crate) fn qed_fixtures() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| unpacked("qed"))
+}
+
 fn unpacked(format: &str) -> PathBuf {
     let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{format}.tar.zst"));
     let packed = std::fs::read(packed).expect("fixtures");
