@@ -85,9 +85,7 @@ fn raw_is_never_guessed() {
 fn formats_that_are_not_supported_yet() {
     let dir = scratch();
     let d = dir.path();
-    for (file, start) in
-        [("a.vmdk", &b"KDMV"[..]), ("a.qcow2", b"QFI\xfb\0\0\0\x03"), ("a.vhdx", b"vhdxfile")]
-    {
+    for (file, start) in [("a.vmdk", &b"KDMV"[..]), ("a.vhdx", b"vhdxfile")] {
         let mut bytes = vec![0; 8192];
         bytes[..start.len()].copy_from_slice(start);
         fs::write(d.join(file), &bytes).expect("write");
@@ -96,7 +94,7 @@ fn formats_that_are_not_supported_yet() {
             assert!(line.starts_with(file) && line.contains("not supported yet"), "{args}: {line}");
         }
     }
-    for format in ["vmdk", "vhd", "vhdx", "qcow", "qcow2", "qed", "parallels", "dmg"] {
+    for format in ["vmdk", "vhdx", "qcow", "qcow2", "qed", "dmg"] {
         let line = fails(d, 1, &format!("create --format {format} --size 1M new.raw"));
         assert!(line.contains("cannot be created yet"), "{line}");
     }
