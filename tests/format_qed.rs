@@ -129,6 +129,64 @@ fn broken_images_are_refused_or_fail_where_they_are_broken() {
     assert_eq!((refused, failed, whole), (15, 7, 1));
 }
 
+fn vdimg(args: &[&str], file: &Path) -> (Option<i32>, String) {
+    let out = Command::new(env!("CARGO_BIN_EXE_vdimg")).args(args).arg(file).output().expect("vdimg");
+    let said = [out.stdout, out.stderr].concat();
+    (out.status.code(), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// Those of killed writers are repaired, and then show what they did before.
+#[test]
+fn checks_are_clean_and_crashed_images_are_repaired() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut repaired = 0;
+    for e in table("qed-good.json") {
+        let files = e["chain"].as_array().expect("a list");
+        let file = text(files.last().expect("a leaf"));
+        let (code, said) = vdimg(&["check"], &qed_fixtures().join(file));
+        if !file.starts_with("crash") {
+            assert_eq!(code, Some(0), "{file}: {said}");
+            continue;
+        }
+        let copy = dir.path().join(file);
+        std::fs::copy(qed_fixtures().join(file), &copy).expect("a copy");
+        let (mended, said) = vdimg(&["repair"], &copy);
+        assert_eq!(mended, Some(0), "{file}: {said}");
+        let (now, said) = vdimg(&["check"], &copy);
+        assert_eq!(now, Some(0), "{file}: {said}");
+        let source = FileSource::open(&copy);
+        let map = open_single(Format::Qed, &source, FileId(0), READ).expect("an image");
+        assert_eq!(hex(&read_all(&[Layer { map: &*map, bytes: &source }])), text(&e["sha256"]), "{file}");
+        repaired += u32::from(code != Some(0));
+    }
+    assert!(repaired > 0, "one of the crashed images needs a repair");
+}
+
+/// What cannot be read is found; a repair makes it free, or says why it does not, and changes nothing then.
+#[test]
+fn broken_images_are_found_and_repaired_or_left_alone() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let (mut repaired, mut left) = (0, 0);
+    for e in table("qed-broken.json") {
+        let from = qed_fixtures().join(text(&e["file"]));
+        let copy = dir.path().join(from.file_name().expect("a name"));
+        std::fs::copy(&from, &copy).expect("a copy");
+        let (found, said) = vdimg(&["check"], &copy);
+        assert!(matches!(found, Some(1..=3)), "{e}: {said}");
+        let (mended, said) = vdimg(&["repair"], &copy);
+        if mended == Some(0) {
+            assert!(e["refused_with"].is_null(), "{e}: {said}");
+            let (now, said) = vdimg(&["check"], &copy);
+            assert_eq!(now, Some(0), "{e}: {said}");
+            repaired += 1;
+        } else {
+            assert!(std::fs::read(&copy).unwrap() == std::fs::read(&from).unwrap(), "{e}: {said}");
+            left += 1;
+        }
+    }
+    assert_eq!((repaired, left), (7, 16));
+}
+
 /// Goes through the whole disk; whether some look-up fails.
 fn reads_fail(map: &dyn ImageMap, source: &FileSource) -> bool {
     let (mut at, mut failed) = (0, false);

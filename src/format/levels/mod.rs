@@ -2,9 +2,12 @@
 //! *nothing here*. The first level is kept whole, the second in pages.
 
 mod map;
+mod survey;
 
 pub(super) use map::LevelMap;
+pub(super) use survey::{Extra, Survey};
 
+use super::report::{CheckReport, Repair};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{META_PAGE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
@@ -188,6 +191,34 @@ impl Geometry {
         Err(Error::new(ErrorKind::Corrupt, format!("the first-level table at byte {at} {how}")))
     }
 }
+
+/// The check of an image whose header `read` reads.
+///
+/// # Errors
+/// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading.
+pub(super) fn check(source: &dyn ByteSource, read: ReadHeader) -> Result<CheckReport> {
+    let examined = read(source).and_then(|(geometry, extra)| Survey::of(source, geometry, extra));
+    match examined {
+        Ok(survey) => Ok(survey.report),
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Limit) => Ok(CheckReport::hopeless(&e)),
+        Err(e) => Err(e),
+    }
+}
+
+/// The repair of such an image. Nothing is written.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where the header is wrong, [`ErrorKind::Unsupported`] for what is not repaired; otherwise as [`check`].
+pub(super) fn repair(source: &dyn ByteSource, read: ReadHeader) -> Result<Repair> {
+    let (geometry, extra) = read(source).map_err(|e| match e.kind() {
+        ErrorKind::Corrupt => Error::new(ErrorKind::Corrupt, format!("cannot be repaired: {e}")),
+        _ => e,
+    })?;
+    Survey::of(source, geometry, extra)?.repair()
+}
+
+/// Where everything is, and what a check has to know besides.
+pub(super) type ReadHeader = fn(&dyn ByteSource) -> Result<(Geometry, Extra)>;
 
 /// A parent's name of `len` bytes at `at`.
 ///

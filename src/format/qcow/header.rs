@@ -1,7 +1,7 @@
 //! The header: 48 bytes, big endian. Offsets in docs/formats/qcow.md.
 
 use super::super::bytes::{be32, be64};
-use super::super::levels::{Dialect, Geometry, read_name};
+use super::super::levels::{Dialect, Extra, Geometry, read_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset, ImageInfo};
@@ -21,6 +21,8 @@ pub(super) struct Header {
     disk_bytes: u64,
     l1_at: u64,
     backing: Option<String>,
+    /// Where the parent's name ends.
+    name_end: u64,
 }
 
 fn corrupt(what: impl Into<String>) -> Error {
@@ -59,11 +61,12 @@ impl Header {
             1 => return Err(unsupported("it is encrypted (AES), which is not supported")),
             n => return Err(unsupported(format!("it is encrypted by method {n}, which is not known"))),
         }
-        let backing = match (long(8), word(16)) {
-            (0, _) | (_, 0) => None,
-            (at, len) => Some(read_name(source, at, len)?),
+        let (backing, name_end) = match (long(8), word(16)) {
+            (0, _) | (_, 0) => (None, 0),
+            (at, len) => (Some(read_name(source, at, len)?), at + u64::from(len)),
         };
-        Ok(Header { cluster_bits: raw[32], l2_bits: raw[33], disk_bytes: long(24), l1_at: long(40), backing })
+        let (cluster_bits, l2_bits) = (raw[32], raw[33]);
+        Ok(Header { cluster_bits, l2_bits, disk_bytes: long(24), l1_at: long(40), backing, name_end })
     }
 
     /// Where everything is.
@@ -103,6 +106,11 @@ impl Header {
         }
         geometry.check_l1(MAX_L1_BYTES)?;
         Ok(geometry)
+    }
+
+    pub(super) fn extra(&self, g: &Geometry) -> Extra {
+        let l1_end = g.l1_at + g.l1_entries() * 8;
+        Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end), mark: None }
     }
 
     pub(super) fn info(&self) -> ImageInfo {

@@ -1,22 +1,24 @@
 //! The header: 64 bytes, little endian. Offsets in docs/formats/qed.md.
 
-use super::super::levels::{Dialect, Geometry, read_name};
+use super::super::levels::{Dialect, Extra, Geometry, read_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_DISK_BYTES, MAX_TABLE_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset, ImageInfo};
 
 /// The first four bytes.
-pub(super) const MAGIC: &[u8; 4] = b"QED\0";
+const MAGIC: &[u8; 4] = b"QED\0";
 /// Bytes of the fields.
-pub(super) const FIELD_BYTES: usize = 64;
+const FIELD_BYTES: usize = 64;
+/// Where the features are.
+const FEATURES_AT: u64 = 16;
 /// There is a backing file.
-pub(super) const BACKING: u64 = 1;
+const BACKING: u64 = 1;
 /// The tables may not be right: the last writer did not close the image.
-pub(super) const NEED_CHECK: u64 = 1 << 1;
+const NEED_CHECK: u64 = 1 << 1;
 /// The backing file is raw, whatever it looks like.
-pub(super) const BACKING_RAW: u64 = 1 << 2;
+const BACKING_RAW: u64 = 1 << 2;
 /// Sizes of clusters.
-pub(super) const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 4096..=64 << 20;
+const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 4096..=64 << 20;
 
 /// The header, as far as it is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub(super) struct Header {
     l1_at: u64,
     disk_bytes: u64,
     backing: Option<String>,
+    /// Where the parent's name ends.
+    name_end: u64,
 }
 
 fn corrupt(what: impl Into<String>) -> Error {
@@ -60,6 +64,7 @@ impl Header {
             l1_at: long(40),
             disk_bytes: long(48),
             backing: None,
+            name_end: 0,
         };
         let unknown = header.features & !(BACKING | NEED_CHECK | BACKING_RAW);
         if unknown != 0 {
@@ -69,6 +74,7 @@ impl Header {
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
         if header.features & BACKING != 0 {
+            header.name_end = u64::from(word(56)) + u64::from(word(60));
             header.backing = Some(read_name(source, u64::from(word(56)), word(60))?);
         }
         Ok(header)
@@ -116,6 +122,13 @@ impl Header {
         }
         geometry.check_l1(MAX_TABLE_BYTES)?;
         Ok(geometry)
+    }
+
+    pub(super) fn extra(&self, g: &Geometry) -> Extra {
+        let l1_end = g.l1_at + g.table_bytes;
+        let byte = u8::try_from(self.features & !NEED_CHECK).expect("no other features are known");
+        let mark = (self.features & NEED_CHECK != 0).then_some((FEATURES_AT, byte));
+        Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end), mark }
     }
 
     pub(super) fn info(&self) -> ImageInfo {

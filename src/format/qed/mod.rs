@@ -2,8 +2,10 @@
 
 mod header;
 
-use super::levels::LevelMap;
+use super::levels::{self, Extra, Geometry, LevelMap};
 use super::{Driver, ImageFile, only};
+use crate::error::Result;
+use crate::map::ByteSource;
 
 /// QED as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
@@ -14,9 +16,16 @@ pub(super) const DRIVER: Driver = Driver {
         Ok(Box::new(LevelMap::open(source, id, how, geometry, header.info())?))
     },
     references: None,
-    check: None,
-    repair: None,
+    check: Some(|files| levels::check(only(files).source, examine)),
+    repair: Some(|files| levels::repair(only(files).source, examine)),
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,
 };
+
+/// For checks and repairs.
+fn examine(source: &dyn ByteSource) -> Result<(Geometry, Extra)> {
+    let header = header::Header::read(source)?;
+    let geometry = header.geometry(source.len())?;
+    Ok((geometry, header.extra(&geometry)))
+}
