@@ -47,7 +47,7 @@ struct Args {
     /// The image to serve: a file, or a block device with --format raw
     #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
-    /// Its format: raw, vdi, vmdk, vhd, qcow2 or parallels [default: what extension and contents agree on; the extension .raw says raw]
+    /// Its format: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels or dmg [default: what extension and contents agree on; the extension .raw says raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
     /// A parent of the image, base first (repeatable). Those that are not named are searched by UUID: in the folders of

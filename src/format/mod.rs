@@ -8,8 +8,11 @@ mod blueprint;
 mod bytes;
 mod detect;
 pub mod dmg;
+mod levels;
 pub mod parallels;
+mod qcow;
 pub mod qcow2;
+mod qed;
 pub mod raw;
 mod report;
 mod sector_bits;
@@ -100,38 +103,35 @@ impl Format {
         }
     }
 
-    /// True if [`open`] can open it.
-    pub fn is_supported(self) -> bool {
-        self.driver().is_some()
+    /// True if [`blueprint`] makes images of it.
+    pub fn can_be_created(self) -> bool {
+        self.driver().blueprint.is_some()
     }
 
     /// Its images have a place for a comment.
     pub fn keeps_comment(self) -> bool {
-        self.driver().is_some_and(|d| d.keeps_comment)
+        self.driver().keeps_comment
     }
 
     /// Its images have a place for a geometry of the user's choice.
     pub fn keeps_geometry(self) -> bool {
-        self.driver().is_some_and(|d| d.keeps_geometry)
+        self.driver().keeps_geometry
     }
 
     /// What vdblk knows of the format.
-    fn driver(self) -> Option<&'static Driver> {
+    fn driver(self) -> &'static Driver {
         match self {
-            Format::Raw => Some(&raw::DRIVER),
-            Format::Vdi => Some(&vdi::DRIVER),
-            Format::Vhd => Some(&vhd::DRIVER),
-            Format::Vhdx => Some(&vhdx::DRIVER),
-            Format::Parallels => Some(&parallels::DRIVER),
-            Format::Qcow2 => Some(&qcow2::DRIVER),
-            Format::Vmdk => Some(&vmdk::DRIVER),
-            Format::Dmg => Some(&dmg::DRIVER),
-            _ => None,
+            Format::Raw => &raw::DRIVER,
+            Format::Vdi => &vdi::DRIVER,
+            Format::Vhd => &vhd::DRIVER,
+            Format::Vhdx => &vhdx::DRIVER,
+            Format::Parallels => &parallels::DRIVER,
+            Format::Qcow => &qcow::DRIVER,
+            Format::Qcow2 => &qcow2::DRIVER,
+            Format::Vmdk => &vmdk::DRIVER,
+            Format::Dmg => &dmg::DRIVER,
+            Format::Qed => &qed::DRIVER,
         }
-    }
-
-    fn supported(self) -> Result<&'static Driver> {
-        self.driver().ok_or_else(|| self.unsupported())
     }
 
     /// The name as people write it in a sentence.
@@ -148,11 +148,6 @@ impl Format {
             Format::Parallels => "Parallels",
             Format::Dmg => "DMG",
         }
-    }
-
-    fn unsupported(self) -> Error {
-        let what = format!("this is {}, which is not supported yet", self.title());
-        Error::new(ErrorKind::Unsupported, what).hint("convert it to vdi or raw first")
     }
 }
 
@@ -241,7 +236,7 @@ fn only<'a>(files: &[ImageFile<'a>]) -> ImageFile<'a> {
 /// # Errors
 /// As [`open`].
 pub fn references(format: Format, first: &dyn ByteSource) -> Result<Vec<Reference>> {
-    format.supported()?.references.map_or_else(|| Ok(Vec::new()), |f| f(first))
+    format.driver().references.map_or_else(|| Ok(Vec::new()), |f| f(first))
 }
 
 /// Opens an image of `format`: its own file, and behind it those that [`references`] named.
@@ -250,7 +245,7 @@ pub fn references(format: Format, first: &dyn ByteSource) -> Result<Vec<Referenc
 /// [`ErrorKind::NotThisFormat`], [`ErrorKind::Corrupt`], [`ErrorKind::Unsupported`] or [`ErrorKind::Limit`],
 /// each with one line that names the field; [`ErrorKind::Io`] and friends from reading. Nothing was written.
 pub fn open(format: Format, files: &[ImageFile<'_>], how: OpenHow) -> Result<Box<dyn ImageMap>> {
-    (format.supported()?.open)(files, how)
+    (format.driver().open)(files, how)
 }
 
 /// Opens an image that consists of one file, whose bytes are `source` and which plans will call `file`.
@@ -276,7 +271,7 @@ pub fn open_single(
 /// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading. An image that cannot be used is no error but
 /// a report with a corruption.
 pub fn check(format: Format, files: &[ImageFile<'_>]) -> Result<Option<CheckReport>> {
-    let driver = format.supported()?;
+    let driver = format.driver();
     match driver.check {
         Some(f) => f(files).map(Some),
         // It has to be one at least.
@@ -290,7 +285,7 @@ pub fn check(format: Format, files: &[ImageFile<'_>]) -> Result<Option<CheckRepo
 /// [`ErrorKind::Corrupt`] where it is impossible, with the first reason; [`ErrorKind::Limit`]; [`ErrorKind::Unsupported`] where
 /// vdblk does not repair the format; otherwise as [`check`].
 pub fn repair(format: Format, files: &[ImageFile<'_>]) -> Result<Option<Repair>> {
-    let driver = format.supported()?;
+    let driver = format.driver();
     match (driver.repair, driver.check) {
         (Some(f), _) => f(files).map(Some),
         (None, None) => Ok(None),
@@ -306,7 +301,7 @@ pub fn repair(format: Format, files: &[ImageFile<'_>]) -> Result<Option<Repair>>
 /// # Errors
 /// [`ErrorKind::InvalidArgument`] naming the value that is not possible; [`ErrorKind::Unsupported`] for formats that are only read.
 pub fn blueprint(format: Format, new: &NewImage) -> Result<Blueprint> {
-    match format.driver().and_then(|d| d.blueprint) {
+    match format.driver().blueprint {
         Some(f) => f(new),
         None => {
             let what = format!("{} images cannot be created yet", format.title());
@@ -328,11 +323,5 @@ mod tests {
         let e = "img".parse::<Format>().unwrap_err();
         assert_eq!(e.kind(), ErrorKind::InvalidArgument);
         assert!(e.to_string().contains("raw, vdi"), "{e}");
-    }
-
-    #[test]
-    fn what_is_not_supported_is_named() {
-        let e = open_single(Format::Dmg, &vec![0u8; 512], FileId(0), OpenHow::default()).unwrap_err();
-        assert_eq!(e.to_string(), "this is DMG, which is not supported yet (convert it to vdi or raw first)");
     }
 }

@@ -142,6 +142,12 @@ pub(crate) fn dmg_fixtures() -> &'static Path {
     DIR.get_or_init(|| unpacked("dmg"))
 }
 
+/// The same for QED and QCOW.
+pub(crate) fn qed_fixtures() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| unpacked("qed"))
+}
+
 /// The fixtures of a format, unpacked into sparse files. They stay in the build folder, under the checksum of the archive.
 pub(crate) fn unpacked(name: &str) -> PathBuf {
     let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{name}.tar.zst"));

@@ -90,7 +90,7 @@ pub(crate) struct Parents {
 /// An existing image.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// Format of the image: raw, vdi, vmdk, vhd, qcow2 or parallels [default: what extension and contents agree on; the extension .raw says raw].
+    /// Format of the image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels or dmg [default: what extension and contents agree on; the extension .raw says raw].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]

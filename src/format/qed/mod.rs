@@ -1,0 +1,31 @@
+//! QEMU's enhanced disk. docs/formats/qed.md says what its bytes mean.
+
+mod header;
+
+use super::levels::{self, Extra, Geometry, LevelMap};
+use super::{Driver, ImageFile, only};
+use crate::error::Result;
+use crate::map::ByteSource;
+
+/// QED as one of the formats.
+pub(super) const DRIVER: Driver = Driver {
+    open: |files, how| {
+        let ImageFile { id, source } = only(files);
+        let header = header::Header::read(source)?;
+        let geometry = header.geometry(source.len())?;
+        Ok(Box::new(LevelMap::open(source, id, how, geometry, header.info())?))
+    },
+    references: None,
+    check: Some(|files| levels::check(only(files).source, examine)),
+    repair: Some(|files| levels::repair(only(files).source, examine)),
+    blueprint: None,
+    keeps_comment: false,
+    keeps_geometry: false,
+};
+
+/// For checks and repairs.
+fn examine(source: &dyn ByteSource) -> Result<(Geometry, Extra)> {
+    let header = header::Header::read(source)?;
+    let geometry = header.geometry(source.len())?;
+    Ok((geometry, header.extra(&geometry)))
+}
