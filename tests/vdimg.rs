@@ -42,6 +42,7 @@ fn info_tells_everything_under_the_promised_keys() {
         "parent_uuid",
         "parent_modification_uuid",
         "comment",
+        "notes",
         "geometry",
         "file",
         "version",

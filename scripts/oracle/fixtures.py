@@ -29,7 +29,7 @@ SOON = 5.0  # seconds; a refusal takes milliseconds, but machines may be busy
 REFUSED = {
     "qcow2-luks": "encrypt",
     "qcow2-aes": "encrypt",
-    "qcow2-datafile": "data file",
+    "qcow2-datafile": "another file",
     "luks-raw": "",
 }
 LATER = {"vdi-encrypted-xts128"}  # needs a password on the command line

@@ -125,6 +125,8 @@ pub struct ImageInfo {
     pub geometry: Option<(u32, u32, u32)>,
     /// Format version, as people write it.
     pub version: Option<String>,
+    /// What is odd about the image although nothing is in danger, a sentence each that its file's name stands before.
+    pub notes: Vec<String>,
 }
 
 /// A format: a pure translator over metadata held in memory. It neither reads nor writes.

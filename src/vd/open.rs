@@ -140,6 +140,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         refuse_unaligned_metadata(&images[0])?;
     }
     images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    for image in &images {
+        image.info.notes.iter().for_each(|note| tracing::warn!("{}: {note}", image.path.display()));
+    }
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
     let files = images.iter().flat_map(|i| i.files.iter().cloned()).collect();
     let on_failure = Box::new(move || marker.set());

@@ -25,6 +25,8 @@ struct Json<'a> {
     parent_uuid: Option<String>,
     parent_modification_uuid: Option<String>,
     comment: Option<&'a str>,
+    /// What is odd about it although nothing is in danger.
+    notes: &'a [String],
     geometry: Option<Geometry>,
     file: String,
     version: Option<&'a str>,
@@ -102,6 +104,7 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         parent_uuid: text(i.parent_uuid),
         parent_modification_uuid: text(i.parent_modification_uuid),
         comment: i.comment.as_deref(),
+        notes: &i.notes,
         geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
         file: image.path.display().to_string(),
         version: i.version.as_deref(),
@@ -135,6 +138,9 @@ fn human(image: &Inspected) -> String {
         if let Some(u) = uuid {
             let _ = writeln!(t, "{name}: {}", u.hyphenated());
         }
+    }
+    for note in &i.notes {
+        let _ = writeln!(t, "note: it {note}");
     }
     if let Some(comment) = &i.comment {
         // Whoever made the image chose the text: no control characters reach the terminal.

@@ -15,6 +15,7 @@ pub(super) struct FixedMap {
     footer: Footer,
     size_bytes: u64,
     read_only: bool,
+    note: Option<&'static str>,
 }
 
 /// The disk's size, if the file holds all of it.
@@ -33,7 +34,13 @@ impl FixedMap {
     pub(super) fn open(file: ImageFile<'_>, footers: &Footers, how: OpenHow) -> Result<Self> {
         let size_bytes = checked_size(&footers.best, file.source.len())?;
         let read_only = how.read_only || how.info_only;
-        Ok(FixedMap { file: file.id, footer: footers.best.clone(), size_bytes, read_only })
+        Ok(FixedMap {
+            file: file.id,
+            footer: footers.best.clone(),
+            size_bytes,
+            read_only,
+            note: footers.note(),
+        })
     }
 
     fn disk(&self) -> GuestRange {
@@ -100,6 +107,7 @@ impl ImageMap for FixedMap {
             uuid: self.footer.id(),
             geometry: self.footer.geometry(),
             version: Some(self.footer.version()),
+            notes: self.note.map(str::to_string).into_iter().collect(),
             ..ImageInfo::default()
         }
     }

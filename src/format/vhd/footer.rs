@@ -231,12 +231,14 @@ impl Footers {
     }
 
     /// The image is good, but not as whole as it should be.
-    pub(super) fn warn(&self) {
+    pub(super) fn note(&self) -> Option<&'static str> {
         let grows = !matches!(self.best.kind(), Ok(Kind::Fixed));
         if !self.end_is_good {
-            tracing::warn!("a VHD without its footer at the end: the copy at the beginning is used");
+            Some("has no good footer at its end: the copy at the beginning is used")
         } else if grows && !self.copy_is_good {
-            tracing::warn!("a VHD without the copy of its footer: the one at the end is used");
+            Some("has no good copy of its footer: the one at the end is used")
+        } else {
+            None
         }
     }
 }

@@ -34,6 +34,7 @@ pub(super) struct VhdMap {
     counted: Option<u64>,
     /// `None` if opened for reading only.
     pub(super) writer: Option<Writer>,
+    note: Option<&'static str>,
 }
 
 impl VhdMap {
@@ -56,6 +57,7 @@ impl VhdMap {
             bitmaps: Bitmaps::new(&layout),
             counted: None,
             writer: None,
+            note: footers.note(),
             footer: footers.best.clone(),
             layout,
         };
@@ -276,6 +278,7 @@ impl ImageMap for VhdMap {
             parent_names: self.parent_names.clone(),
             geometry: self.footer.geometry(),
             version: Some(self.footer.version()),
+            notes: self.note.map(str::to_string).into_iter().collect(),
             ..ImageInfo::default()
         }
     }

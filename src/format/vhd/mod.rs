@@ -36,7 +36,6 @@ pub(super) const DRIVER: Driver = Driver {
 /// Everything that reading and writing rely on is verified.
 fn open(file: ImageFile<'_>, how: OpenHow) -> Result<Box<dyn ImageMap>> {
     let footers = Footers::read(file.source)?;
-    footers.warn();
     Ok(match footers.best.kind()? {
         Kind::Fixed => Box::new(FixedMap::open(file, &footers, how)?),
         Kind::Dynamic | Kind::Diff => Box::new(VhdMap::open(file, footers, how)?),
