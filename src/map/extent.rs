@@ -1,6 +1,6 @@
 //! Where a guest range is.
 
-use super::{FileId, HostOffset};
+use super::{FileId, GuestRange, HostOffset, Miss};
 use crate::limits::MAX_EXTENTS;
 use smallvec::SmallVec;
 
@@ -106,6 +106,28 @@ impl ExtentList {
         self.list.push(e);
         self.covered += e.len;
         true
+    }
+
+    /// Appends what `look` finds at the start of each rest of `r`, as far as it finds something and the list has room.
+    ///
+    /// # Errors
+    /// What `look` lacks for the first byte. If it lacks something further on, what was found so far is an answer.
+    #[inline]
+    pub fn fill(
+        &mut self,
+        r: GuestRange,
+        mut look: impl FnMut(GuestRange) -> Result<Extent, Miss>,
+    ) -> Result<(), Miss> {
+        let mut rest = r;
+        while !rest.is_empty() {
+            match look(rest) {
+                Err(miss) if rest.len() == r.len() => return Err(miss),
+                Err(_) => return Ok(()),
+                Ok(e) if !self.push(e) => return Ok(()),
+                Ok(e) => rest = rest.skip(e.len),
+            }
+        }
+        Ok(())
     }
 
     /// Bytes the extents cover.

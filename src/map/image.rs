@@ -1,7 +1,7 @@
 //! What a format is to the data path.
 
 use super::{ExtentList, FileId, GuestOffset, GuestRange, HostOffset, MetaKey, MetaOp, Plan, PlanToken};
-use crate::error::{Failure, Result};
+use crate::error::{Error, ErrorKind, Failure, Result};
 use std::fmt::Debug;
 use uuid::Uuid;
 
@@ -129,7 +129,8 @@ pub struct ImageInfo {
     pub notes: Vec<String>,
 }
 
-/// A format: a pure translator over metadata held in memory. It neither reads nor writes.
+/// A format: a pure translator over metadata held in memory. It neither reads nor writes. What a method does by itself fits an image that
+/// is only read.
 pub trait ImageMap: Send + Sync + Debug {
     /// Sizes and granularities.
     fn limits(&self) -> Limits;
@@ -155,15 +156,21 @@ pub trait ImageMap: Send + Sync + Debug {
     /// answer is then another try with less, a place that is dearer to use, or [`Miss::Fail`] with the reason.
     /// [`Failure::Unsupported`] for [`Change::Zero`]: the unit keeps its place (fixed images), so write zeros
     /// there.
-    fn plan(&self, change: Change) -> std::result::Result<Plan, Miss>;
+    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
+        Err(Miss::Fail(Failure::ReadOnly))
+    }
 
     /// A plan that prepares host blocks ahead of need. `None` while none is wanted or one runs already
     /// (`urgent`: a request waits for it).
-    fn room(&self, urgent: bool) -> Option<Plan>;
+    fn room(&self, _urgent: bool) -> Option<Plan> {
+        None
+    }
 
     /// The plan with this token has ended. Called once for every plan that has a token, after the last
     /// completion of its steps; [`Self::publish`] was called before for the metadata it wrote.
-    fn settle(&self, token: PlanToken, how: Settled);
+    fn settle(&self, token: PlanToken, _how: Settled) {
+        debug_assert!(false, "{token:?} of an image that is not written");
+    }
 
     /// After a failed change of the unit around `at`, the disk may say something else about it than this map:
     /// a change that seems to change nothing (the bytes are there already, all is zero already) must be carried
@@ -193,14 +200,20 @@ pub trait ImageMap: Send + Sync + Debug {
     ///
     /// # Errors
     /// None of the formats here; a corrupt cache would be one.
-    fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)>;
+    fn compose(&self, key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
+        Err(Error::new(ErrorKind::ReadOnly, format!("{key:?} of an image that is not written")))
+    }
 
     /// The kernel has accepted a write of the page with `ops` in it: they are visible from here on.
-    fn publish(&self, key: MetaKey, ops: &[MetaOp]);
+    fn publish(&self, key: MetaKey, _ops: &[MetaOp]) {
+        debug_assert!(false, "{key:?} of an image that is not written");
+    }
 
     /// Before the first change after opening: a new modification UUID and whatever else must be on disk first.
     /// Nothing may be changed, not even in place, until it is done and settled.
-    fn begin(&self, modification: Uuid) -> Plan;
+    fn begin(&self, _modification: Uuid) -> Plan {
+        Plan::default()
+    }
 
     /// A page that [`Self::end`] has to see next. Asked before each call of it, until there is none.
     fn end_needs(&self) -> Option<MetaKey> {
@@ -209,7 +222,9 @@ pub trait ImageMap: Send + Sync + Debug {
 
     /// At a clean close, with nothing in flight: everything derived exact, the file without slack. Called again when that plan
     /// is done, until one is empty; empty from the first where nothing was changed. No change is planned afterwards.
-    fn end(&self) -> Plan;
+    fn end(&self) -> Plan {
+        Plan::default()
+    }
 
     /// The image's file has `file_bytes` bytes now; where that alone makes the disk larger, it is from here on, and its
     /// new size is the answer. `None` where it does not, or nothing has changed.

@@ -7,10 +7,9 @@ use super::plist;
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::SECTOR_BYTES;
 use crate::map::{
-    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, Plan, PlanToken, Settled,
+    BlockIndex, ByteSource, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo,
+    ImageMap, Intent, Limits, Miss, Packed,
 };
-use uuid::Uuid;
 
 /// A DMG that is open.
 #[derive(Debug)]
@@ -95,15 +94,7 @@ impl ImageMap for DmgMap {
         if why == Intent::Overwrite {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
-            let extent = self.extent_at(rest);
-            if !out.push(extent) {
-                break;
-            }
-            rest = rest.skip(extent.len);
-        }
-        Ok(())
+        out.fill(r, |rest| Ok(self.extent_at(rest)))
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
@@ -112,34 +103,6 @@ impl ImageMap for DmgMap {
 
     fn claim_of(&self, at: GuestOffset) -> BlockIndex {
         BlockIndex(self.unit(at).start().0 / SECTOR_BYTES)
-    }
-
-    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
-        Err(Miss::Fail(Failure::ReadOnly))
-    }
-
-    fn room(&self, _urgent: bool) -> Option<Plan> {
-        None
-    }
-
-    fn settle(&self, token: PlanToken, _how: Settled) {
-        debug_assert!(false, "{token:?} of an image that is not written");
-    }
-
-    fn compose(&self, key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
-        Err(Error::new(ErrorKind::ReadOnly, format!("{key:?} of an image that is not written")))
-    }
-
-    fn publish(&self, key: MetaKey, _ops: &[MetaOp]) {
-        debug_assert!(false, "{key:?} of an image that is not written");
-    }
-
-    fn begin(&self, _modification: Uuid) -> Plan {
-        Plan::default()
-    }
-
-    fn end(&self) -> Plan {
-        Plan::default()
     }
 
     fn info(&self) -> ImageInfo {

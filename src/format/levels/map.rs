@@ -5,12 +5,10 @@ use super::{Cluster, Geometry};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{SECTOR_BYTES, TABLE_CACHE_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
-    Plan, PlanToken, Settled,
+    BlockIndex, ByteSource, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
+    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, Miss, Packed, PageCache, PagePlace,
 };
 use std::sync::atomic::{AtomicU64, Ordering};
-use uuid::Uuid;
 
 /// The number by which keys of pages call second-level tables.
 const L2: u8 = 0;
@@ -124,19 +122,7 @@ impl ImageMap for LevelMap {
         if why == Intent::Overwrite {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
-            let extent = match self.extent_at(rest) {
-                Ok(extent) => extent,
-                Err(_) if rest.len() < r.len() => return Ok(()),
-                Err(miss) => return Err(miss),
-            };
-            if !out.push(extent) {
-                return Ok(());
-            }
-            rest = rest.skip(extent.len);
-        }
-        Ok(())
+        out.fill(r, |rest| self.extent_at(rest))
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
@@ -145,18 +131,6 @@ impl ImageMap for LevelMap {
 
     fn claim_of(&self, at: GuestOffset) -> BlockIndex {
         BlockIndex(self.geometry.block_at(at))
-    }
-
-    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
-        Err(Miss::Fail(Failure::ReadOnly))
-    }
-
-    fn room(&self, _urgent: bool) -> Option<Plan> {
-        None
-    }
-
-    fn settle(&self, token: PlanToken, _how: Settled) {
-        debug_assert!(false, "{token:?} of an image that is not written");
     }
 
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
@@ -171,22 +145,6 @@ impl ImageMap for LevelMap {
         let MetaKey::Page { table: L2, number } = key else { return Err(Failure::Corrupt) };
         self.pages.insert(number, bytes);
         Ok(())
-    }
-
-    fn compose(&self, key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
-        Err(Error::new(ErrorKind::ReadOnly, format!("{key:?} of an image that is not written")))
-    }
-
-    fn publish(&self, key: MetaKey, _ops: &[MetaOp]) {
-        debug_assert!(false, "{key:?} of an image that is not written");
-    }
-
-    fn begin(&self, _modification: Uuid) -> Plan {
-        Plan::default()
-    }
-
-    fn end(&self) -> Plan {
-        Plan::default()
     }
 
     fn info(&self) -> ImageInfo {

@@ -379,23 +379,10 @@ impl ImageMap for Qcow2Map {
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
-            let found = match why {
-                Intent::Read => self.extent_at(rest),
-                Intent::Overwrite => self.own_at(rest),
-            };
-            let extent = match found {
-                Ok(extent) => extent,
-                Err(_) if rest.len() < r.len() => return Ok(()),
-                Err(miss) => return Err(miss),
-            };
-            if !out.push(extent) {
-                return Ok(());
-            }
-            rest = rest.skip(extent.len);
-        }
-        Ok(())
+        out.fill(r, |rest| match why {
+            Intent::Read => self.extent_at(rest),
+            Intent::Overwrite => self.own_at(rest),
+        })
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

@@ -153,19 +153,14 @@ impl ImageMap for VdiMap {
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
+        out.fill(r, |rest| {
             let extent = self.extent_at(rest)?;
             let allocated = matches!(extent.kind, ExtentKind::Data { .. });
             if why == Intent::Overwrite && (!allocated || self.must_write(rest.start())) {
-                return if rest.len() == r.len() { Err(Miss::NeedsPlan) } else { Ok(()) };
+                return Err(Miss::NeedsPlan);
             }
-            if !out.push(extent) {
-                return Ok(());
-            }
-            rest = rest.skip(extent.len);
-        }
-        Ok(())
+            Ok(extent)
+        })
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

@@ -174,21 +174,13 @@ impl ImageMap for VhdMap {
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
-            let extent = match self.extent_at(rest) {
-                Err(Miss::NeedsPage(_)) if rest.len() < r.len() => return Ok(()),
-                other => other?,
-            };
+        out.fill(r, |rest| {
+            let extent = self.extent_at(rest)?;
             if why == Intent::Overwrite && !self.may_overwrite(rest.start(), &extent)? {
-                return if rest.len() == r.len() { Err(Miss::NeedsPlan) } else { Ok(()) };
+                return Err(Miss::NeedsPlan);
             }
-            if !out.push(extent) {
-                return Ok(());
-            }
-            rest = rest.skip(extent.len);
-        }
-        Ok(())
+            Ok(extent)
+        })
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

@@ -9,12 +9,11 @@ use super::metadata::Metadata;
 use super::region::{Region, Regions};
 use super::replayed::{Patches, Replayed};
 use super::{corrupt, unsupported};
-use crate::error::{Error, ErrorKind, Failure, Result};
+use crate::error::{Failure, Result};
 use crate::limits::{MAX_PAGE_CACHE_BYTES, META_PAGE_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan,
-    PlanToken, Settled,
+    BlockIndex, ByteSource, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, MetaKey, Miss, PageCache, PagePlace,
 };
 use uuid::Uuid;
 
@@ -183,18 +182,7 @@ impl ImageMap for VhdxMap {
         if why == Intent::Overwrite {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
-            let extent = match self.extent_at(rest) {
-                Err(Miss::NeedsPage(_)) if rest.len() < r.len() => return Ok(()),
-                other => other?,
-            };
-            if !out.push(extent) {
-                return Ok(());
-            }
-            rest = rest.skip(extent.len);
-        }
-        Ok(())
+        out.fill(r, |rest| self.extent_at(rest))
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
@@ -207,16 +195,6 @@ impl ImageMap for VhdxMap {
     fn claim_of(&self, at: GuestOffset) -> BlockIndex {
         BlockIndex(self.block_or_end(at))
     }
-
-    fn plan(&self, _change: Change) -> std::result::Result<Plan, Miss> {
-        Err(Miss::Fail(Failure::ReadOnly))
-    }
-
-    fn room(&self, _urgent: bool) -> Option<Plan> {
-        None
-    }
-
-    fn settle(&self, _token: PlanToken, _how: Settled) {}
 
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table: BITMAPS, number } = key else { return Err(Failure::Corrupt) };
@@ -233,20 +211,6 @@ impl ImageMap for VhdxMap {
         self.parts.patches.over(self.page_place(key)?.off.0, &mut page);
         self.bitmaps.insert(number, &page);
         Ok(())
-    }
-
-    fn compose(&self, _key: MetaKey, _ops: &[MetaOp], _out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
-        Err(Error::new(ErrorKind::Unsupported, "VHDX images are only read"))
-    }
-
-    fn publish(&self, _key: MetaKey, _ops: &[MetaOp]) {}
-
-    fn begin(&self, _modification: Uuid) -> Plan {
-        Plan::default()
-    }
-
-    fn end(&self) -> Plan {
-        Plan::default()
     }
 
     fn info(&self) -> ImageInfo {

@@ -248,23 +248,15 @@ impl ImageMap for VmdkMap {
         if overwrite && self.read_only {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        let mut rest = r;
-        while !rest.is_empty() {
+        out.fill(r, |rest| {
             let (_, part) = self.part_at(rest.start()).ok_or(Miss::Fail(Failure::OutOfRange))?;
-            let found = match part.extent_at(rest) {
-                Ok(_) if overwrite && !part.writable => Err(Miss::Fail(Failure::ReadOnly)),
-                Ok(e) if overwrite && !matches!(e.kind, ExtentKind::Data { .. }) => Err(Miss::NeedsPlan),
-                Ok(_) if overwrite && part.must_write(rest.start()) => Err(Miss::NeedsPlan),
-                found => found,
-            };
-            match found {
-                Err(miss) if rest.len() == r.len() => return Err(miss),
-                Err(_) => return Ok(()), // what was found so far is an answer
-                Ok(e) if !out.push(e) => return Ok(()),
-                Ok(e) => rest = rest.skip(e.len),
+            match part.extent_at(rest)? {
+                _ if overwrite && !part.writable => Err(Miss::Fail(Failure::ReadOnly)),
+                e if overwrite && !matches!(e.kind, ExtentKind::Data { .. }) => Err(Miss::NeedsPlan),
+                _ if overwrite && part.must_write(rest.start()) => Err(Miss::NeedsPlan),
+                e => Ok(e),
             }
-        }
-        Ok(())
+        })
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
