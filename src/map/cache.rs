@@ -241,6 +241,13 @@ impl PageCache {
         }
     }
 
+    /// The page is here. Unlike a look-up this is never wrong about it, and takes the lock.
+    pub fn contains(&self, page: u64) -> bool {
+        let set = self.set(page);
+        let state = set.lock();
+        set.words(&state, page).is_some()
+    }
+
     /// Keeps the page here until [`Self::unpin`], so that it can be changed. False if it is not here.
     pub fn pin(&self, page: u64) -> bool {
         let set = self.set(page);

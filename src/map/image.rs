@@ -180,6 +180,12 @@ pub trait ImageMap: Send + Sync + Debug {
         false
     }
 
+    /// The page that was missed is in memory by now: it must not be read again, for what is read could be older than what is here, and
+    /// be taken in when it has gone. False for images that are only read, where it does no harm.
+    fn has_page(&self, _key: MetaKey) -> bool {
+        false
+    }
+
     /// Where the page lies that a look-up or a plan has missed.
     ///
     /// # Errors

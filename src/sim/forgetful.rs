@@ -180,6 +180,10 @@ impl ImageMap for Forgetful {
         self.inner.must_write(at)
     }
 
+    fn has_page(&self, key: MetaKey) -> bool {
+        matches!(key, MetaKey::Page { table: TABLE, number } if self.state().known.contains(&number))
+    }
+
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         match key {
             MetaKey::Page { table: TABLE, number } => Ok(self.published(number).0),

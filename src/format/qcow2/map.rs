@@ -411,6 +411,10 @@ impl ImageMap for Qcow2Map {
         self.writer.as_ref().is_some_and(|w| w.blocks.doubts(self.layout.block_at(at)))
     }
 
+    fn has_page(&self, key: MetaKey) -> bool {
+        matches!(key, MetaKey::Page { table: L2, number } if self.pages.contains(number))
+    }
+
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table, number } = key else { return Err(Failure::Corrupt) };
         if table == REFCOUNTS {

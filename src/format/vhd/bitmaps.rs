@@ -55,6 +55,11 @@ impl Bitmaps {
         }
     }
 
+    /// The page is in memory.
+    pub(super) fn contains(&self, page: u64) -> bool {
+        self.is_whole(page) || self.cache.contains(page)
+    }
+
     /// The page as it is in the file.
     pub(super) fn take_in(&self, page: u64, bytes: &[u8]) {
         if bytes[..self.used_bytes].iter().all(|b| *b == 0xff) {

@@ -211,6 +211,10 @@ impl ImageMap for VhdMap {
         self.writer.as_ref().is_some_and(|w| w.blocks.doubts(u64::from(self.layout.block_or_end(at))))
     }
 
+    fn has_page(&self, key: MetaKey) -> bool {
+        matches!(key, MetaKey::Page { table: BITMAPS, number } if self.bitmaps.contains(number))
+    }
+
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table: BITMAPS, number } = key else { return Err(Failure::Corrupt) };
         let off = self.bitmap_at(number).ok_or(Failure::Corrupt)?;

@@ -311,6 +311,12 @@ impl ImageMap for VmdkMap {
         self.part_at(at).is_some_and(|(_, p)| p.must_write(at))
     }
 
+    fn has_page(&self, key: MetaKey) -> bool {
+        let MetaKey::Page { table: MAIN, number } = key else { return false };
+        let (part, page) = of_key(number);
+        self.sparse(part).is_some_and(|s| s.table.contains(page))
+    }
+
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table: MAIN, number } = key else { return Err(Failure::Corrupt) };
         let (part, page) = of_key(number);

@@ -98,6 +98,14 @@ impl Table {
         }
     }
 
+    /// The page is in memory.
+    pub(super) fn contains(&self, page: u64) -> bool {
+        match &self.entries {
+            Entries::Whole(_) => true,
+            Entries::Pages(cache) => cache.contains(page),
+        }
+    }
+
     /// Takes a page in that was read.
     pub(super) fn insert(&self, page: u64, bytes: &[u8]) {
         if let Entries::Pages(cache) = &self.entries {
