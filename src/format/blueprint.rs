@@ -94,6 +94,30 @@ pub struct NewFile {
     pub pieces: Pieces,
 }
 
+/// A new image that is written once, from the beginning of its disk to the end: what [`super::sequential`] makes. It says bytes,
+/// somebody else writes them.
+pub trait Sequential: std::fmt::Debug + Send {
+    /// Bytes of the disk that are packed as one: a power of two, at most [`crate::limits::MAX_UNIT_BYTES`].
+    fn unit_bytes(&self) -> u64;
+
+    /// Where the first bytes go that are appended. What lies before is known last.
+    fn begins_at(&self) -> HostOffset;
+
+    /// Appends to `out` what goes into the file for the unit of this number, whose `bytes` are not all zeros; of the disk's last
+    /// one there may be fewer. Units that are all zeros are left out, and numbers only ever grow.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Limit`] once the file is longer than the format can say.
+    fn pack(&mut self, unit: u64, bytes: &[u8], out: &mut Vec<u8>) -> Result<()>;
+
+    /// Appends the end of the file, and returns its beginning: only that makes the file an image, so it is written when all
+    /// else is durable.
+    ///
+    /// # Errors
+    /// As [`Self::pack`].
+    fn finish(&mut self, out: &mut Vec<u8>) -> Result<Vec<u8>>;
+}
+
 /// Pieces of a file and where they go.
 pub type Pieces = Box<dyn Iterator<Item = (HostOffset, Vec<u8>)> + Send>;
 

@@ -21,7 +21,7 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
-pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
+pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces, Sequential};
 pub use detect::{detect, extension_format, signature};
 pub use report::{CheckReport, Finding, Repair, RepairStep, Severity};
 
@@ -293,6 +293,17 @@ pub fn repair(format: Format, files: &[ImageFile<'_>]) -> Result<Option<Repair>>
             let what = format!("the repair of {} images is not supported", format.title());
             Err(Error::new(ErrorKind::Unsupported, what))
         }
+    }
+}
+
+/// A new image of a kind that is written once, with its contents; `None` for kinds that are made empty, by [`blueprint`].
+///
+/// # Errors
+/// As [`blueprint`].
+pub fn sequential(format: Format, new: &NewImage) -> Result<Option<Box<dyn Sequential>>> {
+    match format {
+        Format::Vmdk => vmdk::sequential(new),
+        _ => Ok(None),
     }
 }
 

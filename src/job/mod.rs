@@ -8,6 +8,7 @@ mod copy;
 mod create;
 mod inspect;
 mod lanes;
+mod pack;
 mod repair;
 mod script;
 mod survey;

@@ -166,7 +166,8 @@ pub(crate) struct Create {
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
     #[arg(long, value_parser = parse_size, required_unless_present = "parents")]
     pub(crate) size: Option<u64>,
-    /// Variant of the format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
+    /// Variant of the format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
+    /// alone) stream [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
     /// UUID of the new image, where the format has one [default: a random one].
@@ -195,7 +196,8 @@ pub(crate) struct Convert {
     /// Format of the new image: raw, vdi, vmdk, vhd, qcow2 or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
-    /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
+    /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
+    /// alone) stream [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
     /// An option of the new image's format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M

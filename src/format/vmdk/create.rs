@@ -1,9 +1,10 @@
 //! New VMDKs, laid out as VirtualBox and QEMU do: descriptor at sector 1, the redundant directory and its tables, then the
 //! other, then grains from a whole grain on.
 
-use super::super::blueprint::refused;
+use super::super::blueprint::{Sequential, refused};
 use super::super::{Blueprint, NewFile, NewImage};
 use super::header::{FLAG_NEWLINE, FLAG_REDUNDANT, FLAG_ZEROED, KDMV, RawKdmv};
+use super::stream::Stream;
 use super::table::ENTRY_BYTES;
 use super::text::cid_of;
 use crate::error::{Error, Result};
@@ -32,6 +33,7 @@ enum Variant {
     Split,
     SplitFlat,
     Esx,
+    Stream,
 }
 
 impl std::str::FromStr for Variant {
@@ -44,15 +46,19 @@ impl std::str::FromStr for Variant {
             "split2g" => Ok(Variant::Split),
             "split2g-flat" => Ok(Variant::SplitFlat),
             "esx" => Ok(Variant::Esx),
-            "stream" => Err(refused("streamOptimized VMDKs cannot be created yet")),
+            "stream" => Ok(Variant::Stream),
             "rawdisk" => Err(refused("VMDKs of raw disks cannot be created")),
             _ => Err(refused(format!("unknown variant '{name}' of VMDK"))
-                .hint("sparse, flat, split2g, split2g-flat or esx")),
+                .hint("sparse, flat, split2g, split2g-flat, stream or esx")),
         }
     }
 }
 
 impl Variant {
+    fn of(new: &NewImage) -> Result<Self> {
+        new.variant.as_deref().map_or(Ok(Variant::default()), str::parse)
+    }
+
     fn create_type(self) -> &'static str {
         match self {
             Variant::Sparse => "monolithicSparse",
@@ -60,6 +66,7 @@ impl Variant {
             Variant::Split => "twoGbMaxExtentSparse",
             Variant::SplitFlat => "twoGbMaxExtentFlat",
             Variant::Esx => "vmfs",
+            Variant::Stream => "streamOptimized",
         }
     }
 
@@ -70,7 +77,7 @@ impl Variant {
     /// The word and the end of an extent's line.
     fn words(self) -> (&'static str, &'static str) {
         match self {
-            Variant::Sparse | Variant::Split => ("SPARSE", ""),
+            Variant::Sparse | Variant::Split | Variant::Stream => ("SPARSE", ""),
             Variant::Flat | Variant::SplitFlat => ("FLAT", " 0"),
             Variant::Esx => ("VMFS", ""),
         }
@@ -89,7 +96,11 @@ struct NewExtent {
 /// As [`super::super::blueprint`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     new.only_options(&["grain_size", "zeroed_grain"])?;
-    let variant: Variant = new.variant.as_deref().map_or(Ok(Variant::default()), str::parse)?;
+    let variant = Variant::of(new)?;
+    if variant == Variant::Stream {
+        return Err(refused("a streamOptimized VMDK is written once, with all its disk holds")
+            .hint("vdimg convert --output-format vmdk --variant stream makes one"));
+    }
     if new.parent.is_some() && !variant.is_sparse() {
         return Err(refused("a differencing image cannot be flat").hint("sparse or split2g"));
     }
@@ -118,6 +129,23 @@ pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     Ok(Blueprint { files })
 }
 
+/// A new stream; `None` for the variants that are made empty.
+///
+/// # Errors
+/// As [`super::super::sequential`].
+pub(in super::super) fn sequential(new: &NewImage) -> Result<Option<Box<dyn Sequential>>> {
+    if Variant::of(new)? != Variant::Stream {
+        return Ok(None);
+    }
+    new.only_options(&[])?;
+    if new.parent.is_some() {
+        return Err(refused("a differencing image cannot be a stream").hint("sparse or split2g"));
+    }
+    let extents = extents(new, Variant::Stream)?;
+    let text = descriptor(new, Variant::Stream, &extents)?;
+    Ok(Some(Box::new(Stream::new(extents[0].sectors, text)?)))
+}
+
 /// Bytes in pieces of bounded size.
 fn pieces_of(at: HostOffset, bytes: Vec<u8>) -> Vec<(HostOffset, Vec<u8>)> {
     let offsets = (0u64..).step_by(TABLE_PIECE_BYTES);
@@ -136,7 +164,7 @@ fn extents(new: &NewImage, variant: Variant) -> Result<Vec<NewExtent>> {
     let stem = &name[..cut.unwrap_or(name.len())];
     let all = new.size_bytes / SECTOR_BYTES;
     let letter = match variant {
-        Variant::Sparse => return Ok(vec![NewExtent { sectors: all, name: name.clone() }]),
+        Variant::Sparse | Variant::Stream => return Ok(vec![NewExtent { sectors: all, name: name.clone() }]),
         Variant::Flat | Variant::Esx => {
             return Ok(vec![NewExtent { sectors: all, name: format!("{stem}-flat.vmdk") }]);
         }

@@ -11,10 +11,12 @@ mod open;
 mod places;
 mod repair;
 mod sparse;
+mod stream;
 mod table;
 mod text;
 mod writer;
 
+pub(super) use create::sequential;
 pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
 
