@@ -10,6 +10,7 @@ mod map;
 mod open;
 mod places;
 mod repair;
+mod sesparse;
 mod sparse;
 mod stream;
 mod table;

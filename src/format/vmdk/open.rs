@@ -5,6 +5,7 @@ use super::descriptor::{Access, Descriptor, ExtentLine, Keep, MAX_BYTES};
 use super::header::{COWD, KDMV, SparseHeader};
 use super::layout::Layout;
 use super::map::{Body, Part, Session, VmdkMap};
+use super::sesparse::{self, SeSparse};
 use super::sparse::{CACHE_BYTES, Sparse, Wanted, layout_of, whole_bytes};
 use super::text::Text;
 use crate::error::{Error, ErrorKind, Result};
@@ -174,7 +175,8 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
         placed.iter().map(|p| layout(p).map_err(|e| of_extent(e, p))).collect::<Result<Vec<_>>>()?;
     let mut budget = whole_bytes();
     let (mut parts, mut first_unit) = (Vec::new(), 0);
-    let large = paged(&layouts, budget);
+    let se_sparse = placed.iter().filter(|p| p.line.keep == Keep::SeSparse).count() as u64;
+    let large = (paged(&layouts, budget) + se_sparse).max(1);
     for ((extent, p), layout) in (0u16..).zip(&placed).zip(layouts) {
         let grains = layout.as_ref().map_or(1, Layout::grains);
         let cache = layout.as_ref().and_then(|l| match budget.checked_sub(l.tables_bytes()) {
@@ -191,6 +193,18 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
                 let wanted = Wanted { file: id, extent, range: p.range, is_base, write, cache };
                 let sparse = Sparse::open(source, layout, &wanted).map_err(|e| of_extent(e, p))?;
                 Body::Sparse(Box::new(sparse))
+            }
+            (None, Some(ImageFile { id, source })) if p.line.keep == Keep::SeSparse => {
+                if write && writable {
+                    let what = "seSparse VMDKs of ESX are only read";
+                    return Err(
+                        Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or convert it")
+                    );
+                }
+                let pages = CACHE_BYTES / large;
+                let extent =
+                    SeSparse::open(source, id, extent, p.range, pages).map_err(|e| of_extent(e, p))?;
+                Body::SeSparse(Box::new(extent))
             }
             (None, Some(ImageFile { id, source })) => flat(p, id, source)?,
             (_, None) => Body::Zero,
@@ -209,7 +223,7 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
     })
 }
 
-/// Extents of which the tables are not kept whole, at least one.
+/// Extents of which the tables are not kept whole.
 fn paged(layouts: &[Option<Layout>], mut budget: u64) -> u64 {
     let mut count = 0;
     for l in layouts.iter().flatten() {
@@ -218,16 +232,13 @@ fn paged(layouts: &[Option<Layout>], mut budget: u64) -> u64 {
             None => count += 1,
         }
     }
-    count.max(1)
+    count
 }
 
 /// The layout of a sparse extent; `None` for the other kinds.
 fn layout(p: &Placed<'_>) -> Result<Option<Layout>> {
     match (p.line.keep, p.file) {
         (Keep::Sparse, Some(f)) => layout_of(f.source).map(Some),
-        (Keep::SeSparse, _) => {
-            Err(Error::new(ErrorKind::Unsupported, "SESPARSE extents are not supported yet"))
-        }
         _ => Ok(None),
     }
 }
@@ -270,11 +281,13 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         _ => None,
     });
     let is_diff = is_diff(d);
+    let se_sparse = parts.iter().any(|p| matches!(p.body, Body::SeSparse(_)));
+    let kind = |h: &SparseHeader| h.kdmv_version.map_or("COWD".to_string(), |v| v.to_string());
     ImageInfo {
         format: "vmdk",
         variant: if is_diff { "diff" } else { known.map_or("other", |(_, v)| v) },
         virtual_size: parts.last().map_or(0, |p| p.range.end().0),
-        block_size: header.map(|h| h.grain_bytes),
+        block_size: header.map(|h| h.grain_bytes).or(se_sparse.then_some(sesparse::GRAIN_BYTES)),
         allocated_blocks: None,
         uuid: d.uuid("ddb.uuid.image"),
         modification_uuid: d.uuid("ddb.uuid.modification"),
@@ -286,7 +299,7 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         parent_format: None,
         comment: d.comment(),
         geometry: d.geometry(""),
-        version: header.map(|h| h.kdmv_version.map_or("COWD".to_string(), |v| v.to_string())),
+        version: header.map(kind).or(se_sparse.then(|| "seSparse 2.1".to_string())),
         notes: Vec::new(),
     }
 }
