@@ -153,7 +153,8 @@ fn what_is_not_read_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.vmdk");
     for (text, word) in [
-        ("createType=\"fullDevice\"\nRW 8 FLAT \"/dev/null\" 0", "raw disks"),
+        ("createType=\"fullDevice\"\nRW 8 FLAT \"/dev/null\" 0", "--allow-raw-device"),
+        ("createType=\"vmfsRawDeviceMap\"\nRW 8 FLAT \"/dev/null\" 0", "raw disks"),
         ("RW 8 VMFSRDM \"x\"", "VMFSRDM"),
         ("RW 8 SESPARSE \"a.vmdk\"", "more than once"),
         ("RW 8 SESPARSE \"gone.vmdk\"", "missing"),

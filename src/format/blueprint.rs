@@ -65,6 +65,42 @@ pub(super) fn refused(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidArgument, what)
 }
 
+/// A disk of the host, or parts of one, that an image describes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawDisk {
+    /// All of the disk in one area.
+    pub is_whole: bool,
+    /// In the order of the disk.
+    pub areas: Vec<RawArea>,
+}
+
+/// A part of a raw disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawArea {
+    /// How long it is.
+    pub sectors: u64,
+    /// What it shows.
+    pub kind: RawAreaKind,
+}
+
+/// What a part of a raw disk shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RawAreaKind {
+    /// The device itself.
+    Device {
+        /// Its name, absolute.
+        name: String,
+        /// Where the area begins in it, in sectors.
+        offset: u64,
+        /// Writes are refused.
+        read_only: bool,
+    },
+    /// A copy of these bytes, which the image keeps and the guest may change.
+    Copy(Vec<u8>),
+    /// Zeros, whatever is there.
+    Hidden,
+}
+
 /// What a differencing image says of its parent.
 #[derive(Clone, Debug)]
 pub struct NewParent {

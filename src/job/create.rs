@@ -1,7 +1,7 @@
 //! New images.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, Format, NewFile, NewImage, NewParent, Sequential, extension_format};
+use crate::format::{self, Format, NewFile, NewImage, NewParent, RawDisk, Sequential, extension_format};
 use crate::io::{HostFile, OpenHow, OsFile, sync_dir};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::ImageInfo;
@@ -30,6 +30,8 @@ pub struct CreateImage {
     pub geometry: Option<(u32, u32, u32)>,
     /// `KEY=VALUE` options of the format.
     pub options: Vec<(String, String)>,
+    /// The disk of the host it describes.
+    pub raw_disk: Option<RawDisk>,
 }
 
 impl CreateImage {
@@ -45,6 +47,7 @@ impl CreateImage {
             comment: None,
             geometry: None,
             options: Vec::new(),
+            raw_disk: None,
         }
     }
 }
@@ -55,7 +58,11 @@ impl CreateImage {
 /// For what the format cannot express, with one line; from the operating system.
 pub fn create_image(new: &CreateImage) -> Result<()> {
     let new = checked(new)?;
-    let blueprint = format::blueprint(new.format, &described(new)).map_err(|e| e.at(&new.path))?;
+    let blueprint = match &new.raw_disk {
+        None => format::blueprint(new.format, &described(new)),
+        Some(disk) => format::raw_disk(new.format, &described(new), disk),
+    };
+    let blueprint = blueprint.map_err(|e| e.at(&new.path))?;
     refuse_misleading_name(&new.path, new.format)?;
     let mut made = Vec::new();
     let done = blueprint

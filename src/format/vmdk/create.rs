@@ -2,7 +2,7 @@
 //! other, then grains from a whole grain on.
 
 use super::super::blueprint::{Sequential, refused};
-use super::super::{Blueprint, NewFile, NewImage};
+use super::super::{Blueprint, NewFile, NewImage, RawArea, RawAreaKind, RawDisk};
 use super::header::{FLAG_NEWLINE, FLAG_REDUNDANT, FLAG_ZEROED, KDMV, RawKdmv};
 use super::stream::Stream;
 use super::table::ENTRY_BYTES;
@@ -34,6 +34,7 @@ enum Variant {
     SplitFlat,
     Esx,
     Stream,
+    RawDisk,
 }
 
 impl std::str::FromStr for Variant {
@@ -47,9 +48,9 @@ impl std::str::FromStr for Variant {
             "split2g-flat" => Ok(Variant::SplitFlat),
             "esx" => Ok(Variant::Esx),
             "stream" => Ok(Variant::Stream),
-            "rawdisk" => Err(refused("VMDKs of raw disks cannot be created")),
+            "rawdisk" => Ok(Variant::RawDisk),
             _ => Err(refused(format!("unknown variant '{name}' of VMDK"))
-                .hint("sparse, flat, split2g, split2g-flat, stream or esx")),
+                .hint("sparse, flat, split2g, split2g-flat, stream, rawdisk or esx")),
         }
     }
 }
@@ -67,6 +68,7 @@ impl Variant {
             Variant::SplitFlat => "twoGbMaxExtentFlat",
             Variant::Esx => "vmfs",
             Variant::Stream => "streamOptimized",
+            Variant::RawDisk => "partitionedDevice",
         }
     }
 
@@ -78,9 +80,14 @@ impl Variant {
     fn words(self) -> (&'static str, &'static str) {
         match self {
             Variant::Sparse | Variant::Split | Variant::Stream => ("SPARSE", ""),
-            Variant::Flat | Variant::SplitFlat => ("FLAT", " 0"),
+            Variant::Flat | Variant::SplitFlat | Variant::RawDisk => ("FLAT", " 0"),
             Variant::Esx => ("VMFS", ""),
         }
+    }
+
+    fn lines(self, extents: &[NewExtent]) -> Vec<String> {
+        let (word, end) = self.words();
+        extents.iter().map(|e| format!("RW {} {word} \"{}\"{end}", e.sectors, e.name)).collect()
     }
 }
 
@@ -101,6 +108,9 @@ pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
         return Err(refused("a streamOptimized VMDK is written once, with all its disk holds")
             .hint("vdimg convert --output-format vmdk --variant stream makes one"));
     }
+    if variant == Variant::RawDisk {
+        return Err(refused("no raw disk was named").hint("--raw-device DEV"));
+    }
     if new.parent.is_some() && !variant.is_sparse() {
         return Err(refused("a differencing image cannot be flat").hint("sparse or split2g"));
     }
@@ -109,7 +119,7 @@ pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
         return Err(refused("a flat VMDK has no grains"));
     }
     let extents = extents(new, variant)?;
-    let text = descriptor(new, variant, &extents)?;
+    let text = descriptor(new, variant, variant.create_type(), &variant.lines(&extents))?;
     if variant == Variant::Sparse {
         let file = sparse.file(None, extents[0].sectors, Some(&text))?;
         return Ok(Blueprint { files: vec![file] });
@@ -142,7 +152,8 @@ pub(in super::super) fn sequential(new: &NewImage) -> Result<Option<Box<dyn Sequ
         return Err(refused("a differencing image cannot be a stream").hint("sparse or split2g"));
     }
     let extents = extents(new, Variant::Stream)?;
-    let text = descriptor(new, Variant::Stream, &extents)?;
+    let kind = Variant::Stream;
+    let text = descriptor(new, kind, kind.create_type(), &kind.lines(&extents))?;
     Ok(Some(Box::new(Stream::new(extents[0].sectors, text)?)))
 }
 
@@ -152,20 +163,74 @@ fn pieces_of(at: HostOffset, bytes: Vec<u8>) -> Vec<(HostOffset, Vec<u8>)> {
     offsets.zip(bytes.chunks(TABLE_PIECE_BYTES)).map(|(off, piece)| (at.plus(off), piece.to_vec())).collect()
 }
 
-fn extents(new: &NewImage, variant: Variant) -> Result<Vec<NewExtent>> {
-    let name = &new.file_name;
-    if name.chars().any(|c| c.is_control() || matches!(c, '"' | '\u{fffd}')) {
+/// A new image of a disk of the host: the areas as extents, the copies of its partition table in a file of their own.
+///
+/// # Errors
+/// As [`super::super::raw_disk`].
+pub(in super::super) fn raw_disk(new: &NewImage, disk: &RawDisk) -> Result<Blueprint> {
+    new.only_options(&[])?;
+    if new.variant.is_some() && Variant::of(new)? != Variant::RawDisk {
+        return Err(refused("a raw disk was named, but another variant").hint("--variant rawdisk"));
+    }
+    if new.parent.is_some() {
+        return Err(refused("a differencing image cannot be of a raw disk").hint("make one over it"));
+    }
+    let table = format!("{}-pt.vmdk", stem(&new.file_name)?);
+    let (mut lines, mut copied) = (Vec::new(), Vec::new());
+    for RawArea { sectors, kind } in &disk.areas {
+        lines.push(match kind {
+            RawAreaKind::Device { name, .. } if is_unspeakable(name) => {
+                return Err(refused("a descriptor cannot hold the device's name"));
+            }
+            RawAreaKind::Device { name, offset, read_only } => {
+                let access = if *read_only { "RDONLY" } else { "RW" };
+                format!("{access} {sectors} FLAT \"{name}\" {offset}")
+            }
+            RawAreaKind::Copy(bytes) => {
+                let at = copied.len() as u64 / SECTOR_BYTES;
+                copied.extend(bytes);
+                format!("RW {sectors} FLAT \"{table}\" {at}")
+            }
+            RawAreaKind::Hidden => format!("RW {sectors} ZERO"),
+        });
+    }
+    let kind = if disk.is_whole { "fullDevice" } else { Variant::RawDisk.create_type() };
+    let text = descriptor(new, Variant::RawDisk, kind, &lines)?;
+    let mut files = Vec::new();
+    if !copied.is_empty() {
+        let len = copied.len() as u64;
+        let pieces = Box::new(pieces_of(HostOffset(0), copied).into_iter());
+        files.push(NewFile { name: Some(table), len, preallocate: None, pieces });
+    }
+    let len = text.len() as u64;
+    files.extend(Blueprint::single(len, None, pieces_of(HostOffset(0), text.into_bytes())).files);
+    Ok(Blueprint { files })
+}
+
+/// A name that cannot stand in a descriptor.
+fn is_unspeakable(name: &str) -> bool {
+    name.chars().any(|c| c.is_control() || matches!(c, '"' | '\u{fffd}'))
+}
+
+/// The image's name without its extension.
+fn stem(name: &str) -> Result<&str> {
+    if is_unspeakable(name) {
         return Err(refused("a descriptor cannot hold that file name").hint("choose a name without quotes"));
     }
     let cut = name
         .len()
         .checked_sub(5)
         .filter(|n| name.is_char_boundary(*n) && name[*n..].eq_ignore_ascii_case(".vmdk"));
-    let stem = &name[..cut.unwrap_or(name.len())];
+    Ok(&name[..cut.unwrap_or(name.len())])
+}
+
+fn extents(new: &NewImage, variant: Variant) -> Result<Vec<NewExtent>> {
+    let name = &new.file_name;
+    let stem = stem(name)?;
     let all = new.size_bytes / SECTOR_BYTES;
     let letter = match variant {
         Variant::Sparse | Variant::Stream => return Ok(vec![NewExtent { sectors: all, name: name.clone() }]),
-        Variant::Flat | Variant::Esx => {
+        Variant::Flat | Variant::Esx | Variant::RawDisk => {
             return Ok(vec![NewExtent { sectors: all, name: format!("{stem}-flat.vmdk") }]);
         }
         Variant::Split => 's',
@@ -267,7 +332,7 @@ fn escaped(comment: &str) -> String {
     comment.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r")
 }
 
-fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result<String> {
+fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) -> Result<String> {
     let nil = Uuid::nil();
     let parent = new.parent.as_ref();
     let uuid = new.uuid.unwrap_or_else(Uuid::new_v4);
@@ -277,7 +342,7 @@ fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result
     let mut t = String::from("# Disk DescriptorFile\nversion=1\n");
     t += &format!("CID={:08x}\n", cid_of(new.modification));
     let parent_cid = parent.and_then(|p| p.info.content_id).unwrap_or(u32::MAX);
-    t += &format!("parentCID={parent_cid:08x}\ncreateType=\"{}\"\n", variant.create_type());
+    t += &format!("parentCID={parent_cid:08x}\ncreateType=\"{kind}\"\n");
     if let Some(path) = parent.and_then(|p| p.path.as_deref()) {
         if path.chars().any(|c| c.is_control() || c == '"') {
             return Err(refused("a descriptor cannot hold the parent's file name"));
@@ -285,10 +350,7 @@ fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result
         t += &format!("parentFileNameHint=\"{path}\"\n");
     }
     t += "\n# Extent description\n";
-    let (word, end) = variant.words();
-    for e in extents {
-        t += &format!("RW {} {word} \"{}\"{end}\n", e.sectors, e.name);
-    }
+    extents.iter().for_each(|line| t += &format!("{line}\n"));
     let adapter = if variant == Variant::Esx { "lsilogic" } else { "ide" };
     t += "\n# The disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"4\"\n";
     t += &format!("ddb.adapterType=\"{adapter}\"\n");

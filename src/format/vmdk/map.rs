@@ -36,6 +36,8 @@ pub(super) struct Part {
     /// The number of its first unit among those of the disk.
     pub(super) first_unit: u64,
     pub(super) writable: bool,
+    /// Zeros that take writes and forget them: what a raw disk hides.
+    pub(super) ignores: bool,
     pub(super) body: Body,
 }
 
@@ -300,6 +302,7 @@ impl ImageMap for VmdkMap {
         let (i, part) = self.part_at(at).ok_or(Miss::Fail(Failure::OutOfRange))?;
         match &part.body {
             Body::Sparse(s) if part.writable => self.plan_sparse(i, s, change),
+            _ if part.ignores && !self.read_only => Ok(Plan::default()),
             // zeros cannot become anything else, nor may what is only to be read
             _ => Err(Miss::Fail(Failure::ReadOnly)),
         }

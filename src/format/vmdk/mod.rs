@@ -17,7 +17,7 @@ mod table;
 mod text;
 mod writer;
 
-pub(super) use create::sequential;
+pub(super) use create::{raw_disk, sequential};
 pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
 

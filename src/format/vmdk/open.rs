@@ -61,7 +61,7 @@ pub(super) fn find_descriptor(source: &dyn ByteSource) -> Result<Found> {
         (ErrorKind::NotThisFormat, true) => Error::new(ErrorKind::Corrupt, "its descriptor is damaged"),
         _ => e,
     })?;
-    refuse_raw_disks(&descriptor)?;
+    refuse_raw_maps(&descriptor)?;
     if embedded && descriptor.extents().len() != 1 {
         let what =
             format!("its descriptor lists {} extents, but is a part of one", descriptor.extents().len());
@@ -76,10 +76,16 @@ fn alone() -> Error {
         .hint("name the file that lists the extents")
 }
 
-fn refuse_raw_disks(d: &Descriptor) -> Result<()> {
+/// The image describes a disk of the host: extents may be devices.
+pub(super) fn is_raw_disk(d: &Descriptor) -> bool {
     let kind = d.get("createType").unwrap_or_default();
-    let raw =
-        ["fullDevice", "partitionedDevice", "vmfsRaw", "vmfsRawDeviceMap", "vmfsPassthroughRawDeviceMap"];
+    ["fullDevice", "partitionedDevice"].iter().any(|k| k.eq_ignore_ascii_case(kind))
+}
+
+/// What ESX calls a raw disk is one of ESX.
+fn refuse_raw_maps(d: &Descriptor) -> Result<()> {
+    let kind = d.get("createType").unwrap_or_default();
+    let raw = ["vmfsRaw", "vmfsRawDeviceMap", "vmfsPassthroughRawDeviceMap"];
     if raw.iter().any(|k| k.eq_ignore_ascii_case(kind)) {
         let what = format!("VMDKs of raw disks ({kind}) are not supported");
         return Err(Error::new(ErrorKind::Unsupported, what));
@@ -109,7 +115,14 @@ pub(super) fn references(source: &dyn ByteSource) -> Result<Vec<Reference>> {
     let lines = found.descriptor.extents();
     let writable =
         |name: &str| lines.iter().any(|l| l.file.as_deref() == Some(name) && l.access == Access::ReadWrite);
-    Ok(names(&found).into_iter().map(|n| Reference { name: n.to_string(), writable: writable(n) }).collect())
+    // The table of partitions lies beside the image, the disk elsewhere.
+    let is_device = |name: &str| is_raw_disk(&found.descriptor) && name.starts_with('/');
+    let one = |name: &str| Reference {
+        name: name.to_string(),
+        writable: writable(name),
+        is_device: is_device(name),
+    };
+    Ok(names(&found).into_iter().map(one).collect())
 }
 
 /// The extents of an image in the order of the disk, each with its file.
@@ -209,7 +222,8 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
             (None, Some(ImageFile { id, source })) => flat(p, id, source)?,
             (_, None) => Body::Zero,
         };
-        parts.push(Part { range: p.range, first_unit, writable, body });
+        let ignores = writable && p.line.keep == Keep::Zero && is_raw_disk(&found.descriptor);
+        parts.push(Part { range: p.range, first_unit, writable, ignores, body });
         first_unit += grains;
     }
     let info = info(&found.descriptor, &parts);
@@ -272,6 +286,8 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         ("twoGbMaxExtentFlat", "split2g-flat"),
         ("streamOptimized", "stream"),
         ("vmfs", "esx"),
+        ("fullDevice", "rawdisk"),
+        ("partitionedDevice", "rawdisk"),
         ("vmfsSparse", "vmfs-sparse"),
         ("seSparse", "se-sparse"),
     ];
