@@ -10,7 +10,6 @@ use crate::map::{
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
     Plan, PlanToken, Settled,
 };
-use crate::probe::paging::are_all_paged;
 use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
 
@@ -69,7 +68,7 @@ impl LevelMap {
             file,
             geometry,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
-            pages: PageCache::new(page_bytes, l2_pages, if are_all_paged() { 0 } else { TABLE_CACHE_BYTES }),
+            pages: PageCache::new(page_bytes, l2_pages, TABLE_CACHE_BYTES),
             end: AtomicU64::new(geometry.file_bytes),
             // What is nowhere reads as zeros where nothing is beneath.
             zeros: if info.parent_names.is_empty() { Some(0) } else { zeros },
