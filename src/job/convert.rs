@@ -1,12 +1,12 @@
 //! Converting: a new image with everything a chain shows.
 
 use super::copy::CopyJob;
-use super::{CreateImage, Watch, create_image, open_channel};
+use super::create::{create_files, remove_files};
+use super::{CreateImage, Watch, open_channel};
 use crate::error::Result;
 use crate::format::Format;
 use crate::vd::{DiskOptions, ImageSpec, OpenDisk, open_disk};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A conversion.
@@ -33,14 +33,14 @@ pub fn convert(how: &Convert, watch: &mut Watch<'_>) -> Result<()> {
     let source = open_disk(&how.source)?;
     watch.stop_if_cancelled()?;
     let top = &source.images[0].info;
-    create_image(&CreateImage {
+    let made = create_files(&CreateImage {
         variant: how.variant.clone(),
         options: how.options.clone(),
         comment: top.comment.clone().filter(|_| how.format.keeps_comment()),
-        geometry: top.geometry.filter(|_| how.format.keeps_geometry()),
+        geometry: how.format.geometry_from(top.geometry),
         ..CreateImage::new(&how.target, how.format, top.virtual_size)
     })?;
-    let unfinished = Unfinished(&how.target);
+    let unfinished = Unfinished(made);
     copy(how, &source.disk, watch).map_err(|e| e.at(&how.target))?;
     unfinished.keep();
     Ok(())
@@ -63,18 +63,17 @@ fn copy(how: &Convert, source: &std::sync::Arc<crate::vd::Disk>, watch: &mut Wat
     watch.stop_if_cancelled()
 }
 
-/// A file that goes away again unless it is kept.
-struct Unfinished<'a>(&'a Path);
+/// Files that go away again unless they are kept.
+struct Unfinished(Vec<PathBuf>);
 
-impl Unfinished<'_> {
-    fn keep(self) {
-        std::mem::forget(self);
+impl Unfinished {
+    fn keep(mut self) {
+        self.0.clear();
     }
 }
 
-impl Drop for Unfinished<'_> {
+impl Drop for Unfinished {
     fn drop(&mut self) {
-        // What cannot be removed is at least no longer locked: the user can.
-        let _ = fs::remove_file(self.0);
+        remove_files(&self.0);
     }
 }
