@@ -1,7 +1,7 @@
 //! New images.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, Format, NewFile, NewImage, NewParent, extension_format};
+use crate::format::{self, Format, NewFile, NewImage, NewParent, RawDisk, Sequential, extension_format};
 use crate::io::{HostFile, OpenHow, OsFile, sync_dir};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::ImageInfo;
@@ -30,6 +30,8 @@ pub struct CreateImage {
     pub geometry: Option<(u32, u32, u32)>,
     /// `KEY=VALUE` options of the format.
     pub options: Vec<(String, String)>,
+    /// The disk of the host it describes.
+    pub raw_disk: Option<RawDisk>,
 }
 
 impl CreateImage {
@@ -45,6 +47,7 @@ impl CreateImage {
             comment: None,
             geometry: None,
             options: Vec::new(),
+            raw_disk: None,
         }
     }
 }
@@ -59,17 +62,12 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
 
 /// The same; tells which files were made: some images have several.
 pub(super) fn create_files(new: &CreateImage) -> Result<Vec<PathBuf>> {
-    let refused = |what: String| Err(Error::new(ErrorKind::InvalidArgument, what).at(&new.path));
-    if new.size_bytes == 0 || !new.size_bytes.is_multiple_of(SECTOR_BYTES) {
-        return refused(format!(
-            "a disk of {} bytes: the size must be a multiple of {SECTOR_BYTES}",
-            new.size_bytes
-        ));
-    }
-    if new.size_bytes > MAX_DISK_BYTES {
-        return refused(format!("a disk of {} bytes: at most {MAX_DISK_BYTES} are possible", new.size_bytes));
-    }
-    let blueprint = format::blueprint(new.format, &described(new)).map_err(|e| e.at(&new.path))?;
+    let new = checked(new)?;
+    let blueprint = match &new.raw_disk {
+        None => format::blueprint(new.format, &described(new)),
+        Some(disk) => format::raw_disk(new.format, &described(new), disk),
+    };
+    let blueprint = blueprint.map_err(|e| e.at(&new.path))?;
     refuse_misleading_name(&new.path, new.format)?;
     let mut made = Vec::new();
     let done = blueprint
@@ -91,6 +89,34 @@ pub(super) fn remove_files(files: &[PathBuf]) {
     for path in files {
         let _ = fs::remove_file(path);
     }
+}
+
+/// An image that is to be written once, with its contents, and its file, which is empty; `None` for the kinds that
+/// [`create_image`] makes.
+///
+/// # Errors
+/// As [`create_image`].
+pub(super) fn begin_sequential(new: &CreateImage) -> Result<Option<(Box<dyn Sequential>, OsFile)>> {
+    let new = checked(new)?;
+    let image = format::sequential(new.format, &described(new)).map_err(|e| e.at(&new.path))?;
+    let Some(image) = image else { return Ok(None) };
+    refuse_misleading_name(&new.path, new.format)?;
+    Ok(Some((image, open_new(&new.path)?)))
+}
+
+/// Sizes that no format has are refused.
+fn checked(new: &CreateImage) -> Result<&CreateImage> {
+    let refused = |what: String| Err(Error::new(ErrorKind::InvalidArgument, what).at(&new.path));
+    if new.size_bytes == 0 || !new.size_bytes.is_multiple_of(SECTOR_BYTES) {
+        return refused(format!(
+            "a disk of {} bytes: the size must be a multiple of {SECTOR_BYTES}",
+            new.size_bytes
+        ));
+    }
+    if new.size_bytes > MAX_DISK_BYTES {
+        return refused(format!("a disk of {} bytes: at most {MAX_DISK_BYTES} are possible", new.size_bytes));
+    }
+    Ok(new)
 }
 
 /// The wish in the words of formats.
@@ -115,13 +141,17 @@ fn make(new: &CreateImage, file: NewFile, made: &mut Vec<PathBuf>) -> Result<()>
         Some(name) => folder_of(&new.path).join(name),
         None => new.path.clone(),
     };
-    let opened = OsFile::open(&path, OpenHow { create_new: true, ..OpenHow::default() });
-    let host = opened.map_err(|e| match e.kind() {
-        ErrorKind::Exists => e.hint("nothing is overwritten: choose another name"),
-        _ => e,
-    })?;
+    let host = open_new(&path)?;
     made.push(path.clone());
     fill(&host, file).map_err(|e| e.at(&path))
+}
+
+fn open_new(path: &Path) -> Result<OsFile> {
+    let opened = OsFile::open(path, OpenHow { create_new: true, ..OpenHow::default() });
+    opened.map_err(|e| match e.kind() {
+        ErrorKind::Exists => e.hint("nothing is overwritten: choose another name"),
+        _ => e,
+    })
 }
 
 fn fill(host: &OsFile, file: NewFile) -> Result<()> {
@@ -147,7 +177,7 @@ fn refuse_misleading_name(path: &Path, format: Format) -> Result<()> {
 }
 
 /// The folder a file's name is in.
-fn folder_of(path: &Path) -> &Path {
+pub(super) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
-use vdblk::job::{Inspected, human_bytes, inspect_image};
+use vdblk::job::{Inspected, human_bytes, inspect_image_with};
 use vdblk::map::ImageInfo;
 use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 
@@ -80,7 +80,7 @@ struct Geometry {
 }
 
 pub(crate) fn run(args: &Info) -> Result<u8> {
-    let image = inspect_image(&args.image.spec(&args.file))?;
+    let image = inspect_image_with(&args.image.spec(&args.file), args.image.parents.allow_raw_device)?;
     let chain = chain(args, &image);
     let text = match args.output {
         Output::Json => json(&image, chain),
@@ -171,6 +171,7 @@ fn chain(args: &Info, image: &Inspected) -> Result<Vec<Link>> {
         parents: args.image.parents.parents.clone(),
         parent_dirs: args.image.parents.parent_dirs.clone(),
         allow_parent_mismatch: args.image.parents.allow_parent_mismatch,
+        allow_raw_device: args.image.parents.allow_raw_device,
         lock_wait: None,
         options: DiskOptions { read_only: true, ..DiskOptions::default() },
         ..OpenDisk::new(&args.file)

@@ -4,7 +4,7 @@ use super::args::{Convert, Create};
 use super::terminal;
 use std::path::{Path, PathBuf};
 use vdblk::format::NewParent;
-use vdblk::job::{self, CreateImage, create_image};
+use vdblk::job::{self, CreateImage, RawDiskWish, create_image, look_at_raw_disk};
 use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
 use vdblk::{Error, ErrorKind, Result};
 
@@ -12,7 +12,15 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
     // Open until the image is made: nobody may change the parent meanwhile.
     let parent = open_parent(args)?;
     let parent_info = parent.as_ref().map(|p| p.images[0].info.clone());
-    let size = args.size.or(parent_info.as_ref().map(|p| p.virtual_size));
+    let wish = args.raw_device.as_ref().map(|device| RawDiskWish {
+        device: device.clone(),
+        partitions: args.partitions.clone(),
+        relative: args.relative,
+        read_only: args.raw_read_only,
+    });
+    let raw_disk = wish.as_ref().map(look_at_raw_disk).transpose()?;
+    let (raw_disk, raw_size) = raw_disk.unzip();
+    let size = args.size.or(raw_size).or(parent_info.as_ref().map(|p| p.virtual_size));
     let Some(size_bytes) = size else {
         return Err(Error::new(ErrorKind::InvalidArgument, "no size: give --size or --parent"));
     };
@@ -28,6 +36,7 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
         comment: args.comment.clone(),
         geometry,
         options: args.options.clone(),
+        raw_disk,
         ..CreateImage::new(&args.file, args.format, size_bytes)
     })?;
     Ok(0)
