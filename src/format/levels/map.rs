@@ -63,12 +63,15 @@ impl LevelMap {
         let l1 = if how.info_only { Vec::new() } else { geometry.load_l1(source)? };
         let page_bytes = geometry.page_bytes();
         let l2_pages = geometry.l1_entries().saturating_mul(geometry.table_bytes / page_bytes);
+        // both levels together are bounded
+        let first = geometry.l1_entries() * 8;
+        let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
         let writable = !how.read_only && !how.info_only;
         Ok(LevelMap {
             file,
             geometry,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
-            pages: PageCache::new(page_bytes, l2_pages, TABLE_CACHE_BYTES),
+            pages: PageCache::new(page_bytes, l2_pages, most),
             end: AtomicU64::new(geometry.file_bytes),
             // What is nowhere reads as zeros where nothing is beneath.
             zeros: if info.parent_names.is_empty() { Some(0) } else { zeros },
