@@ -3,7 +3,7 @@
 
 mod parallels;
 pub(super) mod vhd;
-mod vmdk;
+pub(super) mod vmdk;
 
 use super::bytes::Bytes;
 use super::{Rng, SimFile};
