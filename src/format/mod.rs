@@ -116,9 +116,16 @@ impl Format {
         self.driver().keeps_comment
     }
 
-    /// Its images have a place for a geometry of the user's choice.
-    pub fn keeps_geometry(self) -> bool {
-        self.driver().keeps_geometry
+    /// What a new image of it takes over of another one's geometry: nothing where it has no place for one, or not for such a
+    /// one. Of VHDs larger than 31 GiB tracks have 255 sectors, which nobody else allows.
+    pub fn geometry_from(self, other: Option<(u32, u32, u32)>) -> Option<(u32, u32, u32)> {
+        let (most_cylinders, most_sectors) = if self == Format::Vhd { (65535, 255) } else { (u32::MAX, 63) };
+        other.filter(|(c, h, s)| {
+            self.driver().keeps_geometry
+                && (1..=most_cylinders).contains(c)
+                && (1..=255).contains(h)
+                && (1..=most_sectors).contains(s)
+        })
     }
 
     /// What vdblk knows of the format.

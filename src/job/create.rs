@@ -57,6 +57,11 @@ impl CreateImage {
 /// # Errors
 /// For what the format cannot express, with one line; from the operating system.
 pub fn create_image(new: &CreateImage) -> Result<()> {
+    create_files(new).map(drop)
+}
+
+/// The same; tells which files were made: some images have several.
+pub(super) fn create_files(new: &CreateImage) -> Result<Vec<PathBuf>> {
     let new = checked(new)?;
     let blueprint = match &new.raw_disk {
         None => format::blueprint(new.format, &described(new)),
@@ -70,13 +75,20 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
         .into_iter()
         .try_for_each(|file| make(new, file, &mut made))
         .and_then(|()| sync_dir(folder_of(&new.path)).map_err(|e| e.at(&new.path)));
-    if done.is_err() {
-        for path in made {
-            // A half-made image is worth nothing; what is left of it cannot be helped.
-            let _ = fs::remove_file(path);
+    match done {
+        Ok(()) => Ok(made),
+        Err(e) => {
+            remove_files(&made);
+            Err(e)
         }
     }
-    done
+}
+
+/// A half-made image is worth nothing; what cannot be removed is at least no longer locked: the user can.
+pub(super) fn remove_files(files: &[PathBuf]) {
+    for path in files {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// An image that is to be written once, with its contents, and its file, which is empty; `None` for the kinds that
@@ -177,7 +189,7 @@ pub(super) fn folder_of(path: &Path) -> &Path {
 pub fn create_overlay(path: &Path, parent: &ImageInfo, uuid: Option<Uuid>) -> Result<()> {
     let new = CreateImage {
         parent: Some(NewParent { info: ImageInfo { uuid, ..parent.clone() }, path: None }),
-        geometry: parent.geometry,
+        geometry: Format::Vdi.geometry_from(parent.geometry),
         ..CreateImage::new(path, Format::Vdi, parent.virtual_size)
     };
     create_image(&new)

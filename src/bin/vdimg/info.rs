@@ -24,6 +24,10 @@ struct Json<'a> {
     modification_uuid: Option<String>,
     parent_uuid: Option<String>,
     parent_modification_uuid: Option<String>,
+    /// A VMDK's.
+    parent_content_id: Option<u32>,
+    /// What the image calls its parent's file.
+    parent_names: &'a [String],
     comment: Option<&'a str>,
     /// What is odd about it although nothing is in danger.
     notes: &'a [String],
@@ -103,6 +107,8 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         modification_uuid: text(i.modification_uuid),
         parent_uuid: text(i.parent_uuid),
         parent_modification_uuid: text(i.parent_modification_uuid),
+        parent_content_id: i.parent_content_id,
+        parent_names: &i.parent_names,
         comment: i.comment.as_deref(),
         notes: &i.notes,
         geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
@@ -138,6 +144,9 @@ fn human(image: &Inspected) -> String {
         if let Some(u) = uuid {
             let _ = writeln!(t, "{name}: {}", u.hyphenated());
         }
+    }
+    for name in &i.parent_names {
+        let _ = writeln!(t, "parent file: {}", name.escape_debug());
     }
     for note in &i.notes {
         let _ = writeln!(t, "note: it {note}");

@@ -25,7 +25,8 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
         return Err(Error::new(ErrorKind::InvalidArgument, "no size: give --size or --parent"));
     };
     // The geometry belongs to a size.
-    let geometry = parent_info.as_ref().filter(|p| p.virtual_size == size_bytes).and_then(|p| p.geometry);
+    let of_parent = parent_info.as_ref().filter(|p| p.virtual_size == size_bytes).and_then(|p| p.geometry);
+    let geometry = args.format.geometry_from(of_parent);
     let parent = args.parents.parents.last().zip(parent_info);
     let parent = parent.map(|(spec, info)| NewParent { info, path: named_from(&args.file, &spec.path) });
     create_image(&CreateImage {

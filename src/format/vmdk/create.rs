@@ -373,19 +373,15 @@ fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) 
     t += &format!(
         "ddb.geometry.cylinders=\"{c}\"\nddb.geometry.heads=\"{h}\"\nddb.geometry.sectors=\"{s}\"\n"
     );
-    // A raw file has no UUID to name; a diff names it by content id or file name.
-    let of_parent = |u: Option<Uuid>| u.unwrap_or(nil);
+    // Without a content ID only the parent's UUID says that there is a parent; one of a format that has no UUIDs gets one
+    // that nobody has, and is found by its name.
+    let unnamed = parent.filter(|_| parent_cid == u32::MAX).map(|_| Uuid::new_v4());
+    let of_parent = parent.and_then(|p| p.info.uuid).or(unnamed).unwrap_or(nil);
     t += &format!("ddb.uuid.image=\"{uuid}\"\n");
-    t += &format!("ddb.uuid.parent=\"{}\"\n", of_parent(parent.and_then(|p| p.info.uuid)));
+    t += &format!("ddb.uuid.parent=\"{of_parent}\"\n");
     t += &format!("ddb.uuid.modification=\"{}\"\n", new.modification);
-    let modification = of_parent(parent.and_then(|p| p.info.modification_uuid));
+    let modification = parent.and_then(|p| p.info.modification_uuid).unwrap_or(nil);
     t += &format!("ddb.uuid.parentmodification=\"{modification}\"\n");
-    if let Some(p) = parent
-        && p.info.uuid.is_none()
-        && parent_cid == u32::MAX
-    {
-        return Err(refused("the parent has neither a UUID nor a content ID, so no VMDK can name it"));
-    }
     if let Some(comment) = new.comment.as_deref().filter(|c| !c.is_empty()) {
         let comment = escaped(comment);
         if comment.len() > MAX_COMMENT || comment.contains('\0') {
