@@ -335,6 +335,68 @@ fn extents_of_esx_with_large_tables_are_read_as_qemu_reads_them() {
     }
 }
 
+/// Whatever such an extent says of itself, it is refused or shows bytes of its own file.
+#[test]
+fn any_extent_of_esx_is_read_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.vmdk");
+    std::fs::write(&path, "# Disk DescriptorFile\nversion=1\nRW 81920 SESPARSE \"e.vmdk\"\n").unwrap();
+    let sound = se_sparse();
+    let mut random = 1u64;
+    let mut draw = |n: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % n
+    };
+    let (mut opened, mut refused) = (0, 0);
+    for _ in 0..400 {
+        let mut bytes = sound.clone();
+        for _ in 0..1 + draw(4) {
+            // a word of the headers, the directory, or one of the entries in use
+            let words = [draw(26), 64 + draw(4), 256 + draw(3), 512 + draw(2), 512 + 2047, 512 + 4096 + 5];
+            let at = 8 * words[draw(6)];
+            let word = match draw(4) {
+                0 => 1u64 << draw(64),
+                1 => draw(256) as u64 | (draw(16) as u64) << 60,
+                2 => u64::MAX - draw(3) as u64,
+                _ => u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) ^ (1 << draw(64)),
+            };
+            bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        if draw(8) == 0 {
+            bytes.truncate(draw(sound.len()));
+        }
+        std::fs::write(dir.path().join("e.vmdk"), &bytes).unwrap();
+        let spec = ImageSpec { path: path.clone(), format: None };
+        let checked = vdblk::job::check_image(&spec, std::time::Duration::ZERO);
+        match open(&path) {
+            Err(e) => {
+                refused += 1;
+                assert!(!e.to_string().contains('\n'), "{e}");
+            }
+            Ok(disk) => {
+                opened += 1;
+                checked.unwrap();
+                let (mut list, mut scratch) = (ExtentList::new(), Scratch::for_chain(disk.chain()));
+                for unit in 0..10240 {
+                    let r = GuestRange::new(GuestOffset(unit * 4096), 4096).unwrap();
+                    let mapped = loop {
+                        match disk.chain().map(r, &mut list, &mut scratch) {
+                            Err(Lack::Page { layer, key }) => disk.load_page(layer, key).unwrap(),
+                            other => break other,
+                        }
+                    };
+                    for e in list.as_slice().iter().filter(|_| mapped.is_ok()) {
+                        if let ExtentKind::Data { off, .. } = e.kind {
+                            assert!(off.0 + e.len <= bytes.len() as u64, "{e:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(opened > 50 && refused > 50, "{opened} {refused}");
+}
+
 fn check_image(path: &Path) -> vdblk::format::CheckReport {
     let spec = ImageSpec { path: path.into(), format: None };
     vdblk::job::check_image(&spec, std::time::Duration::ZERO)

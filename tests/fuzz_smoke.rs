@@ -94,7 +94,7 @@ fn any_image_is_served_and_repaired_or_refused() {
 #[test]
 fn any_vmdk_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("vmdk", 6_000, 64 << 10, mutate::vmdk, &one_file::vmdk);
+    smoke("vmdk", 6_000, 96 << 10, mutate::vmdk, &one_file::vmdk);
 }
 
 #[test]

@@ -232,6 +232,7 @@ impl PartitionTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// A disk with these bytes at some places.
     struct Disk(u64, Vec<(u64, Vec<u8>)>);
@@ -310,6 +311,46 @@ mod tests {
         let sum = crc(&h[..92]);
         h[16..20].copy_from_slice(&sum.to_le_bytes());
         Disk(disk, vec![mbr(0, &[(0xee, 1, u32::MAX)]), (512, h), (1024, entries)])
+    }
+
+    proptest! {
+        /// Whatever a disk says of itself, partitions lie inside it, in order, and not upon each other.
+        #[test]
+        fn any_table_is_sound_or_refused(
+            which in 0..2u8, writes in proptest::collection::vec((0..20usize * 512, any::<u8>()), 0..12),
+        ) {
+            let mut disk = if which == 0 {
+                Disk(1000, vec![
+                    mbr(0, &[(0x83, 63, 100), (5, 200, 400), (0x07, 700, 50)]),
+                    mbr(200, &[(0x83, 1, 99), (5, 100, 100)]),
+                    mbr(300, &[(0x82, 10, 90)]),
+                ])
+            } else {
+                gpt(1000, &[(1, 34, 100), (5, 200, 7)])
+            };
+            for (at, byte) in writes {
+                let piece = at % disk.1.len();
+                let (_, bytes) = &mut disk.1[piece];
+                // most of a table is in its last bytes
+                let at = if bytes.len() == 512 && which == 0 { 446 + at % 66 } else { at % bytes.len() };
+                bytes[at] = byte;
+            }
+            if which == 1 {
+                let entries = crc(&disk.1[2].1);
+                let head = &mut disk.1[1].1;
+                head[88..92].copy_from_slice(&entries.to_le_bytes());
+                head[16..20].fill(0);
+                let len = usize::try_from(le32(head, 12)).unwrap().clamp(92, 512);
+                let sum = crc(&head[..len]);
+                head[16..20].copy_from_slice(&sum.to_le_bytes());
+            }
+            if let Ok(t) = PartitionTable::read(&disk) {
+                let mut all: Vec<_> = t.partitions.iter().map(|(_, p)| *p).chain(t.tables).collect();
+                all.sort_unstable();
+                prop_assert!(all.iter().all(|p| p.len > 0 && p.end() <= 1000));
+                prop_assert!(all.windows(2).all(|w| w[0].end() <= w[1].start));
+            }
+        }
     }
 
     #[test]

@@ -14,18 +14,36 @@ type Page = [u8; PAGE as usize];
 pub struct Bytes {
     len: u64,
     pages: BTreeMap<u64, Arc<Page>>,
+    /// Of the first file of an image: those of its others.
+    further: Vec<Bytes>,
 }
 
 impl Bytes {
     /// A copy of `bytes`.
     pub fn of(bytes: &[u8]) -> Bytes {
-        let mut b = Bytes { len: bytes.len() as u64, pages: BTreeMap::new() };
+        let mut b = Bytes { len: bytes.len() as u64, ..Bytes::default() };
         for (page, chunk) in (0..).zip(bytes.chunks(PAGE as usize)) {
             if chunk.iter().any(|b| *b != 0) {
                 b.put(page * PAGE, chunk);
             }
         }
         b
+    }
+
+    /// The first file of an image, with those of its others.
+    pub(super) fn with(self, further: Vec<Bytes>) -> Bytes {
+        Bytes { further, ..self }
+    }
+
+    /// The bytes of an image's further files.
+    pub(super) fn further(&self) -> &[Bytes] {
+        &self.further
+    }
+
+    /// The first file by itself, and the others.
+    pub(super) fn apart(mut self) -> (Bytes, Vec<Bytes>) {
+        let further = std::mem::take(&mut self.further);
+        (self, further)
     }
 
     /// Length in bytes.

@@ -127,6 +127,8 @@ pub struct Cut {
     changes: Vec<(Change, Vec<Atom>)>,
     /// Parts of all changes together.
     atoms: usize,
+    /// The further files of the image at the same moment.
+    further: Vec<Cut>,
 }
 
 impl Cut {
@@ -146,7 +148,18 @@ impl Cut {
             })
             .collect();
         let atoms = changes.iter().map(|(_, a)| a.len()).sum();
-        Cut { durable, changes, atoms }
+        Cut { durable, changes, atoms, further: Vec::new() }
+    }
+
+    /// With the same moment of the image's further files.
+    pub(super) fn with(mut self, further: Vec<Cut>) -> Cut {
+        self.atoms += further.iter().map(Cut::parts).sum::<usize>();
+        Cut { further, ..self }
+    }
+
+    /// Changes of all files.
+    fn changes(&self) -> usize {
+        self.changes.len() + self.further.iter().map(Cut::changes).sum::<usize>()
     }
 
     /// What may have happened or not, in parts.
@@ -161,7 +174,18 @@ impl Cut {
             change.apply(&mut b, atoms, keep);
         }
         b.cut();
-        b
+        b.with(self.further.iter().map(|c| c.state(keep)).collect())
+    }
+
+    /// The file if `keep`, asked change by change, says what happened.
+    fn state_of_whole_changes(&self, keep: &mut dyn FnMut() -> bool) -> Bytes {
+        let mut b = self.durable.clone();
+        for (change, atoms) in &self.changes {
+            let happened = keep();
+            change.apply(&mut b, atoms, &mut || happened);
+        }
+        b.cut();
+        b.with(self.further.iter().map(|c| c.state_of_whole_changes(keep)).collect())
     }
 
     /// One state by chance: whole changes, torn ones, or mostly one or the other.
@@ -174,7 +198,7 @@ impl Cut {
             change.apply(&mut b, atoms, &mut || if torn { rng.chance(50) } else { whole });
         }
         b.cut();
-        b
+        b.with(self.further.iter().map(|c| c.random_state(rng)).collect())
     }
 
     /// All states of at most 2^`exhaustive` of them; beyond, every set of whole changes if those are few, and then
@@ -199,7 +223,7 @@ impl Cut {
             }
             return;
         }
-        if self.changes.len() <= 6.min(exhaustive as usize) && !self.each_set_of_changes(each) {
+        if self.changes() <= 6.min(exhaustive as usize) && !self.each_set_of_changes(each) {
             return;
         }
         for _ in 0..samples {
@@ -210,12 +234,12 @@ impl Cut {
     }
 
     fn each_set_of_changes(&self, each: &mut dyn FnMut(&Bytes) -> bool) -> bool {
-        for bits in 0..1u64 << self.changes.len() {
-            let mut b = self.durable.clone();
-            for (i, (change, atoms)) in self.changes.iter().enumerate() {
-                change.apply(&mut b, atoms, &mut || bits >> i & 1 == 1);
-            }
-            b.cut();
+        for bits in 0..1u64 << self.changes() {
+            let mut at = 0;
+            let b = self.state_of_whole_changes(&mut || {
+                at += 1;
+                bits >> (at - 1) & 1 == 1
+            });
             if !each(&b) {
                 return false;
             }

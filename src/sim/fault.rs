@@ -3,6 +3,7 @@
 use super::{DATA, Rng};
 use crate::io::{IoKind, IoOp};
 use crate::map::FileId;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -77,8 +78,8 @@ impl Fault {
 struct State {
     plan: Vec<Fault>,
     hits: Vec<(IoOp, bool)>,
-    /// Operations looked at so far.
-    seen: u64,
+    /// Operations looked at so far, by file.
+    seen: HashMap<FileId, u64>,
     /// The last one was interrupted: this one is it again.
     interrupted: bool,
 }
@@ -113,14 +114,14 @@ impl Faults {
         self.lock().hits.clone()
     }
 
-    /// Operations on the first file since the last [`Self::clear`].
-    pub fn seen(&self) -> u64 {
-        self.lock().seen
+    /// Operations on a file since the last [`Self::clear`].
+    pub fn seen(&self, file: FileId) -> u64 {
+        self.lock().seen.get(&file).copied().unwrap_or(0)
     }
 
     pub(super) fn hit(&self, op: &IoOp, inline: bool) -> Option<Failing> {
         let s = &mut *self.lock();
-        s.seen += u64::from(op.file == FileId(0));
+        *s.seen.entry(op.file).or_default() += 1;
         let i = s.plan.iter().position(|f| {
             (f.kinds.is_empty() || f.kinds.contains(&op.kind))
                 && f.file == op.file

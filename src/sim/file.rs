@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 impl Landing {
     /// All of them.
@@ -23,6 +23,10 @@ pub struct SimFile {
     alignment: Alignment,
     /// Nobody may change it.
     sealed: bool,
+    /// Of an image's first file: its others.
+    further: Vec<Arc<SimFile>>,
+    /// Of the others: the first.
+    first: Weak<SimFile>,
 }
 
 #[derive(Debug, Default)]
@@ -63,18 +67,29 @@ pub enum Landing {
 pub const DATA: u64 = 2 << 20;
 
 impl SimFile {
-    /// A file whose bytes are durable.
+    /// A file whose bytes are durable, and the others of its image where there are some.
     pub fn new(name: impl Into<PathBuf>, bytes: Bytes) -> Arc<SimFile> {
+        let (name, (bytes, others)) = (name.into(), bytes.apart());
+        Arc::new_cyclic(|first| {
+            let part = |b| Arc::new(SimFile { first: first.clone(), ..Self::holding(name.clone(), b) });
+            SimFile { further: others.into_iter().map(part).collect(), ..Self::holding(name.clone(), bytes) }
+        })
+    }
+
+    fn holding(name: PathBuf, bytes: Bytes) -> SimFile {
         let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
-        let (contents, name, alignment) = (Mutex::new(contents), name.into(), Alignment::NONE);
-        Arc::new(SimFile { contents, name, alignment, sealed: false })
+        let (contents, alignment) = (Mutex::new(contents), Alignment::NONE);
+        SimFile { contents, name, alignment, sealed: false, further: Vec::new(), first: Weak::new() }
+    }
+
+    /// All files of the image of which this is the first.
+    pub(super) fn all(self: &Arc<Self>) -> Vec<Arc<SimFile>> {
+        std::iter::once(self).chain(&self.further).cloned().collect()
     }
 
     /// A file that nobody may change.
     pub fn sealed(name: impl Into<PathBuf>, bytes: Bytes) -> Arc<SimFile> {
-        let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
-        let (contents, name, alignment) = (Mutex::new(contents), name.into(), Alignment::NONE);
-        Arc::new(SimFile { contents, name, alignment, sealed: true })
+        Arc::new(SimFile { sealed: true, ..Self::holding(name.into(), bytes) })
     }
 
     /// Somebody has tried to change a sealed file.
@@ -85,6 +100,7 @@ impl SimFile {
     /// The process that changes it is dead: nothing changes until [`Self::kill`].
     pub(super) fn freeze(&self) {
         self.lock().frozen = true;
+        self.further.iter().for_each(|f| f.freeze());
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
@@ -93,7 +109,8 @@ impl SimFile {
 
     /// What every process sees.
     pub fn bytes(&self) -> Bytes {
-        self.lock().now.clone()
+        let further = self.further.iter().map(|f| f.bytes()).collect();
+        self.lock().now.clone().with(further)
     }
 
     /// From now on the moments before each end of a sync are kept for [`Self::take_cuts`].
@@ -108,7 +125,18 @@ impl SimFile {
 
     /// The power goes now.
     pub fn cut_now(&self) -> Cut {
-        self.lock().cut()
+        let further = self.further.iter().map(|f| f.cut_now()).collect();
+        self.lock().cut().with(further)
+    }
+
+    /// A sync is about to end: a moment at which the power may go, for all files of the image.
+    fn keep_cut(&self) {
+        let others = self.first.upgrade();
+        let first = others.as_deref().unwrap_or(self);
+        if first.lock().cuts.is_some() {
+            let cut = first.cut_now();
+            first.lock().cuts.get_or_insert_default().push(cut);
+        }
     }
 
     /// From now on everything is recorded.
@@ -192,6 +220,7 @@ impl SimFile {
 
     /// The process is gone. What becomes of what it had submitted is settled before another gets the lock.
     pub fn kill(&self, how: Landing, rng: &mut Rng) {
+        self.further.iter().for_each(|f| f.kill(how, rng));
         let c = &mut *self.lock();
         c.frozen = false;
         let mut flying: Vec<_> = std::mem::take(&mut c.flying).into_values().collect();
@@ -207,6 +236,8 @@ impl SimFile {
 
     /// The power goes and comes back with this left.
     pub fn restart_with(&self, bytes: Bytes) {
+        let (bytes, others) = bytes.apart();
+        self.further.iter().zip(others).for_each(|(f, b)| f.restart_with(b));
         let c = &mut *self.lock();
         let mut dm_log = c.dm_log.take();
         if let Some(log) = &mut dm_log {
@@ -225,9 +256,9 @@ impl SimFile {
 
     /// A sync of everything before `mark` has ended well.
     pub(super) fn persist(&self, mark: u64) {
-        let c = &mut *self.lock();
-        if !c.frozen {
-            c.persist(mark);
+        if !self.lock().frozen {
+            self.keep_cut();
+            self.lock().persist(mark);
         }
     }
 
@@ -235,8 +266,8 @@ impl SimFile {
     /// and is still in the page cache or no longer. Sizes, extents and holes go through the journal, and wait for the
     /// next sync.
     pub(super) fn sync_failed(&self, mark: u64, rng: &mut Rng) {
+        self.keep_cut();
         let c = &mut *self.lock();
-        c.keep_cut();
         let upto = usize::try_from(mark.saturating_sub(c.first)).unwrap_or(0).min(c.log.len());
         for slot in &mut c.log[..upto] {
             let Some(Change::Write { off, bytes, size }) = slot.take() else { continue };
@@ -299,15 +330,7 @@ impl Contents {
         Cut::new(self.durable.clone(), self.log.iter().flatten().cloned().chain(landing))
     }
 
-    fn keep_cut(&mut self) {
-        if self.cuts.is_some() {
-            let cut = self.cut();
-            self.cuts.get_or_insert_default().push(cut);
-        }
-    }
-
     fn persist(&mut self, mark: u64) {
-        self.keep_cut();
         let upto = usize::try_from(mark.saturating_sub(self.first)).unwrap_or(0).min(self.log.len());
         for change in self.log.drain(..upto).flatten() {
             apply_whole(&mut self.durable, &change);

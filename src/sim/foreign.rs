@@ -4,7 +4,7 @@
 mod levels;
 mod parallels;
 pub(super) mod vhd;
-mod vmdk;
+pub(super) mod vmdk;
 
 use super::bytes::Bytes;
 use super::{Rng, SimFile};

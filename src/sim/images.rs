@@ -1,7 +1,7 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
-use super::foreign::vhd;
+use super::foreign::{vhd, vmdk};
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
@@ -42,6 +42,10 @@ pub enum Kind {
     VmdkDiff,
     /// The same with a word for grains of zeros.
     VmdkZeroed,
+    /// A sparse VMDK without a parent that has no grain tables yet, or copies of them.
+    VmdkBare,
+    /// A VMDK of several extents, each a file.
+    VmdkSplit,
     /// A QCOW2 without a parent, of the smallest clusters and the widest refcounts: its tables grow all the time.
     Qcow2,
     /// A QCOW2 over a parent full of data; with subclusters where its clusters are large enough.
@@ -58,7 +62,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 17] = [
+    pub const ALL: [Kind; 19] = [
         Kind::Raw,
         Kind::Vdi,
         Kind::Diff,
@@ -70,6 +74,8 @@ impl Kind {
         Kind::Vmdk,
         Kind::VmdkDiff,
         Kind::VmdkZeroed,
+        Kind::VmdkBare,
+        Kind::VmdkSplit,
         Kind::Qcow2,
         Kind::Qcow2Diff,
         Kind::Qed,
@@ -92,6 +98,8 @@ impl Kind {
             Kind::Vmdk => "vmdk",
             Kind::VmdkDiff => "vmdk-diff",
             Kind::VmdkZeroed => "vmdk-diff+zeroed",
+            Kind::VmdkBare => "vmdk-bare",
+            Kind::VmdkSplit => "vmdk-split",
             Kind::Qcow2 => "qcow2",
             Kind::Qcow2Diff => "qcow2-diff",
             Kind::Qed => "qed",
@@ -123,6 +131,7 @@ impl Kind {
             Format::Vhd => 512..4096,
             Format::Parallels => 0..4096,
             // directories and tables of one table's worth of grains
+            Format::Vmdk if self == Kind::VmdkSplit => 512..11 * 512,
             Format::Vmdk => 21 * 512..31 * 512,
             // both levels, and data between and behind them
             Format::Qed => 4096..64 << 10,
@@ -143,7 +152,7 @@ impl Kind {
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
-            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
+            Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed | Kind::VmdkBare | Kind::VmdkSplit => Format::Vmdk,
             Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
             Kind::Qed | Kind::QedDiff => Format::Qed,
             Kind::Qcow | Kind::QcowDiff => Format::Qcow,
@@ -167,7 +176,7 @@ pub struct Shape {
 pub struct Images {
     /// What it is.
     pub shape: Shape,
-    /// The file that is written.
+    /// The file that is written; of an image of several the first, which knows the others.
     pub top: Arc<SimFile>,
     /// The files below, which are not.
     below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
@@ -200,7 +209,7 @@ impl Host for SimHost {
     }
 }
 
-/// A new image of one file.
+/// A new image.
 fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
     let format = kind.format();
     let id = Uuid::from_u128(uuid);
@@ -235,13 +244,15 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
         _ => Vec::new(),
     };
     options.extend((kind == Kind::VmdkZeroed).then(|| option("zeroed_grain", "on")));
+    let extent = (size / 3).next_multiple_of(block);
+    options.extend((kind == Kind::VmdkSplit).then(|| option("extent_size", &extent.to_string())));
     let has_uuid = matches!(format, Format::Vdi | Format::Vhd | Format::Vmdk);
     let blueprint = format::blueprint(
         format,
         &NewImage {
             file_name: "top".into(),
             size_bytes: size,
-            variant: None,
+            variant: (kind == Kind::VmdkSplit).then(|| "split2g".to_string()),
             uuid: has_uuid.then_some(id),
             modification: id,
             parent,
@@ -250,28 +261,40 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
             options,
         },
     );
-    let [file] = blueprint.expect("a shape the format can have").files.try_into().expect("one file");
-    let mut b = Bytes::default();
-    b.set_len(file.len);
-    for (off, bytes) in file.pieces {
-        b.write(off.0, &bytes);
+    let (mut first, mut further) = (Bytes::default(), Vec::new());
+    for file in blueprint.expect("a shape the format can have").files {
+        let mut b = Bytes::default();
+        b.set_len(file.len);
+        for (off, bytes) in file.pieces {
+            b.write(off.0, &bytes);
+        }
+        match file.name {
+            None => first = b,
+            Some(_) => further.push(b),
+        }
     }
-    b
+    first.with(further)
+}
+
+/// The files of an image as formats take them, the first of this number.
+fn image_files(bytes: &Bytes, first: FileId) -> Vec<ImageFile<'_>> {
+    let all = std::iter::once(bytes).chain(bytes.further());
+    (first.0..).zip(all).map(|(id, source)| ImageFile { id: FileId(id), source }).collect()
 }
 
 fn open_map(bytes: &Bytes, format: Format, id: FileId, read_only: bool) -> Result<Arc<dyn ImageMap>> {
     let how = format::OpenHow { read_only, info_only: false };
-    Ok(format::open_single(format, bytes, id, how)?.into())
+    Ok(format::open(format, &image_files(bytes, id), how)?.into())
 }
 
-/// What a check finds in an image of one file; `None` where nothing can be wrong.
+/// What a check finds in an image; `None` where nothing can be wrong.
 pub(super) fn check(format: Format, bytes: &Bytes) -> Result<Option<CheckReport>> {
-    format::check(format, &[ImageFile { id: FileId(0), source: bytes }])
+    format::check(format, &image_files(bytes, FileId(0)))
 }
 
-/// The repair of an image of one file.
+/// The repair of an image.
 pub(super) fn repair(format: Format, bytes: &Bytes) -> Result<Option<Repair>> {
-    format::repair(format, &[ImageFile { id: FileId(0), source: bytes }])
+    format::repair(format, &image_files(bytes, FileId(0)))
 }
 
 impl Images {
@@ -292,7 +315,7 @@ impl Images {
             let images = Images {
                 shape: own,
                 top: SimFile::new("parent.vdi", bytes),
-                below: sealed(&below),
+                below: sealed(&below, 1),
                 forgets: None,
             };
             past = written_full(&images, past, rng);
@@ -300,10 +323,14 @@ impl Images {
             parent = Some(uuid);
         }
         let mut bytes = new_image(kind, size, block, 100, parent);
+        if kind == Kind::VmdkBare {
+            vmdk::take_tables(&mut bytes, rng);
+        }
         if kind.format() == Format::Vhd && rng.chance(50) {
             vhd::add_parts(&mut bytes, &mut past, rng);
         }
-        (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
+        let first = 1 + bytes.further().len();
+        (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below, first), forgets: None }, past)
     }
 
     /// A copy whose top file is its own.
@@ -318,7 +345,7 @@ impl Images {
 
     /// The files an engine has to know.
     pub fn files(&self) -> Vec<Arc<SimFile>> {
-        std::iter::once(&self.top).chain(self.below.iter().map(|(f, _)| f)).cloned().collect()
+        self.top.all().into_iter().chain(self.below.iter().map(|(f, _)| f.clone())).collect()
     }
 
     /// Opens the disk. `marks` counts the syncs that failed for good.
@@ -361,7 +388,8 @@ impl Images {
         let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];
         let mut rest = GuestRange::between(GuestOffset(0), GuestOffset(chain.size_bytes()));
         while !rest.is_empty() {
-            let bytes_of = |file: FileId| if file.0 == 0 { top } else { &parents[usize::from(file.0) - 1] };
+            let nth = |i: usize| std::iter::once(top).chain(top.further()).chain(&parents).nth(i);
+            let bytes_of = |file: FileId| nth(usize::from(file.0)).expect("a file of the chain");
             match chain.map(rest, &mut list, &mut scratch) {
                 Ok(()) => {}
                 Err(Lack::Failed(f)) => return Err(f.into()),
@@ -398,13 +426,14 @@ impl Images {
     }
 }
 
-/// Images as parents, the nearest first.
-fn sealed(images: &[Bytes]) -> Vec<(Arc<SimFile>, Arc<dyn ImageMap>)> {
+/// Images as parents, the nearest first, their files from this number on.
+fn sealed(images: &[Bytes], first: usize) -> Vec<(Arc<SimFile>, Arc<dyn ImageMap>)> {
     let one = |(id, bytes): (u16, &Bytes)| {
         let map = open_map(bytes, Format::Vdi, FileId(id), true).expect("a new parent");
         (SimFile::sealed("parent.vdi", bytes.clone()), map)
     };
-    (1..).zip(images).map(one).collect()
+    let first = u16::try_from(first).expect("few");
+    (first..).zip(images).map(one).collect()
 }
 
 /// Writes data all over, and here and there zeros; what the sectors hold then.

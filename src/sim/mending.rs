@@ -4,13 +4,20 @@ use super::bytes::Bytes;
 use super::images::{Images, check, repair};
 use super::{Rng, SimFile};
 use crate::format::Format;
+use crate::io::HostFile;
 use crate::job::{Job, RepairJob, Step};
+use std::sync::Arc;
+
+fn as_host_files(files: &[Arc<SimFile>]) -> Vec<&dyn HostFile> {
+    files.iter().map(|f| &**f as &dyn HostFile).collect()
+}
 
 /// A repaired copy, which is clean.
 pub(super) fn repaired(format: Format, state: &Bytes) -> Result<Bytes, String> {
     let file = SimFile::new("repaired", state.clone());
     let planned = repair(format, state).map_err(|e| format!("cannot be repaired: {e}"))?;
-    let mut job = RepairJob::new(vec![&*file], planned.map(|p| p.steps).unwrap_or_default());
+    let files = file.all();
+    let mut job = RepairJob::new(as_host_files(&files), planned.map(|p| p.steps).unwrap_or_default());
     while job.step().map_err(|e| e.to_string())? == Step::More {}
     let bytes = file.bytes();
     match check(format, &bytes).map_err(|e| e.to_string())? {
@@ -50,7 +57,8 @@ pub fn interrupted_repairs(
         file.fail_direct_fallocate(libc::EOPNOTSUPP);
     }
     let planned = repair(format, state).map_err(|e| e.to_string())?;
-    let mut job = RepairJob::new(vec![&*file], planned.map(|p| p.steps).unwrap_or_default());
+    let files = file.all();
+    let mut job = RepairJob::new(as_host_files(&files), planned.map(|p| p.steps).unwrap_or_default());
     let mut states = 0;
     loop {
         let step = job.step().map_err(|e| e.to_string())?;

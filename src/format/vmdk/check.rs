@@ -162,7 +162,7 @@ impl<'a> Extent<'a> {
         let least = self.layout.least_distance() * SECTOR_BYTES;
         for w in named.windows(2).filter(|w| w[1].0 - w[0].0 < least) {
             let what = format!("grains {} and {} lie upon each other at byte {}", w[0].1, w[1].1, w[1].0);
-            report.add(Severity::Corruption, false, what);
+            report.add(Severity::Corruption, !self.read_only, what);
         }
         if !self.read_only {
             self.judge_copy(report);
@@ -195,19 +195,29 @@ impl<'a> Extent<'a> {
 
     /// VirtualBox refuses an image whose copies differ; we write both, one behind the other.
     fn judge_copy(&self, report: &mut CheckReport) {
-        let Some(copy) = &self.copy else { return };
-        let differ = self.entries.iter().zip(copy).filter(|(a, b)| a != b).count();
+        let differ = self.differing().count();
         if differ > 0 {
             let what = format!("{differ} entries of the redundant tables differ");
             report.add(Severity::Leak, true, what);
         }
     }
 
+    /// The numbers of entries whose copies differ. A copy that was never made does not.
+    pub(super) fn differing(&self) -> impl Iterator<Item = u64> {
+        let copy = self.copy.as_deref().unwrap_or_default();
+        let directory = self.layout.redundant.as_deref().unwrap_or_default();
+        let differ = (0u64..).zip(self.entries.iter().zip(copy)).filter(|(_, (a, b))| a != b).map(|(i, _)| i);
+        differ.filter(move |i| self.layout.entry_at(directory, *i).is_some())
+    }
+
     fn judge_slack(&self, report: &mut CheckReport) {
         let grid = self.layout.data_at;
         let there = || self.entries.iter().copied().filter(|e| self.is_there(*e));
         let dense = Dense::plan(&self.layout, grid, &there, 0);
-        if dense.holes > 0 {
+        // A grain that lies across two places does not move, so a hole below it may have to stay.
+        let filled =
+            if dense.holes > 0 { Dense::plan(&self.layout, grid, &there, u64::MAX).moves.len() } else { 0 };
+        if filled > 0 {
             let what = format!("{} places of the file belong to no grain", dense.holes);
             report.add(Severity::Leak, true, what);
         }

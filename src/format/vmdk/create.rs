@@ -102,7 +102,7 @@ struct NewExtent {
 /// # Errors
 /// As [`super::super::blueprint`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    new.only_options(&["grain_size", "zeroed_grain"])?;
+    new.only_options(&["grain_size", "zeroed_grain", "extent_size"])?;
     let variant = Variant::of(new)?;
     if variant == Variant::Stream {
         return Err(refused("a streamOptimized VMDK is written once, with all its disk holds")
@@ -117,6 +117,9 @@ pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     let sparse = SparseKind::of(new)?;
     if !variant.is_sparse() && (new.option("grain_size").is_some() || sparse.zeroed) {
         return Err(refused("a flat VMDK has no grains"));
+    }
+    if new.option("extent_size").is_some() && !matches!(variant, Variant::Split | Variant::SplitFlat) {
+        return Err(refused("only a split disk has extents of a size"));
     }
     let extents = extents(new, variant)?;
     let text = descriptor(new, variant, variant.create_type(), &variant.lines(&extents))?;
@@ -236,16 +239,28 @@ fn extents(new: &NewImage, variant: Variant) -> Result<Vec<NewExtent>> {
         Variant::Split => 's',
         Variant::SplitFlat => 'f',
     };
-    let count = all.div_ceil(SPLIT_SECTORS);
+    let most = extent_sectors(new)?;
+    let count = all.div_ceil(most);
     if count > 999 {
         return Err(refused(format!("a disk of {count} extents")).hint("at most 999: choose sparse or flat"));
     }
     Ok((0..count)
         .map(|i| NewExtent {
-            sectors: SPLIT_SECTORS.min(all - i * SPLIT_SECTORS),
+            sectors: most.min(all - i * most),
             name: format!("{stem}-{letter}{:03}.vmdk", i + 1),
         })
         .collect())
+}
+
+/// Sectors of an extent of a split disk. Smaller ones are for tests: no other program makes any.
+fn extent_sectors(new: &NewImage) -> Result<u64> {
+    let Some(bytes) = new.option_size("extent_size")? else { return Ok(SPLIT_SECTORS) };
+    let most = SPLIT_SECTORS * SECTOR_BYTES;
+    if bytes == 0 || bytes > most || !bytes.is_multiple_of(MIN_BLOCK_BYTES) {
+        let what = format!("extents of {bytes} bytes: no multiple of {MIN_BLOCK_BYTES} up to {most}");
+        return Err(refused(what));
+    }
+    Ok(bytes / SECTOR_BYTES)
 }
 
 /// What all sparse extents of an image have in common.

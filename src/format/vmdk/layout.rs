@@ -20,6 +20,20 @@ pub(super) enum Entry {
     At(HostOffset),
 }
 
+/// Tables that the first change makes where the file has none: all of them at once, as other programs do with a new image.
+#[derive(Debug)]
+pub(super) struct NewTables {
+    /// Where they begin: at a whole grain, behind everything.
+    pub(super) at: HostOffset,
+    /// At a whole grain too.
+    pub(super) end: HostOffset,
+    /// The directory with the new tables in it.
+    pub(super) directory: Box<[u32]>,
+    pub(super) redundant: Option<Box<[u32]>>,
+    /// The numbers of the tables in their order: those of the directory, then those of the redundant one.
+    pub(super) tables: Vec<u64>,
+}
+
 /// Where everything of a sparse extent is: its header and its directories, which are kept whole.
 #[derive(Debug)]
 pub(super) struct Layout {
@@ -167,6 +181,29 @@ impl Layout {
     /// A table that does not exist yet.
     pub(super) fn lacks_tables(&self) -> bool {
         self.directory.contains(&0) || self.redundant.as_ref().is_some_and(|r| r.contains(&0))
+    }
+
+    /// Places for the tables that do not exist, from `at` on; `None` if entries could not name what lies behind.
+    pub(super) fn new_tables(&self, at: HostOffset) -> Option<NewTables> {
+        let sectors = self.table_bytes().div_ceil(SECTOR_BYTES);
+        let mut next = at.0 / SECTOR_BYTES;
+        let mut tables = Vec::new();
+        let mut filled = |directory: &[u32]| -> Option<Box<[u32]>> {
+            let mut all: Box<[u32]> = directory.into();
+            for (number, entry) in (0..).zip(all.iter_mut()).filter(|(_, e)| **e == 0) {
+                *entry = u32::try_from(next).ok()?;
+                next += sectors;
+                tables.push(number);
+            }
+            Some(all)
+        };
+        let directory = filled(&self.directory)?;
+        let redundant = match &self.redundant {
+            Some(r) => Some(filled(r)?),
+            None => None,
+        };
+        let end = HostOffset((next * SECTOR_BYTES).next_multiple_of(self.header.grain_bytes));
+        (end.0 / SECTOR_BYTES <= 1 << 32).then_some(NewTables { at, end, directory, redundant, tables })
     }
 
     /// Bytes of the extent that a grain holds.

@@ -4,9 +4,11 @@ use super::super::blocks::Steps;
 use super::header::UNCLEAN_AT;
 use super::layout::Entry;
 use super::sesparse::{self, SeSparse};
-use super::sparse::{COPY, MAIN, MARK, Sparse, of_key};
+use super::sparse::{COPY, DIRECTORY, DIRECTORY_COPY, MAIN, MARK, NEW_TABLE, Sparse, of_key};
+use super::table::ENTRY_BYTES;
 use super::text::{TEXT, Text};
 use crate::error::{Error, ErrorKind, Failure, Result};
+use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES};
 use crate::map::{
     BlockIndex, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset,
     ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PagePlace, Plan, PlanToken, Settled, Step,
@@ -170,13 +172,45 @@ impl VmdkMap {
     ) -> Option<(FileId, HostOffset)> {
         let (part, page) = of_key(number);
         let s = self.sparse(part)?;
-        let directory = if table == MAIN { &s.layout.directory } else { s.layout.redundant.as_ref()? };
+        let directory = if table == MAIN { s.directory() } else { s.redundant()? };
         let at = s.layout.entry_at(directory, s.table.first_of(page))?;
         let base = out.len();
         if !s.table.copy_page(page, out) {
             return None;
         }
         Self::apply_entries(s, page, base, ops, out);
+        Some((s.file, at))
+    }
+
+    /// A page of a directory with all tables in it.
+    fn compose_directory(&self, table: u8, number: u64, out: &mut Vec<u8>) -> Option<(FileId, HostOffset)> {
+        let (part, page) = of_key(number);
+        let s = self.sparse(part)?;
+        let new = s.new_tables.as_ref()?;
+        let (all, at) = match table {
+            DIRECTORY => (&new.directory, s.layout.header.directory_at),
+            _ => (new.redundant.as_ref()?, s.layout.header.redundant_at?),
+        };
+        let into = page * META_PAGE_BYTES;
+        let entries = usize::try_from(META_PAGE_BYTES / ENTRY_BYTES).expect("a small constant");
+        let words = all.chunks(entries).nth(usize::try_from(page).ok()?)?;
+        let base = out.len();
+        out.extend(words.iter().flat_map(|w| w.to_le_bytes()));
+        // whole sectors: the directory has them to itself
+        out.resize(base + (out.len() - base).next_multiple_of(SECTOR_BYTES as usize), 0);
+        Some((s.file, at.plus(into)))
+    }
+
+    /// A page of a table that is new.
+    fn compose_new_table(&self, number: u64, out: &mut Vec<u8>) -> Option<(FileId, HostOffset)> {
+        let (part, page) = of_key(number);
+        let s = self.sparse(part)?;
+        let (page, at) = s.new_table_page(page)?;
+        if !s.table.is_whole() {
+            out.resize(out.len() + s.table.page_bytes(), 0);
+        } else if !s.table.copy_page(page, out) {
+            return None;
+        }
         Some((s.file, at))
     }
 
@@ -218,6 +252,9 @@ impl VmdkMap {
         session.begun = matches!(how, Settled::Done { .. });
         for (part, token) in std::mem::take(&mut session.tokens) {
             if let Some((s, w)) = self.sparse(part).and_then(|s| Some((s, s.writer.as_ref()?))) {
+                if session.begun {
+                    s.has_new_tables.store(s.new_tables.is_some(), Ordering::Release);
+                }
                 w.blocks.settle(s, token, how);
             }
         }
@@ -252,7 +289,7 @@ impl ImageMap for VmdkMap {
         let flat = self.parts.iter().filter_map(|p| match p.body {
             Body::Flat { off, .. } => Some(1 << off.0.trailing_zeros().min(63)),
             // directories and tables lie at any sector
-            Body::Sparse(_) | Body::SeSparse(_) => Some(crate::limits::SECTOR_BYTES),
+            Body::Sparse(_) | Body::SeSparse(_) => Some(SECTOR_BYTES),
             Body::Zero => None,
         });
         let data_alignment = flat.min().unwrap_or(1 << 63);
@@ -372,6 +409,10 @@ impl ImageMap for VmdkMap {
                 self.compose_entries(table, number, ops, out)
             }
             MetaKey::Page { table: MARK, number } => self.compose_mark(number, ops, out),
+            MetaKey::Page { table: table @ (DIRECTORY | DIRECTORY_COPY), number } => {
+                self.compose_directory(table, number, out)
+            }
+            MetaKey::Page { table: NEW_TABLE, number } => self.compose_new_table(number, out),
             MetaKey::Page { table: TEXT, number } => self.text.compose(number, ops, out),
             _ => None,
         };

@@ -6,7 +6,10 @@
 //! - The copies of the tables are written anew.
 //! - Holes are filled from the end, the file is cut, and the mark that somebody writes is taken off.
 //!
-//! Grains upon each other or upon metadata are told, and nothing is done about them.
+//! - Of grains upon each other one keeps the place: one whose copy says the same. Another becomes what its copy says, if that is
+//!   there and nobody else's; otherwise it gets a copy of the bytes it shows.
+//!
+//! Grains upon metadata are told, and nothing is done about them.
 //!
 //! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written over a
 //! place before the entry that named it is durably gone.
@@ -19,7 +22,7 @@ use super::layout::Entry;
 use super::places::{Dense, sector_of};
 use super::table::{ENTRY_BYTES, page_entries};
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{MAX_CHECK_LINES, SECTOR_BYTES};
+use crate::limits::{MAX_CHECK_LINES, MAX_SEPARATED_BYTES, SECTOR_BYTES};
 use crate::map::{FileId, HostOffset};
 use std::collections::{BTreeSet, HashSet};
 
@@ -44,7 +47,11 @@ pub(super) fn repair(files: &[ImageFile<'_>]) -> Result<Repair> {
     for extent in extents.into_iter().filter(|e| !e.read_only) {
         let mut work = Work::new(extent);
         work.bring_back();
+        work.follow_copies();
+        // Before the file grows: places behind its end would seem to be there to a second repair.
+        work.write_pages();
         work.fill_up();
+        work.separate()?;
         work.write_pages();
         work.make_dense();
         work.take_mark_off();
@@ -84,10 +91,7 @@ impl<'a> Work<'a> {
             steps: vec![RepairStep::Sync { file }],
             extent,
         };
-        if let Some(copy) = &work.extent.copy {
-            let differ = (0u64..).zip(work.extent.entries.iter().zip(copy)).filter(|(_, (a, b))| a != b);
-            work.copies = differ.map(|(i, _)| i / n).collect();
-        }
+        work.copies = work.extent.differing().map(|i| i / n).collect();
         if !work.copies.is_empty() {
             work.say(format!("{} pages of the redundant tables: written anew", work.copies.len()));
         }
@@ -153,6 +157,102 @@ impl<'a> Work<'a> {
             self.set_len(to);
             self.steps.push(RepairStep::Sync { file: self.file });
         }
+    }
+
+    /// Of grains that share a place, those whose copies name another one that is there get that.
+    fn follow_copies(&mut self) {
+        let mut taken = self.named();
+        for (_, grain) in self.shared() {
+            if let Some(sector) = self.other_place(grain, &taken) {
+                taken.insert(sector);
+                self.set(grain, sector);
+                self.say(format!("grain {grain}: brought back by the redundant table"));
+            }
+        }
+    }
+
+    /// Every other one gets a copy of what it shows.
+    fn separate(&mut self) -> Result<()> {
+        let shared = self.shared();
+        if shared.is_empty() {
+            return Ok(());
+        }
+        let size = self.extent.layout.header.grain_bytes;
+        let bytes = (shared.len() as u64).saturating_mul(size);
+        if bytes > MAX_SEPARATED_BYTES.max(self.file_bytes) {
+            let what = format!(
+                "cannot be repaired: {} grains lie upon others, and copies for them would take {bytes} bytes",
+                shared.len()
+            );
+            return Err(
+                Error::new(ErrorKind::Limit, what).hint("no crash does that: take another copy of the image")
+            );
+        }
+        let mut copies = Vec::new();
+        for (from, grain) in shared {
+            let to = HostOffset(self.file_bytes.next_multiple_of(size));
+            if to.0 / SECTOR_BYTES + size / SECTOR_BYTES > 1 << 32 {
+                return Err(Error::new(ErrorKind::Limit, "cannot be repaired: the file would exceed 2 TiB"));
+            }
+            self.set_len(to.plus(size));
+            let len = self.extent.layout.bytes_of(grain);
+            self.steps.push(RepairStep::Copy { file: self.file, from, to, len });
+            copies.push((grain, sector_of(to)));
+        }
+        if !copies.is_empty() {
+            self.steps.push(RepairStep::Sync { file: self.file });
+        }
+        for (grain, sector) in copies {
+            self.set(grain, sector);
+            self.say(format!("grain {grain}: lay upon another, and has a copy of what it showed"));
+        }
+        Ok(())
+    }
+
+    /// Grains that lie upon one that keeps its place, and where.
+    fn shared(&self) -> Vec<(HostOffset, u64)> {
+        let layout = &self.extent.layout;
+        let agrees = |grain: u64| {
+            let i = usize::try_from(grain).expect("a table in memory");
+            self.extent.copy.as_ref().is_none_or(|c| c[i] == self.extent.entries[i])
+        };
+        let mut named: Vec<_> = (0..layout.grains())
+            .zip(&self.extent.entries)
+            .filter_map(|(grain, e)| match layout.entry(*e) {
+                Entry::At(at) => Some((at, !agrees(grain), grain)),
+                _ => None,
+            })
+            .collect();
+        named.sort_unstable();
+        let mut end = HostOffset(0);
+        let mut shared = Vec::new();
+        for (at, _, grain) in named {
+            if at < end {
+                shared.push((at, grain));
+            } else {
+                end = at.plus(layout.header.grain_bytes);
+            }
+        }
+        shared
+    }
+
+    /// Sectors at which grains begin.
+    fn named(&self) -> BTreeSet<u32> {
+        let layout = &self.extent.layout;
+        let all = (0..layout.grains()).zip(&self.extent.entries).map(|(_, e)| *e);
+        all.filter(|e| matches!(layout.entry(*e), Entry::At(_))).collect()
+    }
+
+    /// What the redundant table says of a grain, if it names a place inside the file that belongs to nobody.
+    fn other_place(&self, grain: u64, taken: &BTreeSet<u32>) -> Option<u32> {
+        let layout = &self.extent.layout;
+        let i = usize::try_from(grain).expect("a table in memory");
+        let other = self.extent.copy.as_ref().map(|c| c[i])?;
+        let Entry::At(at) = layout.entry(other) else { return None };
+        let grain_sectors = u32::try_from(layout.least_distance()).expect("at most 256 MiB");
+        let (low, high) = (other.saturating_sub(grain_sectors - 1), other.saturating_add(grain_sectors - 1));
+        let is_free = taken.range(low..=high).next().is_none();
+        (is_free && layout.can_hold(at, grain, self.extent.file.source.len())).then_some(other)
     }
 
     fn set_len(&mut self, to: HostOffset) {

@@ -1,7 +1,8 @@
 //! A sparse extent that is open: look-ups in its grain tables.
 
 use super::header::SparseHeader;
-use super::layout::{Entry, Layout, MARKER_BYTES, read_words};
+use super::layout::{Entry, Layout, MARKER_BYTES, NewTables, read_words};
+use super::places::{end_of_used, used_places};
 use super::table::{Entries, Table, page_entries};
 use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Failure, Result};
@@ -11,7 +12,7 @@ use crate::map::{
     PagePlace,
 };
 use crate::probe::paging::are_all_paged;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Tables of an image up to this size together are kept whole and verified when it is opened.
 const WHOLE_BYTES: u64 = 16 << 20;
@@ -27,6 +28,11 @@ pub(super) const CACHE_BYTES: u64 = 16 << 20;
 pub(super) const MAIN: u8 = 0;
 pub(super) const COPY: u8 = 1;
 pub(super) const MARK: u8 = 2;
+/// Pages of the directories, as they are once there are all tables. (3 is the descriptor.)
+pub(super) const DIRECTORY: u8 = 4;
+pub(super) const DIRECTORY_COPY: u8 = 5;
+/// Pages of new tables, as they are in the beginning.
+pub(super) const NEW_TABLE: u8 = 6;
 
 /// Extents are told apart by the upper half of a page's number.
 const EXTENT_SHIFT: u32 = 40;
@@ -60,6 +66,10 @@ pub(super) struct Sparse {
     pub(super) is_base: bool,
     /// The first sector of the file, for changes of the mark in it.
     pub(super) head: [u8; SECTOR_BYTES as usize],
+    /// What the first change has to make; `None` where there are all tables.
+    pub(super) new_tables: Option<NewTables>,
+    /// They were made.
+    pub(super) has_new_tables: AtomicBool,
     /// `None` if opened for reading only.
     pub(super) writer: Option<Writer>,
 }
@@ -110,11 +120,14 @@ impl Sparse {
             named_end: AtomicU64::new(source.len()),
             is_base: w.is_base,
             head,
+            new_tables: None,
+            has_new_tables: AtomicBool::new(false),
             writer: None,
         };
         sparse.verify()?;
         if w.write {
             sparse.refuse_writing()?;
+            sparse.plan_tables(source)?;
             sparse.writer = Some(Writer::new(&sparse, source)?);
         }
         Ok(sparse)
@@ -148,15 +161,80 @@ impl Sparse {
             let what = format!("the redundant directory is damaged: {what}");
             return Err(Error::new(ErrorKind::Corrupt, what).hint("pass --read-only, or convert it"));
         }
-        let what = match (self.layout.header.kdmv_version, self.layout.lacks_tables()) {
+        let what = match self.layout.header.kdmv_version {
             _ if self.layout.header.is_compressed() => {
                 "streamOptimized VMDKs (compressed grains) are only read"
             }
-            (None, _) => "VMDK extents of ESX (COWD) are only read",
-            (_, true) => "this VMDK has grain tables that were never made, and is only read",
-            _ => return Ok(()),
+            None => "VMDK extents of ESX (COWD) are only read",
+            Some(_) => return Ok(()),
         };
         Err(Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or convert it"))
+    }
+
+    /// Where the tables will be that the file lacks: behind everything that is known to be in use.
+    fn plan_tables(&mut self, source: &dyn ByteSource) -> Result<()> {
+        if !self.layout.lacks_tables() {
+            return Ok(());
+        }
+        let at = match &self.table.entries {
+            Entries::Whole(all) => {
+                let grid = self.layout.data_at;
+                let used = used_places(&self.layout, grid, all.iter().map(|e| e.load(Ordering::Relaxed)));
+                grid.plus(u64::from(end_of_used(&used)) * self.layout.header.grain_bytes)
+            }
+            Entries::Pages(_) => {
+                self.refuse_lost_copies(source)?;
+                HostOffset(self.opened_bytes.next_multiple_of(self.layout.header.grain_bytes))
+            }
+        };
+        let Some(new) = self.layout.new_tables(at) else {
+            let what = "this VMDK has no room for the grain tables it lacks";
+            return Err(Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or convert it"));
+        };
+        self.layout.metadata.push((new.at.0 / SECTOR_BYTES, new.end.0 / SECTOR_BYTES));
+        self.new_tables = Some(new);
+        Ok(())
+    }
+
+    /// New copies of tables are made of what is in memory: where that is only pages, of zeros.
+    fn refuse_lost_copies(&self, source: &dyn ByteSource) -> Result<()> {
+        let copies = self.layout.redundant.iter().flat_map(|r| r.iter());
+        let entries = u64::from(self.layout.header.entries);
+        for (main, _) in self.layout.directory.iter().zip(copies).filter(|(m, c)| **m != 0 && **c == 0) {
+            let mut is_empty = true;
+            let at = HostOffset(u64::from(*main) * SECTOR_BYTES);
+            read_words(source, at, entries, |w| is_empty &= w == 0)?;
+            if !is_empty {
+                let what = "this VMDK lacks copies of grain tables, and is too large for new ones";
+                return Err(Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or convert it"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The directory as it is in the file now.
+    pub(super) fn directory(&self) -> &[u32] {
+        match &self.new_tables {
+            Some(new) if self.has_new_tables.load(Ordering::Acquire) => &new.directory,
+            _ => &self.layout.directory,
+        }
+    }
+
+    /// The redundant one.
+    pub(super) fn redundant(&self) -> Option<&[u32]> {
+        match &self.new_tables {
+            Some(new) if self.has_new_tables.load(Ordering::Acquire) => new.redundant.as_deref(),
+            _ => self.layout.redundant.as_deref(),
+        }
+    }
+
+    /// The page of the tables that a page of new tables is, or is the copy of, and where it goes.
+    pub(super) fn new_table_page(&self, page: u64) -> Option<(u64, HostOffset)> {
+        let new = self.new_tables.as_ref()?;
+        let bytes = self.table.page_bytes() as u64;
+        let pages = self.layout.table_bytes() / bytes;
+        let table = new.tables.get(usize::try_from(page / pages).ok()?)?;
+        Some((table * pages + page % pages, new.at.plus(page * bytes)))
     }
 
     /// The number of the grain around `at`, which is inside the extent.
@@ -176,7 +254,7 @@ impl Sparse {
     pub(super) fn entry(&self, grain: u64) -> std::result::Result<Entry, Miss> {
         let Some(value) = self.table.get(grain) else {
             let (page, _) = self.table.place(grain);
-            if self.layout.entry_at(&self.layout.directory, grain).is_none() {
+            if self.layout.entry_at(self.directory(), grain).is_none() {
                 return Ok(Entry::Free); // there is no table
             }
             return Err(Miss::NeedsPage(key_of(self.extent, MAIN, page)));
@@ -209,7 +287,7 @@ impl Sparse {
     /// [`Failure::Corrupt`] if its table does not exist.
     pub(super) fn page_place(&self, page: u64) -> std::result::Result<PagePlace, Failure> {
         let first = self.table.first_of(page);
-        let off = self.layout.entry_at(&self.layout.directory, first).ok_or(Failure::Corrupt)?;
+        let off = self.layout.entry_at(self.directory(), first).ok_or(Failure::Corrupt)?;
         Ok(PagePlace { file: self.file, off, len: self.table.page_bytes() })
     }
 

@@ -198,8 +198,8 @@ mod tests {
 
     #[test]
     fn a_disk_that_no_directory_holds_is_refused() {
-        assert!(Stream::new(64 << 31, String::new()).is_ok());
-        let e = Stream::new((64 << 31) * 2, String::new()).unwrap_err();
+        assert!(Stream::new(64 << 30, String::new()).is_ok());
+        let e = Stream::new((64 << 30) * 2, String::new()).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::InvalidArgument);
         assert!(Stream::new(1, "x".repeat(20 * 512)).is_err());
     }

@@ -5,12 +5,12 @@
 //! free only where a process was killed before their entries were written.
 
 use super::super::blocks::{Block, BlockFormat, BlockWriter, Steps};
-use super::layout::Entry;
+use super::layout::{Entry, NewTables};
 use super::places::{Dense, end_of_used, sector_of, used_places};
-use super::sparse::{COPY, MAIN, MARK, Sparse, key_of, tables_of};
-use super::table::Entries;
+use super::sparse::{COPY, DIRECTORY, DIRECTORY_COPY, MAIN, MARK, NEW_TABLE, Sparse, key_of, tables_of};
+use super::table::{ENTRY_BYTES, Entries};
 use crate::error::{Failure, Result};
-use crate::limits::{POOL_STEP_BYTES, SECTOR_BYTES};
+use crate::limits::{META_PAGE_BYTES, POOL_STEP_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, FileId, GuestRange, HostBlock, HostBlocks, HostOffset, MetaOp, Miss, Step};
 use smallvec::smallvec;
 use std::collections::BTreeSet;
@@ -55,6 +55,7 @@ impl Writer {
             // Nobody knows which places are free but those behind the end.
             Entries::Pages(_) => {
                 let grid = HostOffset(s.opened_bytes.next_multiple_of(size));
+                let grid = s.new_tables.as_ref().map_or(grid, |new| new.end);
                 let max = places(most(grid).min(s.layout.grains() + SPARE_PLACES));
                 (grid, HostBlocks::new(0, max, step, |_| true), BTreeSet::new())
             }
@@ -71,19 +72,47 @@ impl Writer {
     /// Once, before the first change: what has to be on disk, up to a sync that the image adds.
     pub(super) fn before(&self, s: &Sparse, steps: &mut Steps) {
         steps.extend(s.mark(true));
-        for page in &self.stale {
-            steps.push(s.rewrite_copy(*page));
-        }
+        let has_copy = |page: &u64| {
+            let first = s.table.first_of(*page);
+            s.layout.redundant.as_ref().is_some_and(|r| s.layout.entry_at(r, first).is_some())
+        };
+        // a copy that is still to be made will not be an old one
+        steps.extend(self.stale.iter().filter(|p| has_copy(p)).map(|page| s.rewrite_copy(*page)));
     }
 
     /// Behind that sync: what nobody names is cut off, so that an extension finds nothing there.
     pub(super) fn behind(&self, s: &Sparse, steps: &mut Steps) {
+        // New tables are below that end: when a session begins once more they may have been named already.
         let (file, have, end) = (s.file, HostOffset(s.opened_bytes), s.end_of(self.blocks.places_end()));
         if have > end {
             steps.push(Step::Truncate { file, to: end });
         } else if have < end {
             steps.push(Step::Extend { file, from: have, to: end });
         }
+        if let Some(new) = &s.new_tables {
+            self.make_tables(s, new, steps);
+        }
+    }
+
+    /// The tables that were never made: written and durable before a directory names them, which is durable before an entry is
+    /// written into them.
+    fn make_tables(&self, s: &Sparse, new: &NewTables, steps: &mut Steps) {
+        let file = s.file;
+        steps.push(Step::Barrier);
+        // The pages are composed from memory whatever the operation says.
+        let write = |table, page| {
+            let op = MetaOp::Entry { index: page, value: 0, pointer: false };
+            Step::Meta { key: key_of(s.extent, table, page), op }
+        };
+        let pages = s.layout.table_bytes() / s.table.page_bytes() as u64;
+        steps.extend((0..new.tables.len() as u64 * pages).map(|page| write(NEW_TABLE, page)));
+        steps.push(Step::Sync { file });
+        let pages = (s.layout.header.tables() * ENTRY_BYTES).div_ceil(META_PAGE_BYTES);
+        steps.extend((0..pages).map(|page| write(DIRECTORY, page)));
+        if s.has_copy() {
+            steps.extend((0..pages).map(|page| write(DIRECTORY_COPY, page)));
+        }
+        steps.push(Step::Sync { file });
     }
 
     /// At a clean close. Empty where nothing was changed.

@@ -1,6 +1,7 @@
 //! Other programs that write to a sparse VMDK: both QEMU and VirtualBox put a new grain at the end of the file, at a whole grain,
 //! and name it in the table and its copy.
 
+use super::super::Rng;
 use super::super::bytes::Bytes;
 use super::{Order, carry_out};
 
@@ -22,8 +23,20 @@ fn entry_of(b: &Bytes, directory: u64, block: u32) -> u64 {
     table + u64::from(block) * 4
 }
 
-/// The guest blocks without a place.
+/// Takes the table of a new image away, or its copy, or both: some programs make them when they are needed.
+pub(in super::super) fn take_tables(b: &mut Bytes, rng: &mut Rng) {
+    let which = rng.below(3);
+    for (at, _) in [(MAIN_AT, 0), (COPY_AT, 1)].into_iter().filter(|(_, n)| which != *n) {
+        let directory = u64::from(word(b, at)) * 512;
+        b.write(directory, &[0; 4]);
+    }
+}
+
+/// The guest blocks without a place; none of an image that lacks a table: QEMU refuses to write to it there.
 pub(in super::super) fn free_blocks(b: &Bytes) -> Vec<u32> {
+    if [MAIN_AT, COPY_AT].iter().any(|at| word(b, u64::from(word(b, *at)) * 512) == 0) {
+        return Vec::new();
+    }
     let grains = word(b, CAPACITY).div_ceil(word(b, GRAIN));
     (0..grains).filter(|i| word(b, entry_of(b, MAIN_AT, *i)) < 2).collect()
 }

@@ -120,7 +120,7 @@ impl Case<'_> {
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
             // tables lie between the data, and the offset does not tell
             Kind::Qcow2 | Kind::Qcow2Diff | Kind::Qcow | Kind::QcowDiff => false,
-            Kind::Qed | Kind::QedDiff => false,
+            Kind::Qed | Kind::QedDiff | Kind::VmdkBare | Kind::VmdkSplit => false,
             _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
@@ -161,12 +161,14 @@ fn every_fault(kind: Kind) {
         let case = |name| Case { disk: &disk, seed, name };
         let clean = Faults::default();
         case(format!("{kind:?} {seed} without faults")).run(&disk.0.copy(), &clean);
-        let operations = clean.seen();
+        // the first of a split image's files has only the descriptor
+        let file = FileId(u16::from(kind == Kind::VmdkSplit));
+        let operations = clean.seen(file);
         assert!(operations > 10, "{operations}");
         for how in hows {
             for sticky in [false, true] {
                 for k in 0..operations {
-                    let fault = Fault { sticky, ..Fault::of(&[], k, how) };
+                    let fault = Fault { file, sticky, ..Fault::of(&[], k, how) };
                     case(format!("{kind:?} seed {seed}, {how:?} at {k}, sticky {sticky}")).check(fault);
                     cases += 1;
                 }
@@ -175,7 +177,7 @@ fn every_fault(kind: Kind) {
         for k in 0..20 {
             let parent = Fault { file: FileId(1), ..Fault::of(&[IoKind::Read], k, hows[0]) };
             case(format!("{kind:?} seed {seed}, read {k} of the parent")).check(parent);
-            let fault = Fault::of(&[IoKind::Sync], k, Failing::Error(libc::EIO));
+            let fault = Fault { file, ..Fault::of(&[IoKind::Sync], k, Failing::Error(libc::EIO)) };
             case(format!("{kind:?} seed {seed}, failing fsync {k}")).check(fault);
             cases += 2;
         }
@@ -201,6 +203,16 @@ fn every_operation_may_fail_vmdk() {
 #[test]
 fn every_operation_may_fail_vmdk_diff() {
     every_fault(Kind::VmdkZeroed);
+}
+
+#[test]
+fn every_operation_may_fail_vmdk_bare() {
+    every_fault(Kind::VmdkBare);
+}
+
+#[test]
+fn every_operation_may_fail_vmdk_split() {
+    every_fault(Kind::VmdkSplit);
 }
 
 #[test]

@@ -76,6 +76,16 @@ fn powercut_in_small_workloads_vmdk_zeroed() {
 }
 
 #[test]
+fn powercut_in_small_workloads_vmdk_bare() {
+    workloads(Kind::VmdkBare);
+}
+
+#[test]
+fn powercut_in_small_workloads_vmdk_split() {
+    workloads(Kind::VmdkSplit);
+}
+
+#[test]
 fn powercut_in_small_workloads_qcow2() {
     workloads(Kind::Qcow2);
 }
@@ -176,6 +186,16 @@ fn powercut_after_kills_vmdk_diff() {
 #[test]
 fn powercut_after_kills_vmdk_zeroed() {
     killed(Kind::VmdkZeroed);
+}
+
+#[test]
+fn powercut_after_kills_vmdk_bare() {
+    killed(Kind::VmdkBare);
+}
+
+#[test]
+fn powercut_after_kills_vmdk_split() {
+    killed(Kind::VmdkSplit);
 }
 
 #[test]
