@@ -33,6 +33,7 @@ fn info_tells_everything_under_the_promised_keys() {
     let keys = [
         "format",
         "variant",
+        "device_type",
         "virtual_size",
         "file_size",
         "block_size",
@@ -46,6 +47,8 @@ fn info_tells_everything_under_the_promised_keys() {
         "geometry",
         "file",
         "version",
+        "snapshots",
+        "regions",
         "chain",
         "chain_error",
     ];

@@ -6,6 +6,7 @@
 mod blocks;
 mod blueprint;
 mod bytes;
+pub mod cue;
 mod detect;
 pub mod dmg;
 mod levels;
@@ -22,7 +23,7 @@ pub mod vhdx;
 pub mod vmdk;
 
 pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
-pub use detect::{detect, extension_format, signature};
+pub use detect::{detect, device_type, extension_format, is_optical_name, signature};
 pub use report::{CheckReport, Finding, Repair, RepairStep, Severity};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -53,11 +54,13 @@ pub enum Format {
     Parallels,
     /// Apple's disk image (UDIF).
     Dmg,
+    /// A CD: a cue sheet and the files it names.
+    Cue,
 }
 
 impl Format {
     /// Every format, in the order users read them in messages.
-    pub const ALL: [Format; 10] = [
+    pub const ALL: [Format; 11] = [
         Format::Raw,
         Format::Vdi,
         Format::Vmdk,
@@ -68,6 +71,7 @@ impl Format {
         Format::Qed,
         Format::Parallels,
         Format::Dmg,
+        Format::Cue,
     ];
 
     /// The name for options and output, lower case.
@@ -83,6 +87,7 @@ impl Format {
             Format::Qed => "qed",
             Format::Parallels => "parallels",
             Format::Dmg => "dmg",
+            Format::Cue => "cue",
         }
     }
 
@@ -100,6 +105,7 @@ impl Format {
             Format::Qed => &["qed"],
             Format::Parallels => &["hdd", "hds", "parallels"],
             Format::Dmg => &["dmg"],
+            Format::Cue => &["cue"],
         }
     }
 
@@ -130,6 +136,7 @@ impl Format {
             Format::Qcow2 => &qcow2::DRIVER,
             Format::Vmdk => &vmdk::DRIVER,
             Format::Dmg => &dmg::DRIVER,
+            Format::Cue => &cue::DRIVER,
             Format::Qed => &qed::DRIVER,
         }
     }
@@ -147,6 +154,7 @@ impl Format {
             Format::Qed => "QED",
             Format::Parallels => "Parallels",
             Format::Dmg => "DMG",
+            Format::Cue => "CUE",
         }
     }
 }
@@ -246,6 +254,20 @@ pub fn references(format: Format, first: &dyn ByteSource) -> Result<Vec<Referenc
 /// each with one line that names the field; [`ErrorKind::Io`] and friends from reading. Nothing was written.
 pub fn open(format: Format, files: &[ImageFile<'_>], how: OpenHow) -> Result<Box<dyn ImageMap>> {
     (format.driver().open)(files, how)
+}
+
+/// Opens an image as it was when the internal snapshot of this name, or else of this number, was made. Only for reading.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] without such a snapshot, with those there are; [`ErrorKind::Unsupported`] for formats whose images have
+/// none; otherwise as [`open`].
+pub fn open_snapshot(format: Format, files: &[ImageFile<'_>], name: &str) -> Result<Box<dyn ImageMap>> {
+    if format != Format::Qcow2 {
+        let what = format!("{} images have no internal snapshots", format.title());
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
+    let ImageFile { id, source } = only(files);
+    Ok(Box::new(qcow2::Qcow2Map::open_snapshot(source, id, name)?))
 }
 
 /// Opens an image that consists of one file, whose bytes are `source` and which plans will call `file`.

@@ -287,6 +287,6 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         comment: d.comment(),
         geometry: d.geometry(""),
         version: header.map(|h| h.kdmv_version.map_or("COWD".to_string(), |v| v.to_string())),
-        notes: Vec::new(),
+        ..ImageInfo::default()
     }
 }
