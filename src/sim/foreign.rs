@@ -2,6 +2,7 @@
 //! believe the header's count: the new block goes to the place of that number, the count becomes one more.
 
 mod parallels;
+mod qcow2;
 pub(super) mod vhd;
 mod vmdk;
 
@@ -57,6 +58,11 @@ pub(super) fn program(format: Format) -> Option<Program> {
             free_blocks: parallels::free_blocks,
             block_bytes: parallels::block_bytes,
             append: parallels::append,
+        }),
+        Format::Qcow2 => Some(Program {
+            free_blocks: qcow2::free_blocks,
+            block_bytes: qcow2::block_bytes,
+            append: qcow2::append,
         }),
         _ => None,
     }
