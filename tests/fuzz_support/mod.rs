@@ -5,12 +5,12 @@
 
 pub(crate) mod chains;
 pub(crate) mod effort;
+pub(crate) mod formats;
 pub(crate) mod image;
 pub(crate) mod messages;
 pub(crate) mod mutate;
 pub(crate) mod plain;
 pub(crate) mod sparse;
-pub(crate) mod vmdk;
 
 use crate::common::hostile::Choices;
 use std::fs::File;
