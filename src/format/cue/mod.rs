@@ -13,7 +13,7 @@ pub(super) const DRIVER: Driver = Driver {
     open: |files, how| Ok(Box::new(CueMap::open(files, how)?)),
     references: Some(|source| {
         let files = sheet::Sheet::read(source)?.files;
-        Ok(files.into_iter().map(|f| Reference { name: f.name, writable: false }).collect())
+        Ok(files.into_iter().map(|f| Reference { name: f.name, writable: false, is_device: false }).collect())
     }),
     check: None,
     repair: None,
