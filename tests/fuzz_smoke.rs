@@ -13,7 +13,7 @@ mod format_support {
 use common::hostile::{Choices, Random};
 use fuzz_support::effort::Effort;
 use fuzz_support::messages::{Meeting, queue_threads};
-use fuzz_support::{chains, formats, image, mutate};
+use fuzz_support::{chains, formats, image, mutate, one_file};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -95,7 +95,13 @@ fn any_image_is_served_and_repaired_or_refused() {
 #[test]
 fn any_vmdk_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("vmdk", 6_000, 64 << 10, mutate::vmdk, &|case| formats::run(Format::Vmdk, case));
+    smoke("vmdk", 6_000, 64 << 10, mutate::vmdk, &one_file::vmdk);
+}
+
+#[test]
+fn any_qed_or_qcow_is_served_and_repaired_or_refused() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    smoke("levels", 6_000, 96 << 10, mutate::levels, &one_file::levels);
 }
 
 /// The same for a format whose cases have the script behind them.
@@ -117,16 +123,6 @@ fn any_parallels_is_served_and_repaired_or_refused() {
 #[test]
 fn any_vhd_is_served_and_repaired_or_refused() {
     any_image_of(Format::Vhd, 3_000);
-}
-
-#[test]
-fn any_qed_is_served_or_refused() {
-    any_image_of(Format::Qed, 2_000);
-}
-
-#[test]
-fn any_qcow_is_served_or_refused() {
-    any_image_of(Format::Qcow, 2_000);
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub(crate) mod formats;
 pub(crate) mod image;
 pub(crate) mod messages;
 pub(crate) mod mutate;
+pub(crate) mod one_file;
 pub(crate) mod plain;
 pub(crate) mod sparse;
 

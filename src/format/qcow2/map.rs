@@ -99,8 +99,10 @@ impl Qcow2Map {
             false => (load_l1(source, &layout)?, None),
         };
         let l2_pages = layout.l1_needed() * (layout.cluster_bytes() / layout.page_bytes());
-        let bound = if are_all_paged() { 0 } else { TABLE_CACHE_BYTES };
-        let pages = PageCache::new(layout.page_bytes(), l2_pages, bound);
+        let first = layout.l1_needed() * 8;
+        let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
+        let most = if are_all_paged() { 0 } else { most };
+        let pages = PageCache::new(layout.page_bytes(), l2_pages, most);
         let codec = if header.compression() == 1 { Codec::Zstd } else { Codec::Deflate };
         let fixed = fixed_ranges(&header, &layout);
         let is_diff = header.backing.is_some();

@@ -83,7 +83,7 @@ fn a_page_read_twice_is_taken_in_once() {
     assert!(p.requests >= 2000, "ended after {} requests", p.requests);
 }
 
-/// The same on QCOW2 images, of which the seeds above know nothing.
+/// The same on images of which the seeds above know little or nothing.
 fn find_nothing_on(kind: Kind) {
     for seed in 0..seeds() / 25 {
         let p = play(&Play { kind: Some(kind), ..Play::seed(seed) });
@@ -100,4 +100,16 @@ fn simulations_find_nothing_on_qcow2() {
 #[test]
 fn simulations_find_nothing_on_qcow2_diff() {
     find_nothing_on(Kind::Qcow2Diff);
+}
+
+#[test]
+fn simulations_find_nothing_on_qed() {
+    find_nothing_on(Kind::Qed);
+    find_nothing_on(Kind::QedDiff);
+}
+
+#[test]
+fn simulations_find_nothing_on_qcow() {
+    find_nothing_on(Kind::Qcow);
+    find_nothing_on(Kind::QcowDiff);
 }

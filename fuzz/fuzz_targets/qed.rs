@@ -1,3 +1,0 @@
-#![no_main]
-
-vdblk_fuzz::target!(|case: &[u8]| vdblk_fuzz::image("qed", case), vdblk_fuzz::mutate_numbers);
