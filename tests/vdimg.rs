@@ -42,6 +42,8 @@ fn info_tells_everything_under_the_promised_keys() {
         "modification_uuid",
         "parent_uuid",
         "parent_modification_uuid",
+        "parent_content_id",
+        "parent_names",
         "comment",
         "notes",
         "geometry",
