@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Fuzzes one target, guided by coverage, and stops at the first finding. Needs a nightly toolchain and cargo-fuzz.
-#   scripts/fuzz.sh chains|messages|vdi|vmdk|levels [SECONDS]      default: 900
+#   scripts/fuzz.sh chains|messages|vdi|vmdk|qcow2|vhd|parallels|levels|dmg|cue [SECONDS]      default: 900
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TARGET=${1:?which target: chains, messages, vdi, vmdk or levels}
+TARGET=${1:?which target: chains, messages, cue, or a format}
 LIMIT=${2:-900}
 # bytes of a case: more only makes it slower
 case $TARGET in
-  vdi | vmdk) MAX=32768 ;;
+  chains | messages | cue) MAX=1024 ;;
   levels) MAX=98304 ;;
-  *) MAX=1024 ;;
+  *) MAX=32768 ;;
 esac
 
 # What is found goes to the first folder; the others are only read.

@@ -51,6 +51,8 @@ pub struct Config {
     pub socket: Socket,
     /// The image.
     pub image: ImageSpec,
+    /// The internal snapshot of it that is shown; `None`: what it is now.
+    pub snapshot: Option<String>,
     /// Its parents, base first; empty: searched.
     pub parents: Vec<ImageSpec>,
     /// Where parents are searched.
@@ -164,6 +166,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
     };
     let how = OpenDisk {
         image: config.image.clone(),
+        snapshot: config.snapshot.clone(),
         parents: config.parents.clone(),
         parent_dirs: config.parent_dirs.clone(),
         direct: config.cache == CacheMode::None,
@@ -224,7 +227,7 @@ fn device(config: &Config, opened: &OpenedDisk, resize: EventFd, kind: EngineKin
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let per_cpu = u16::try_from(cpus).unwrap_or(u16::MAX).min(limits::MAX_QUEUES);
     let shape = DeviceShape {
-        read_only: config.read_only,
+        read_only: opened.disk.is_read_only(),
         geometry: geometry(&opened.images[0].info),
         discard: config.discard,
         num_queues: config.num_queues.unwrap_or(per_cpu),
@@ -298,7 +301,7 @@ fn describe(config: &Config, opened: &OpenedDisk, shape: &DeviceShape, engine: &
             Socket::Activated => "socket of systemd".to_string(),
         },
     ];
-    if config.read_only {
+    if opened.disk.is_read_only() {
         parts.insert(1, "read-only".to_string());
     }
     parts.join("; ")
@@ -321,7 +324,7 @@ fn geometry(info: &crate::map::ImageInfo) -> Option<Geometry> {
 
 /// All channels are gone: leave the image as a clean close does.
 fn close(disk: &Arc<Disk>, config: &Config) -> Result<()> {
-    if config.read_only {
+    if disk.is_read_only() {
         return Ok(());
     }
     let mut last = channel(disk, EngineKind::Threads, 1)?;

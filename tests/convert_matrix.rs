@@ -83,7 +83,21 @@ fn sources() -> Vec<Source> {
         }
     }
     all.dedup_by(|a, b| a.id == b.id);
+    all.push(disc());
     all
+}
+
+/// A CD of raw blocks, made by hand: no other program here writes them.
+fn disc() -> Source {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("convert-disc");
+    fs::create_dir_all(&folder).expect("a folder");
+    let block = |n: u8| [vec![0xee; 16], vec![n; 2048], vec![0xee; 288]].concat();
+    fs::write(folder.join("disc.bin"), (0..40).flat_map(block).collect::<Vec<_>>()).expect("the blocks");
+    let sheet = "FILE disc.bin BINARY\nTRACK 01 MODE1/2352\nINDEX 01 00:00:00\n";
+    fs::write(folder.join("disc.cue"), sheet).expect("the sheet");
+    let shown: Vec<u8> = (0..40).flat_map(|n| vec![n; 2048]).collect();
+    let words = format!("--format cue {}", folder.join("disc.cue").display());
+    Source { id: "disc".into(), format: Format::Cue, words, sha: hex(&shown) }
 }
 
 /// Converts, and holds the result against the model, which has the checksum.

@@ -13,10 +13,11 @@ mod format_support {
 use common::hostile::{Choices, Random};
 use fuzz_support::effort::Effort;
 use fuzz_support::messages::{Meeting, queue_threads};
-use fuzz_support::{chains, image, mutate, one_file};
+use fuzz_support::{chains, formats, image, mutate, one_file};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use vdblk::format::Format;
 
 /// One after the other: they count what the whole process has.
 static ONE: Mutex<()> = Mutex::new(());
@@ -101,6 +102,38 @@ fn any_vmdk_is_served_and_repaired_or_refused() {
 fn any_qed_or_qcow_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     smoke("levels", 6_000, 96 << 10, mutate::levels, &one_file::levels);
+}
+
+/// The same for a format whose cases have the script behind them.
+fn any_image_of(format: Format, cases: u64) {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    smoke(format.name(), cases, 256 << 10, mutate::numbers, &|case| formats::run(format, case));
+}
+
+#[test]
+fn any_qcow2_is_served_and_repaired_or_refused() {
+    any_image_of(Format::Qcow2, 6_000);
+}
+
+#[test]
+fn any_parallels_is_served_and_repaired_or_refused() {
+    any_image_of(Format::Parallels, 4_000);
+}
+
+#[test]
+fn any_vhd_is_served_and_repaired_or_refused() {
+    any_image_of(Format::Vhd, 3_000);
+}
+
+#[test]
+fn any_dmg_is_served_or_refused() {
+    any_image_of(Format::Dmg, 2_000);
+}
+
+#[test]
+fn any_cue_sheet_is_read_or_refused() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    smoke("cue", 10_000, 4 << 10, mutate::bytes, &formats::run_cue);
 }
 
 #[test]

@@ -186,7 +186,73 @@ fn snapshots_are_not_written_to() {
         case.change(25);
         case.judge(options);
         assert_eq!(differs(&case.shown(&["-l", "before"]), &before), None, "{options}");
+        shown_and_gone_back_to(&mut case, &before);
     }
+}
+
+/// The snapshot "before" shows the same through vdimg by its name and its number, and still once QEMU has gone back to it.
+fn shown_and_gone_back_to(case: &mut Case<'_>, before: &[u8]) {
+    let (image, out) = (case.image(), text(&case.dir.join("snapshot.raw")).to_string());
+    let list: serde_json::Value =
+        serde_json::from_slice(&vdimg(&["info", "--output", "json", &image]).stdout).expect("JSON");
+    let one = &list["snapshots"][0];
+    assert_eq!((one["name"].as_str(), one["vm_state_size"].as_u64()), (Some("before"), Some(0)), "{list}");
+    assert_eq!(one["virtual_size"], before.len());
+    assert!(list["allocated_blocks"].as_u64() > Some(0), "{list}");
+    for name in ["before", one["id"].as_str().expect("a number as text")] {
+        let _ = std::fs::remove_file(&out);
+        vdimg(&["convert", "--snapshot", name, "--output-format", "raw", &image, &out]);
+        assert_eq!(differs(&std::fs::read(&out).expect("a copy"), before), None, "{name}");
+        vdimg(&["compare", "--snapshot", name, &image, &out]);
+        vdimg(&["compare", "--snapshot2", name, &out, &image]);
+        assert!(!vdimg(&["map", "--snapshot", name, &image]).stdout.is_empty());
+    }
+    vdimg(&["io", "--snapshot", "before", "-c", "read 0 1M", &image]);
+    let written = ["io", "--snapshot", "before", "-c", "write 0 512", &image];
+    let refused = Command::new(env!("CARGO_BIN_EXE_vdimg")).args(written).output().expect("vdimg");
+    assert!(!refused.status.success(), "a snapshot was written to");
+    run("qemu-img", &["snapshot", "-a", "before", &image]);
+    case.model.copy_from_slice(before);
+    case.judge("gone back");
+    case.change(20);
+    case.judge("changed again");
+    assert_eq!(
+        differs(&case.shown(&["-l", "before"]), before),
+        None,
+        "the snapshot after it was gone back to"
+    );
+}
+
+/// Space of packed clusters that were written over goes back at the close, as does that of discarded ones at once.
+#[test]
+fn what_is_free_takes_no_space() {
+    use std::os::unix::fs::MetadataExt;
+    if !has_tools() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut case = Case { dir: dir.path(), model: vec![0; 6 * MIB], rng: Rng(9) };
+    let raw = text(&dir.path().join("base.raw")).to_string();
+    // Every other byte is by chance: it packs to about a half.
+    for at in (0..case.model.len()).step_by(2) {
+        case.model[at] = u8::try_from(case.rng.below(256)).expect("a byte");
+    }
+    std::fs::write(&raw, &case.model).expect("a file");
+    run("qemu-img", &["convert", "-c", "-O", "qcow2", &raw, &case.image()]);
+    let used = |case: &Case<'_>| std::fs::metadata(case.image()).expect("the image").blocks() * 512;
+    let packed = used(&case);
+    assert!((2 << 20..5 << 20).contains(&packed), "{packed} bytes packed");
+    vdimg(&["io", "-c", "write -P 7 0 6M", &case.image()]);
+    case.model.fill(7);
+    assert!(used(&case) < (6 << 20) + (1 << 20), "{} bytes are used, {packed} were", used(&case));
+    case.judge("written over");
+    vdimg(&["io", "-c", "discard 1M 4M", "-c", "flush", &case.image()]);
+    case.model[MIB..5 * MIB].fill(0);
+    assert!(used(&case) < (2 << 20) + (1 << 20), "{} bytes are used after a discard", used(&case));
+    case.judge("discarded");
+    case.change_by_qemu();
+    case.change(5);
+    case.judge("changed by both");
 }
 
 /// Refcounts of a sound image overwritten at random: our repair is one for QEMU as well, and shows the same.
@@ -207,23 +273,107 @@ fn repaired_images_are_sound() {
             let n = 2 * 65536 + case.rng.below(100) * 2 + 1;
             bytes[n] = u8::try_from(case.rng.below(4)).expect("small");
         }
-        let image = [ImageFile { id: FileId(0), source: &bytes }];
-        let plan = repair(Format::Qcow2, &image).expect("repairable").expect("QCOW2 is repaired");
-        assert_eq!(plan.steps.is_empty(), plan.report.is_clean());
-        for step in &plan.steps {
-            match step {
-                RepairStep::Write { at, bytes: new, .. } => {
-                    let at = usize::try_from(at.0).expect("a small file");
-                    bytes[at..at + new.len()].copy_from_slice(new);
-                }
-                RepairStep::SetLen { to, .. } => bytes.resize(usize::try_from(to.0).expect("small"), 0),
-                RepairStep::Sync { .. } => {}
-                RepairStep::Copy { .. } => panic!("nothing is moved"),
-            }
-        }
-        let image = [ImageFile { id: FileId(0), source: &bytes }];
-        assert!(check(Format::Qcow2, &image).expect("a report").expect("QCOW2 is checked").is_clean());
-        std::fs::write(case.image(), &bytes).expect("the image");
-        case.judge("repaired");
+        repaired(&case, bytes);
     }
+}
+
+/// Our repair of these bytes: afterwards nothing is found, by QEMU neither, and all is shown.
+fn repaired(case: &Case<'_>, mut bytes: Vec<u8>) {
+    let image = [ImageFile { id: FileId(0), source: &bytes }];
+    let plan = repair(Format::Qcow2, &image).expect("repairable").expect("QCOW2 is repaired");
+    assert_eq!(plan.steps.is_empty(), plan.report.is_clean());
+    for step in &plan.steps {
+        match step {
+            RepairStep::Write { at, bytes: new, .. } => {
+                let at = usize::try_from(at.0).expect("a small file");
+                bytes[at..at + new.len()].copy_from_slice(new);
+            }
+            RepairStep::SetLen { to, .. } => bytes.resize(usize::try_from(to.0).expect("small"), 0),
+            RepairStep::Sync { .. } => {}
+            RepairStep::Copy { .. } => panic!("nothing is moved"),
+        }
+    }
+    let image = [ImageFile { id: FileId(0), source: &bytes }];
+    let report = check(Format::Qcow2, &image).expect("a report").expect("QCOW2 is checked");
+    assert!(report.is_clean(), "{report:?}");
+    std::fs::write(case.image(), &bytes).expect("the image");
+    case.judge("repaired");
+}
+
+/// Refcount table or blocks that are lost, or named where something else lies, are made anew.
+#[test]
+fn lost_refcounts_are_made_anew() {
+    if !has_tools() {
+        return;
+    }
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "compat=0.10",
+        "refcount_bits=1",
+        "cluster_size=16k,extended_l2=on",
+    ] {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let mut case = Case { dir: dir.path(), model: vec![0; 2 * MIB], rng: Rng(options.len() as u64) };
+        let options: Vec<_> = options.split(',').flat_map(|o| ["--option", o]).collect();
+        let image = case.image();
+        vdimg(&[&["create", "--format", "qcow2", "--size", "2M"], &options[..], &[&image]].concat());
+        case.change(12);
+        if options != ["--option", "refcount_bits=1"] {
+            run("qemu-img", &["snapshot", "-c", "one", &image]);
+            case.change(6);
+        }
+        let sound = std::fs::read(&image).expect("an image");
+        let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().expect("8 bytes"));
+        let (table, first) = (usize::try_from(word(48)).expect("small"), word(40) & !511);
+        let outside = (sound.len() as u64).next_multiple_of(2 << 20) + (2 << 20);
+        let damage: [(usize, u64); 7] =
+            [(table, 0), (table, 513), (table, outside), (table, first), (48, outside), (48, first), (56, 0)];
+        for (at, value) in damage {
+            let mut bytes = sound.clone();
+            bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+            if at == 56 {
+                // the number of snapshots stands beside it
+                bytes[60..64].copy_from_slice(&sound[60..64]);
+            }
+            repaired(&case, bytes);
+        }
+        case.change(5);
+        case.judge("changed after a repair");
+        case.change_by_qemu();
+        case.judge("changed by QEMU after a repair");
+    }
+}
+
+/// VirtualBox takes clusters of version 3 that are flagged as zeros for data, rewrites the header as version 2 when it opens such an image for
+/// writing, and leaves refcounts as they are. Here they read as zeros with and without a place, and the rest stays right.
+#[test]
+fn virtualbox_bug_3_zero_clusters_and_the_header_of_version_3() {
+    if !has_tools() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut case = Case { dir: dir.path(), model: vec![0; 6 * MIB + 512], rng: Rng(3) };
+    let image = case.image();
+    run("qemu-img", &["create", "-f", "qcow2", "-o", "compat=1.1", &image, "6291968"]);
+    let commands = ["write -P 7 0 3M", "write -z 1M 512k", "write -z -u 2M 512k", "write -z 4M 64k"];
+    let commands: Vec<_> = commands.iter().flat_map(|c| ["-c", *c]).collect();
+    run("qemu-io", &[&["-f", "qcow2"], &commands[..], &[&image]].concat());
+    case.model[..3 * MIB].fill(7);
+    case.model[MIB..MIB + (512 << 10)].fill(0);
+    case.model[2 * MIB..2 * MIB + (512 << 10)].fill(0);
+    let ours = text(&dir.path().join("ours.raw")).to_string();
+    vdimg(&["convert", "--output-format", "raw", &image, &ours]);
+    assert_eq!(
+        differs(&std::fs::read(&ours).expect("a copy"), &case.model),
+        None,
+        "flagged clusters are zeros"
+    );
+    vdimg(&["io", "-c", "write -P 9 1M 4k", "-c", "write -P 9 2M 4k", "-c", "write -P 9 4M 4k", &image]);
+    for at in [MIB, 2 * MIB, 4 * MIB] {
+        case.model[at..at + 4096].fill(9);
+    }
+    let head = std::fs::read(&image).expect("the image");
+    assert_eq!(head[4..8], [0, 0, 0, 3], "the header is version 3 as before");
+    case.judge("refcounts are right, and all is there");
 }

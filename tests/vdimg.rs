@@ -33,6 +33,7 @@ fn info_tells_everything_under_the_promised_keys() {
     let keys = [
         "format",
         "variant",
+        "device_type",
         "virtual_size",
         "file_size",
         "block_size",
@@ -41,11 +42,15 @@ fn info_tells_everything_under_the_promised_keys() {
         "modification_uuid",
         "parent_uuid",
         "parent_modification_uuid",
+        "parent_content_id",
+        "parent_names",
         "comment",
         "notes",
         "geometry",
         "file",
         "version",
+        "snapshots",
+        "regions",
         "chain",
         "chain_error",
     ];

@@ -16,6 +16,7 @@ mod format_support {
 use common::hostile::Random;
 use fuzz_support::messages::Meeting;
 use std::sync::LazyLock;
+use vdblk::format::Format;
 
 /// A guest that writes anything into a virtqueue.
 pub fn chains(case: &[u8]) {
@@ -56,4 +57,37 @@ pub fn levels(case: &[u8]) {
 /// Changes a case by what is known of these.
 pub fn mutate_levels(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
     fuzz_support::mutate::levels(case, &mut Random(u64::from(seed)), max_bytes);
+}
+
+/// Any bytes as an image of the format of this name.
+pub fn image(format: &str, case: &[u8]) {
+    fuzz_support::formats::run(format.parse::<Format>().expect("a format"), case);
+}
+
+/// Any bytes as a cue sheet.
+pub fn cue(case: &[u8]) {
+    fuzz_support::formats::run_cue(case);
+}
+
+/// Changes the numbers in a case.
+pub fn mutate_numbers(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
+    fuzz_support::mutate::numbers(case, &mut Random(u64::from(seed)), max_bytes);
+}
+
+/// A target whose cases are changed by `$mutate` every other time.
+#[macro_export]
+macro_rules! target {
+    ($run:expr, $mutate:path) => {
+        libfuzzer_sys::fuzz_target!(|case: &[u8]| $run(case));
+
+        libfuzzer_sys::fuzz_mutator!(|case: &mut [u8], size: usize, max_size: usize, seed: u32| {
+            if seed % 2 == 0 {
+                return libfuzzer_sys::fuzzer_mutate(case, size, max_size);
+            }
+            let mut changed = case[..size].to_vec();
+            $mutate(&mut changed, seed, max_size);
+            case[..changed.len()].copy_from_slice(&changed);
+            changed.len()
+        });
+    };
 }

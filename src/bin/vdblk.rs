@@ -47,9 +47,13 @@ struct Args {
     /// The image to serve: a file, or a block device with --format raw
     #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
     blk_file: Option<PathBuf>,
-    /// Its format: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels or dmg [default: what extension and contents agree on; the extension .raw says raw]
+    /// Its format: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels, dmg or cue [default: what extension and contents agree on; the extension .raw says raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
+    /// Show the image as it was at this internal snapshot (its name, else its number; vdimg info lists them); with
+    /// --read-only
+    #[arg(long, value_name = "NAME|ID", requires = "read_only")]
+    snapshot: Option<String>,
     /// A parent of the image, base first (repeatable). Those that are not named are searched by UUID: in the folders of
     /// --parent-dir, then, if none was named, in the image's own; each with the folders below it, and of one called
     /// Snapshots the one above too
@@ -179,6 +183,7 @@ impl Args {
                 (None, None) => Socket::Activated,
             },
             image: ImageSpec { path: self.blk_file.unwrap_or_default(), format: self.format },
+            snapshot: self.snapshot,
             parents: self.parent,
             parent_dirs: self.parent_dir,
             allow_parent_mismatch: self.allow_parent_mismatch,

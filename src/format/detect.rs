@@ -3,7 +3,7 @@
 
 use super::Format;
 use crate::error::{Error, ErrorKind, Result};
-use crate::map::{ByteSource, HostOffset};
+use crate::map::{ByteSource, DeviceType, HostOffset};
 use std::path::Path;
 
 /// Bytes of the head that signatures lie in.
@@ -12,7 +12,8 @@ const HEAD_BYTES: u64 = 512;
 /// The format of the file at `path` with the contents `source`.
 ///
 /// A stated format is taken as it is and nothing is read. The extension `.raw` says raw, and nothing is read
-/// either. Otherwise extension and signature must agree.
+/// either. `.iso` and `.cdr` say raw where an optical medium's file system is in it: such are never written to, so that no guest
+/// decides what they look like. Otherwise extension and signature must agree.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidArgument`] where they do not, saying what was seen and asking for `--format`;
@@ -27,6 +28,9 @@ pub fn detect(path: &Path, source: &dyn ByteSource, stated: Option<Format>) -> R
         return Ok(Format::Raw);
     }
     let seen = signature(source)?;
+    if seen.is_none() && is_optical_name(path) && has_optical_file_system(source)? {
+        return Ok(Format::Raw);
+    }
     let (kind, what) = match (named, seen) {
         (Some(n), Some(s)) if n == s => return Ok(n),
         (Some(n), Some(s)) => (
@@ -46,6 +50,38 @@ pub fn detect(path: &Path, source: &dyn ByteSource, stated: Option<Format>) -> R
         }
     };
     Err(Error::new(kind, what).hint(advice(path, source, named, seen)?))
+}
+
+/// The name of a raw file says that it is a CD or DVD.
+pub fn is_optical_name(path: &Path) -> bool {
+    device_type(Format::Raw, path, u64::MAX) == DeviceType::Dvd
+}
+
+/// ISO 9660 or UDF begins where either has to: at block 16 of 2048 bytes.
+fn has_optical_file_system(source: &dyn ByteSource) -> Result<bool> {
+    const AT: u64 = 16 * 2048;
+    let mut descriptor = [0; 6];
+    if source.len() < AT + 2048 {
+        return Ok(false);
+    }
+    source.read_at(HostOffset(AT), &mut descriptor)?;
+    Ok([&b"CD001"[..], b"BEA01"].contains(&&descriptor[1..]))
+}
+
+/// Largest floppy disk: 82 tracks of 48 sectors, two sides.
+const MAX_FLOPPY_BYTES: u64 = 512 * 82 * 48 * 2;
+
+/// The device that the file at `path` is an image of, a disk of `size` bytes. Of a raw file its name decides, as VirtualBox lists
+/// them; one that is larger than any floppy disk is a hard disk, which VirtualBox refuses.
+pub fn device_type(format: Format, path: &Path, size: u64) -> DeviceType {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    match (format, extension.as_str()) {
+        (Format::Dmg | Format::Cue, _) | (Format::Raw, "iso" | "cdr") => DeviceType::Dvd,
+        (Format::Raw, "img" | "ima" | "dsk" | "flp" | "vfd") if size <= MAX_FLOPPY_BYTES => {
+            DeviceType::Floppy
+        }
+        _ => DeviceType::HardDisk,
+    }
 }
 
 /// What to do about a file whose format is not clear.
@@ -125,6 +161,9 @@ fn signature_of_head(head: &[u8]) -> Option<Format> {
     if super::vmdk::is_descriptor(head) {
         return Some(Format::Vmdk);
     }
+    if super::cue::is_sheet(head) {
+        return Some(Format::Cue);
+    }
     let starts: [(&[u8], Format); 10] = [
         (b"KDMV", Format::Vmdk),
         (b"COWD", Format::Vmdk),
@@ -163,6 +202,30 @@ mod tests {
             assert_eq!(e.kind(), ErrorKind::InvalidArgument);
             assert!(e.to_string().contains("--format raw"), "{e}");
         }
+    }
+
+    #[test]
+    fn a_disc_with_a_file_system_is_raw_by_its_name() {
+        let mut disc = vec![0; 20 * 2048];
+        disc[16 * 2048 + 1..16 * 2048 + 6].copy_from_slice(b"CD001");
+        assert_eq!(of("a.ISO", &disc, None).unwrap(), Format::Raw);
+        assert_eq!(of("a.cdr", &disc, None).unwrap(), Format::Raw);
+        assert!(of("a.img", &disc, None).is_err());
+        assert!(of("a.iso", &[0; 20 * 2048], None).is_err());
+        disc[..4].copy_from_slice(b"QED\0");
+        let e = of("a.iso", &disc, None).unwrap_err().to_string();
+        assert!(e.contains("look like QED"), "{e}");
+    }
+
+    #[test]
+    fn devices_are_what_names_say() {
+        let device = |path: &str, size| device_type(Format::Raw, Path::new(path), size).name();
+        assert_eq!((device("a.iso", 1 << 30), device("a.CDR", 0)), ("dvd", "dvd"));
+        for name in ["a.img", "a.ima", "a.dsk", "a.flp", "a.vfd"] {
+            assert_eq!((device(name, 1_474_560), device(name, 8 << 20)), ("floppy", "hdd"), "{name}");
+        }
+        assert_eq!((device("a.raw", 512), device("a", 512)), ("hdd", "hdd"));
+        assert_eq!(device_type(Format::Vdi, Path::new("a.iso"), 512), DeviceType::HardDisk);
     }
 
     #[test]

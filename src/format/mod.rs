@@ -6,6 +6,7 @@
 mod blocks;
 mod blueprint;
 mod bytes;
+pub mod cue;
 mod detect;
 pub mod dmg;
 mod levels;
@@ -25,7 +26,7 @@ pub mod vmdk;
 pub use blueprint::{
     Blueprint, NewFile, NewImage, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
 };
-pub use detect::{detect, extension_format, signature};
+pub use detect::{detect, device_type, extension_format, is_optical_name, signature};
 pub use report::{CheckReport, Finding, Repair, RepairStep, Severity};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -56,11 +57,13 @@ pub enum Format {
     Parallels,
     /// Apple's disk image (UDIF).
     Dmg,
+    /// A CD: a cue sheet and the files it names.
+    Cue,
 }
 
 impl Format {
     /// Every format, in the order users read them in messages.
-    pub const ALL: [Format; 10] = [
+    pub const ALL: [Format; 11] = [
         Format::Raw,
         Format::Vdi,
         Format::Vmdk,
@@ -71,6 +74,7 @@ impl Format {
         Format::Qed,
         Format::Parallels,
         Format::Dmg,
+        Format::Cue,
     ];
 
     /// The name for options and output, lower case.
@@ -86,6 +90,7 @@ impl Format {
             Format::Qed => "qed",
             Format::Parallels => "parallels",
             Format::Dmg => "dmg",
+            Format::Cue => "cue",
         }
     }
 
@@ -103,6 +108,7 @@ impl Format {
             Format::Qed => &["qed"],
             Format::Parallels => &["hdd", "hds", "parallels"],
             Format::Dmg => &["dmg"],
+            Format::Cue => &["cue"],
         }
     }
 
@@ -140,6 +146,7 @@ impl Format {
             Format::Qcow2 => &qcow2::DRIVER,
             Format::Vmdk => &vmdk::DRIVER,
             Format::Dmg => &dmg::DRIVER,
+            Format::Cue => &cue::DRIVER,
             Format::Qed => &qed::DRIVER,
         }
     }
@@ -157,6 +164,7 @@ impl Format {
             Format::Qed => "QED",
             Format::Parallels => "Parallels",
             Format::Dmg => "DMG",
+            Format::Cue => "CUE",
         }
     }
 }
@@ -258,6 +266,20 @@ pub fn references(format: Format, first: &dyn ByteSource) -> Result<Vec<Referenc
 /// each with one line that names the field; [`ErrorKind::Io`] and friends from reading. Nothing was written.
 pub fn open(format: Format, files: &[ImageFile<'_>], how: OpenHow) -> Result<Box<dyn ImageMap>> {
     (format.driver().open)(files, how)
+}
+
+/// Opens an image as it was when the internal snapshot of this name, or else of this number, was made. Only for reading.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] without such a snapshot, with those there are; [`ErrorKind::Unsupported`] for formats whose images have
+/// none; otherwise as [`open`].
+pub fn open_snapshot(format: Format, files: &[ImageFile<'_>], name: &str) -> Result<Box<dyn ImageMap>> {
+    if format != Format::Qcow2 {
+        let what = format!("{} images have no internal snapshots", format.title());
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
+    let ImageFile { id, source } = only(files);
+    Ok(Box::new(qcow2::Qcow2Map::open_snapshot(source, id, name)?))
 }
 
 /// Opens an image that consists of one file, whose bytes are `source` and which plans will call `file`.

@@ -37,17 +37,13 @@ pub fn inspect_image_with(spec: &ImageSpec, allow_raw_device: bool) -> Result<In
     let image = ImageFiles::open_with(&spec.path, spec.format, false, None, allow_raw_device)?;
     let how = format::OpenHow { read_only: true, info_only: true };
     let map = image.map(FileId(0), how)?;
+    let mut info = map.info();
+    info.device = format::device_type(image.format(), &spec.path, info.virtual_size);
     let (mut file_size, mut storage_bytes) = (0u64, 0u64);
     for file in image.files() {
         let size = |e| Error::io("find out its length", e).at(file.path());
         file_size = file_size.saturating_add(file.len().map_err(size)?);
         storage_bytes = storage_bytes.saturating_add(file.allocated().map_err(size)?);
     }
-    Ok(Inspected {
-        path: spec.path.clone(),
-        format: image.format(),
-        info: map.info(),
-        file_size,
-        storage_bytes,
-    })
+    Ok(Inspected { path: spec.path.clone(), format: image.format(), info, file_size, storage_bytes })
 }

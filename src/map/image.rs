@@ -1,6 +1,8 @@
 //! What a format is to the data path.
 
-use super::{ExtentList, FileId, GuestOffset, GuestRange, HostOffset, MetaKey, MetaOp, Plan, PlanToken};
+use super::{
+    ExtentList, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, MetaKey, MetaOp, Plan, PlanToken,
+};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use std::fmt::Debug;
 use uuid::Uuid;
@@ -88,45 +90,6 @@ pub struct Limits {
     /// Largest power of two to which metadata and blocks are aligned in the file: device sectors up to this size
     /// never hold both, or parts of two tables.
     pub data_alignment: u64,
-}
-
-/// Everything `vdimg info` tells of an image.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ImageInfo {
-    /// Format name, lower case.
-    pub format: &'static str,
-    /// Variant (`dynamic`, `fixed`, `diff` …).
-    pub variant: &'static str,
-    /// Size of the virtual disk in bytes.
-    pub virtual_size: u64,
-    /// Unit of allocation in bytes.
-    pub block_size: Option<u64>,
-    /// Allocated units, counted from the table itself.
-    pub allocated_blocks: Option<u64>,
-    /// The image's UUID.
-    pub uuid: Option<Uuid>,
-    /// UUID of this state of its contents.
-    pub modification_uuid: Option<Uuid>,
-    /// The parent's UUID; `None` for a base.
-    pub parent_uuid: Option<Uuid>,
-    /// The parent's modification UUID when the diff was made.
-    pub parent_modification_uuid: Option<Uuid>,
-    /// VMware's number of this state of the contents.
-    pub content_id: Option<u32>,
-    /// The parent's when the diff was made.
-    pub parent_content_id: Option<u32>,
-    /// What the image calls the parent's file, the best name first. Not to be trusted.
-    pub parent_names: Vec<String>,
-    /// The parent's format, as the image states it.
-    pub parent_format: Option<String>,
-    /// The user's comment.
-    pub comment: Option<String>,
-    /// Geometry the image states: cylinders, heads, sectors.
-    pub geometry: Option<(u32, u32, u32)>,
-    /// Format version, as people write it.
-    pub version: Option<String>,
-    /// What is odd about the image although nothing is in danger, a sentence each that its file's name stands before.
-    pub notes: Vec<String>,
 }
 
 /// A format: a pure translator over metadata held in memory. It neither reads nor writes. What a method does by itself fits an image that

@@ -90,6 +90,15 @@ pub enum Step {
         /// The new end.
         to: HostOffset,
     },
+    /// The space goes back to the file system, where that can be done and the user wants it: nothing names it any more.
+    Punch {
+        /// The file.
+        file: FileId,
+        /// Where it begins.
+        from: HostOffset,
+        /// Where it ends.
+        to: HostOffset,
+    },
     /// Bytes move inside one file (a block into a hole, at a clean close).
     Move {
         /// The file.
@@ -154,7 +163,7 @@ impl Plan {
                 Step::Meta { op: MetaOp::Entry { pointer: true, .. }, .. } => {
                     assert!(self.clean || !unsynced_data, "O1: pointer before its data is durable: {self:?}");
                 }
-                Step::Meta { .. } | Step::Truncate { .. } | Step::Barrier => {}
+                Step::Meta { .. } | Step::Truncate { .. } | Step::Punch { .. } | Step::Barrier => {}
             }
         }
     }

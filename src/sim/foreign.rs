@@ -3,6 +3,7 @@
 
 mod levels;
 mod parallels;
+mod qcow2;
 pub(super) mod vhd;
 pub(super) mod vmdk;
 
@@ -58,6 +59,11 @@ pub(super) fn program(format: Format) -> Option<Program> {
             free_blocks: parallels::free_blocks,
             block_bytes: parallels::block_bytes,
             append: parallels::append,
+        }),
+        Format::Qcow2 => Some(Program {
+            free_blocks: qcow2::free_blocks,
+            block_bytes: qcow2::block_bytes,
+            append: qcow2::append,
         }),
         Format::Qed | Format::Qcow => Some(Program {
             free_blocks: levels::free_blocks,

@@ -355,7 +355,8 @@ impl Images {
     pub fn open(&self, options: DiskOptions, marks: &Arc<AtomicU32>) -> Result<Arc<Disk>> {
         let format = self.shape.kind.format();
         let open = || open_map(&self.top.bytes(), format, FileId(0), false);
-        let paged = self.forgets.is_some() && format == Format::Vmdk;
+        let is_paged = matches!(format, Format::Vmdk | Format::Qed | Format::Qcow | Format::Qcow2);
+        let paged = self.forgets.is_some() && is_paged;
         let map = if paged { with_paged_tables(open)? } else { open()? };
         let mut layers = self.layers(map);
         if let Some(seed) = self.forgets.filter(|_| format == Format::Vdi) {

@@ -229,6 +229,11 @@ impl Disk {
             + waiters
     }
 
+    /// Every change is refused.
+    pub fn is_read_only(&self) -> bool {
+        self.options.read_only
+    }
+
     /// A change may begin.
     pub(crate) fn may_write(&self) -> Result<(), Failure> {
         if self.options.read_only {

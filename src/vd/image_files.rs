@@ -129,6 +129,14 @@ impl ImageFiles {
         self.with(first, |files| format::open(self.format, files, how))
     }
 
+    /// Opens what the image was at an internal snapshot, by its name or its number.
+    ///
+    /// # Errors
+    /// As [`format::open_snapshot`], with the file.
+    pub(crate) fn snapshot(&self, first: FileId, name: &str) -> Result<Box<dyn ImageMap>> {
+        self.with(first, |files| format::open_snapshot(self.format, files, name))
+    }
+
     /// What is wrong with the image; `None` where nothing can be.
     ///
     /// # Errors

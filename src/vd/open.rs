@@ -46,6 +46,8 @@ impl ImageSpec {
 pub struct OpenDisk {
     /// The image that is written (or read).
     pub image: ImageSpec,
+    /// The internal snapshot of it that is shown, by name or number; only for reading. `None`: what it is now.
+    pub snapshot: Option<String>,
     /// Its parents, base first. Empty: they are searched by UUID.
     pub parents: Vec<ImageSpec>,
     /// Where parents are searched first, and below; then, if none was named, in the image's own folder and below. Of a
@@ -70,6 +72,7 @@ impl OpenDisk {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         OpenDisk {
             image: ImageSpec { path: path.into(), format: None },
+            snapshot: None,
             parents: Vec::new(),
             parent_dirs: Vec::new(),
             direct: false,
@@ -125,7 +128,15 @@ pub struct OpenedDisk {
 /// # Errors
 /// With the file and one line saying what to do. Nothing has been written.
 pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
-    let write = !how.options.read_only;
+    let read_only = how.options.read_only || is_optical(&how.image);
+    let (write, options) = (!read_only, DiskOptions { read_only, ..how.options });
+    if read_only && !how.options.read_only {
+        tracing::info!("{}: is an optical medium, and only read", how.image.path.display());
+    }
+    if write && how.snapshot.is_some() {
+        let what = "an internal snapshot is only read";
+        return Err(Error::new(ErrorKind::ReadOnly, what).at(&how.image.path).hint("pass --read-only"));
+    }
     let mut images = vec![open_image(&how.image, how, write, &[])?];
     if how.parents.is_empty() {
         let mut places = named_places(how);
@@ -149,9 +160,17 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
     let files = images.iter().flat_map(|i| i.files.iter().cloned()).collect();
     let on_failure = Box::new(move || marker.set());
-    let disk = Disk::new(Chain::new(layers), files, how.options, Arc::new(OsHost), on_failure);
+    let disk = Disk::new(Chain::new(layers), files, options, Arc::new(OsHost), on_failure);
     disk.hold(images.iter_mut().flat_map(|i| std::mem::take(&mut i.locks)).collect());
     Ok(OpenedDisk { disk, images })
+}
+
+/// A CD or DVD, by its name: nothing is ever written to one, as in VirtualBox.
+fn is_optical(image: &ImageSpec) -> bool {
+    match image.format.or_else(|| format::extension_format(&image.path)) {
+        None | Some(Format::Raw) => format::is_optical_name(&image.path),
+        named => named == Some(Format::Cue),
+    }
 }
 
 /// Opens the image that lies beneath those `above` it.
@@ -172,10 +191,15 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     refuse_if_replaced(spec, &*file)?;
     let mut image = ImageFiles::around(&spec.path, file, spec.format, further)?;
     let first = first_file_id(above, &image).map_err(|e| e.at(&spec.path))?;
-    let map = image.map(first, format::OpenHow { read_only: !write, info_only: false })?;
+    let map = match &how.snapshot {
+        Some(name) if above.is_empty() => image.snapshot(first, name)?,
+        _ => image.map(first, format::OpenHow { read_only: !write, info_only: false })?,
+    };
     let locks = lock.into_iter().chain(image.take_locks()).collect();
     let (format, files) = (image.format(), image.files().to_vec());
-    Ok(OpenImage { path: spec.path.clone(), format, info: map.info(), map: map.into(), files, locks })
+    let mut info = map.info();
+    info.device = format::device_type(format, &spec.path, info.virtual_size);
+    Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), files, locks })
 }
 
 /// The number of an image's first file: they are counted through the chain.

@@ -177,7 +177,7 @@ impl Channel {
                 if !unaligned {
                     self.disk.file(io.file).note_cannot_punch();
                 }
-                if self.is_discard(owner) {
+                if self.needs_no_zeros(owner) {
                     return self.op_ended(i, Ok(()));
                 }
                 self.ops.get(i).io.kind = IoKind::ZeroRange;
@@ -198,8 +198,10 @@ impl Channel {
         }
     }
 
-    fn is_discard(&mut self, owner: Owner) -> bool {
-        matches!(owner, Owner::Slot(s) if matches!(self.slot(s).job, Job::Request(Request::Discard(_))))
+    /// What is punched may stay as it is: a discard's range, and at the close what nothing names.
+    fn needs_no_zeros(&mut self, owner: Owner) -> bool {
+        let Owner::Slot(s) = owner else { return false };
+        matches!(self.slot(s).job, Job::Request(Request::Discard(_)) | Job::End)
     }
 
     fn op_ended(&mut self, i: usize, result: Result<(), Failure>) {

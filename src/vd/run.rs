@@ -146,6 +146,8 @@ impl Channel {
             // A device keeps its length, whatever is in use of it.
             Step::Truncate { file, .. } if self.disk.file(file).traits.is_device => {}
             Step::Truncate { file, to } => self.issue_resize(slot, IoKind::Truncate, file, to, to),
+            Step::Punch { file, .. } if !self.disk.options.discard || !self.disk.file(file).can_punch() => {}
+            Step::Punch { file, from, to } => self.issue_resize(slot, IoKind::Punch, file, from, to),
             Step::Barrier | Step::Sync { .. } => unreachable!("barriers are not started"),
         }
     }

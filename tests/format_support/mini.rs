@@ -212,6 +212,9 @@ impl Mini {
             }
             Step::Extend { from, to, .. } => self.extend(from, to)?,
             Step::Truncate { to, .. } => self.medium.set_len(to),
+            Step::Punch { from, to, .. } => {
+                self.medium.write(from, vec![0; usize::try_from(to.0 - from.0).expect("a small file")]);
+            }
             Step::Move { from, to, len, .. } => {
                 assert!(from.0 + len <= self.medium.file.len() as u64, "moves what is not there: {step:?}");
                 self.medium.copy(from, to, len);

@@ -249,3 +249,52 @@ pub(crate) fn levels(case: &mut Vec<u8>, r: &mut Random, max: usize) {
     }
     case.truncate(max);
 }
+
+/// Changes that know of no format: a number where one stands, of either order of bytes, that a reader may have trouble with; the
+/// lengths of what is there, multiples of sectors and clusters among them. Tables begin at such.
+pub(crate) fn numbers(case: &mut Vec<u8>, r: &mut Random, max: usize) {
+    if case.len() < 128 {
+        return bytes(case, r, max);
+    }
+    for _ in 0..1 + r.below(3) {
+        match r.below(16) {
+            0 => return bytes(case, r, max),
+            1 => script_behind(case, r),
+            _ => word(case, r),
+        }
+    }
+    case.truncate(max);
+}
+
+/// Other requests.
+fn script_behind(case: &mut [u8], r: &mut Random) {
+    let len = case.len();
+    for _ in 0..1 + r.below(12) {
+        case[len - 1 - r.below(64) as usize] = r.next() as u8;
+    }
+}
+
+fn word(case: &mut [u8], r: &mut Random) {
+    let width = [2, 4, 4, 8, 8][r.below(5) as usize];
+    let len = case.len() as u64;
+    // Most numbers stand at either end, or at the beginning of a cluster.
+    let at = match r.below(4) {
+        0 => r.below(128.min(len)),
+        1 => len.saturating_sub(576) + r.below(512.min(len)),
+        2 => r.below(len / 512 + 1) * 512 + r.below(16) * 8,
+        _ => r.below(len),
+    };
+    let at = (at as usize / width * width).min(case.len() / width * width - width);
+    let mut now = [0; 8];
+    let old = &case[at..at + width];
+    now[8 - width..].copy_from_slice(old);
+    let old = u64::from_be_bytes(now);
+    let value = match r.below(4) {
+        0 => number(r, old),
+        1 => old ^ 1 << r.below(8 * width as u64),
+        2 => (r.below(len / 512 + 4) * 512) | old & 0x8000_0000_0000_0000,
+        _ => r.below(len + 2),
+    };
+    let bytes = if r.below(4) == 0 { (value << (64 - 8 * width)).swap_bytes() } else { value }.to_be_bytes();
+    case[at..at + width].copy_from_slice(&bytes[8 - width..]);
+}

@@ -93,11 +93,19 @@ pub(crate) struct Parents {
 /// An existing image.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// Format of the image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels or dmg [default: what extension and contents agree on; the extension .raw says raw].
+    /// Format of the image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels, dmg or cue [default: what extension and contents agree on; the extension .raw says raw].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
     pub(crate) parents: Parents,
+}
+
+/// Which state of an image.
+#[derive(Debug, Args)]
+pub(crate) struct Snapshot {
+    /// The image as it was at this internal snapshot (its name, else its number; info lists them), for reading only.
+    #[arg(long, value_name = "NAME|ID")]
+    pub(crate) snapshot: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Args)]
@@ -119,9 +127,9 @@ impl Image {
         ImageSpec { path: file.into(), format: self.format }
     }
 
-    /// How to open the disk: read-only, locked.
-    pub(crate) fn open(&self, file: &Path, lock: Lock) -> OpenDisk {
-        self.parents.open(self.spec(file), lock)
+    /// How to open the disk, or what it was at a snapshot: read-only, locked.
+    pub(crate) fn open(&self, file: &Path, snapshot: Option<&String>, lock: Lock) -> OpenDisk {
+        OpenDisk { snapshot: snapshot.cloned(), ..self.parents.open(self.spec(file), lock) }
     }
 }
 
@@ -212,6 +220,8 @@ pub(crate) struct Create {
 pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) snapshot: Snapshot,
     /// Format of the new image: raw, vdi, vmdk, vhd, qcow2, qcow, qed or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
@@ -237,6 +247,11 @@ pub(crate) struct Convert {
 pub(crate) struct Compare {
     #[command(flatten)]
     pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) snapshot: Snapshot,
+    /// The second image as it was at this internal snapshot, as --snapshot.
+    #[arg(long, value_name = "NAME|ID")]
+    pub(crate) snapshot2: Option<String>,
     /// Format of the second image, as --format.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format2: Option<Format>,
@@ -288,6 +303,8 @@ pub(crate) struct Repair {
 pub(crate) struct Map {
     #[command(flatten)]
     pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) snapshot: Snapshot,
     /// How to print it; json has qemu-img's keys.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) output: Output,
@@ -301,6 +318,8 @@ pub(crate) struct Map {
 pub(crate) struct Io {
     #[command(flatten)]
     pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) snapshot: Snapshot,
     /// Refuse every write.
     #[arg(long)]
     pub(crate) read_only: bool,

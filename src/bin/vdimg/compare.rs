@@ -19,8 +19,8 @@ pub(crate) fn run(args: &Compare) -> Result<u8> {
             allow_raw_device: args.image.parents.allow_raw_device,
         },
     };
-    let a = open_disk(&args.image.open(&args.first, args.lock))?;
-    let b = open_disk(&second.open(&args.second, args.lock))?;
+    let a = open_disk(&args.image.open(&args.first, args.snapshot.snapshot.as_ref(), args.lock))?;
+    let b = open_disk(&second.open(&args.second, args.snapshot2.as_ref(), args.lock))?;
     let found = terminal::watched(|watch| compare_disks(&a.disk, &b.disk, watch))?;
     let [x, y] = found.sizes;
     if x != y {

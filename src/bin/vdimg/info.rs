@@ -8,7 +8,7 @@ use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
 use vdblk::job::{Inspected, human_bytes, inspect_image_with};
-use vdblk::map::ImageInfo;
+use vdblk::map::{DeviceType, ImageInfo, Region, SnapshotInfo};
 use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 
 /// What `--output json` prints. The names are a promise.
@@ -16,6 +16,8 @@ use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 struct Json<'a> {
     format: &'a str,
     variant: &'a str,
+    /// hdd, dvd or floppy.
+    device_type: &'a str,
     virtual_size: u64,
     file_size: u64,
     block_size: Option<u64>,
@@ -34,10 +36,77 @@ struct Json<'a> {
     geometry: Option<Geometry>,
     file: String,
     version: Option<&'a str>,
+    /// Internal snapshots, in the image's order.
+    snapshots: Vec<JsonSnapshot<'a>>,
+    /// What is on a CD, in the disk's order.
+    regions: Vec<JsonRegion>,
     /// Top first; none where a parent was not found or not good.
     chain: Option<Vec<Link>>,
     /// Why there is none.
     chain_error: Option<String>,
+}
+
+/// An internal snapshot.
+#[derive(Serialize)]
+struct JsonSnapshot<'a> {
+    id: &'a str,
+    name: &'a str,
+    /// UTC.
+    date: String,
+    date_sec: u32,
+    vm_state_size: u64,
+    virtual_size: u64,
+}
+
+impl<'a> JsonSnapshot<'a> {
+    fn new(s: &'a SnapshotInfo) -> Self {
+        JsonSnapshot {
+            id: &s.id,
+            name: &s.name,
+            date: date(s.seconds),
+            date_sec: s.seconds,
+            vm_state_size: s.state_bytes,
+            virtual_size: s.disk_bytes,
+        }
+    }
+}
+
+/// A stretch of a CD, in blocks.
+#[derive(Serialize)]
+struct JsonRegion {
+    start: u64,
+    blocks: u64,
+    block_size: u32,
+    data_size: u32,
+    form: &'static str,
+}
+
+impl JsonRegion {
+    fn new(r: &Region) -> Self {
+        JsonRegion {
+            start: r.start,
+            blocks: r.blocks,
+            block_size: r.block_bytes,
+            data_size: r.data_bytes,
+            form: r.form.name(),
+        }
+    }
+}
+
+/// Seconds since 1970 as date and time, UTC.
+fn date(seconds: u32) -> String {
+    let (days, rest) = (i64::from(seconds / 86400), seconds % 86400);
+    // Years begin in March here, so that the leap day is the last of one; 400 of them have 146,097 days.
+    let since = days + 719_468;
+    let (era, day) = (since / 146_097, since % 146_097);
+    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let year = era * 400 + year + next;
+    let (hours, minutes, seconds) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02} UTC")
 }
 
 /// An image of the chain.
@@ -99,6 +168,7 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
     let json = Json {
         format: i.format,
         variant: i.variant,
+        device_type: i.device.name(),
         virtual_size: i.virtual_size,
         file_size: image.file_size,
         block_size: i.block_size,
@@ -114,6 +184,8 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
         file: image.path.display().to_string(),
         version: i.version.as_deref(),
+        snapshots: i.snapshots.iter().map(JsonSnapshot::new).collect(),
+        regions: i.regions.iter().map(JsonRegion::new).collect(),
         chain,
         chain_error,
     };
@@ -127,13 +199,18 @@ fn human(image: &Inspected) -> String {
     let version = i.version.as_ref().map_or_else(String::new, |v| format!(" {v}"));
     let _ = writeln!(t, "image: {}", image.path.display());
     let _ = writeln!(t, "format: {}{version}, {}", i.format, i.variant);
+    if i.device != DeviceType::HardDisk {
+        let _ = writeln!(t, "device: {}", i.device.name());
+    }
     let _ = writeln!(t, "virtual size: {}", human_bytes(i.virtual_size));
     let _ = writeln!(t, "file size: {}", human_bytes(image.file_size));
     let _ = writeln!(t, "storage used: {}", human_bytes(image.storage_bytes));
     if let Some(block) = i.block_size {
         let _ = writeln!(t, "block size: {}", human_bytes(block));
         let blocks = i.virtual_size.div_ceil(block.max(1));
-        let _ = writeln!(t, "allocated blocks: {} of {blocks}", i.allocated_blocks.unwrap_or_default());
+        if let Some(n) = i.allocated_blocks {
+            let _ = writeln!(t, "allocated blocks: {n} of {blocks}");
+        }
     }
     for (name, uuid) in [
         ("UUID", i.uuid),
@@ -147,6 +224,15 @@ fn human(image: &Inspected) -> String {
     }
     for name in &i.parent_names {
         let _ = writeln!(t, "parent file: {}", name.escape_debug());
+    }
+    for r in &i.regions {
+        let (start, blocks, size, form) = (r.start, r.blocks, r.block_bytes, r.form.name());
+        let _ = writeln!(t, "region: {blocks} blocks of {size} bytes from block {start} on, {form}");
+    }
+    for s in &i.snapshots {
+        let (name, state) = (s.name.escape_debug(), human_bytes(s.state_bytes));
+        let (id, date) = (s.id.escape_debug(), date(s.seconds));
+        let _ = writeln!(t, "snapshot {id}: {name}, {date}, machine's state {state}");
     }
     for note in &i.notes {
         let _ = writeln!(t, "note: it {note}");
@@ -190,6 +276,25 @@ fn human_chain(chain: &Result<Vec<Link>>) -> String {
                 let _ = writeln!(t, "  {} ({}, {})", l.file, l.format, l.variant);
             }
             t
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::date;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (951_868_800, "2000-03-01 00:00:00 UTC"),
+            (1_735_689_599, "2024-12-31 23:59:59 UTC"),
+            (u32::MAX, "2106-02-07 06:28:15 UTC"),
+        ] {
+            assert_eq!(date(seconds), text);
         }
     }
 }

@@ -8,10 +8,11 @@ use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 use vdblk::{Error, Result};
 
 pub(crate) fn run(args: &Io) -> Result<u8> {
+    let read_only = args.read_only || args.snapshot.snapshot.is_some();
     let opened = open_disk(&OpenDisk {
         allow_write_to_parent: args.allow_write_to_parent,
-        options: DiskOptions { read_only: args.read_only, ..DiskOptions::default() },
-        ..args.image.open(&args.file, args.lock)
+        options: DiskOptions { read_only, ..DiskOptions::default() },
+        ..args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock)
     })?;
     let mut script = Script::new(&opened.disk)?;
     let ran = if args.commands.is_empty() { run_input(&mut script) } else { run_all(&mut script, args) };

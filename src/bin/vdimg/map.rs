@@ -26,7 +26,7 @@ struct Json {
 }
 
 pub(crate) fn run(args: &Map) -> Result<u8> {
-    let opened = open_disk(&args.image.open(&args.file, args.lock))?;
+    let opened = open_disk(&args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock))?;
     let mut survey = Survey::new(opened.disk.clone());
     let json = args.output == Output::Json;
     let mut text = String::from(if json { "[" } else { HEADER });

@@ -28,9 +28,11 @@ pub(super) struct Examined {
     pub(super) flags: BTreeMap<u64, u64>,
     /// Refcounts that are too low, and too high, by cluster: what each should be.
     pub(super) wrong: BTreeMap<u64, u16>,
-    /// A cluster of tables is something else as well.
-    overlaps: bool,
+    /// Refcounts have no table, or lack blocks that are needed, or lie where something else is: they can be made anew elsewhere.
+    pub(super) rebuild: bool,
     tables: Vec<bool>,
+    /// Clusters of refcount table and blocks.
+    structure: Vec<usize>,
     /// Clusters that are used by what is not looked into: nothing is called a leak then.
     pub(super) has_bitmaps: bool,
 }
@@ -74,14 +76,22 @@ pub(super) fn examine(source: &dyn ByteSource) -> Result<std::result::Result<Exa
         blocks: Vec::new(),
         flags: BTreeMap::new(),
         wrong: BTreeMap::new(),
-        overlaps: false,
+        rebuild: false,
+        structure: Vec::new(),
         has_bitmaps: header.autoclear() & 1 != 0,
         header,
         layout,
     };
     e.count_tables(&snapshots, snapshots_end);
     e.count_all(source, &snapshots)?;
+    // Last: whatever else lies there stays there.
+    e.count_refcounts(source)?;
     e.compare_counts(source)?;
+    if e.rebuild {
+        for i in std::mem::take(&mut e.structure) {
+            e.counts[i] -= 1;
+        }
+    }
     e.compare_flags(source)?;
     e.judge_header();
     Ok(Ok(e))
@@ -102,7 +112,6 @@ impl Examined {
         for n in at >> bits..=last >> bits {
             let i = usize::try_from(n).expect("MAX_CLUSTERS");
             if self.counts[i] > 0 && (is_table || self.tables[i]) {
-                self.overlaps = true;
                 self.corrupt(false, format!("cluster {n} of the file is a table and something else as well"));
             }
             self.counts[i] = self.counts[i].saturating_add(1);
@@ -124,7 +133,6 @@ impl Examined {
     }
 
     fn count_all(&mut self, source: &dyn ByteSource, snapshots: &[Snapshot]) -> Result<()> {
-        self.count_refcounts(source)?;
         // Tables that several first-level tables name are one table each.
         let mut seen = std::collections::BTreeSet::new();
         let own = (self.layout.l1_at.0, u64::from(self.layout.l1_entries));
@@ -198,73 +206,95 @@ impl Examined {
         Ok(all.filter(|(_, entry, bitmap)| *entry != 0 || *bitmap != 0).collect())
     }
 
+    /// A cluster of the refcount table or a block. False if it does not lie inside the file.
+    fn count_structure(&mut self, at: u64, bytes: u64, what: &str) -> bool {
+        let bits = self.layout.cluster_bits;
+        let fits = at.checked_add(bytes).is_some_and(|end| end <= self.layout.file_bytes);
+        if !fits {
+            return false;
+        }
+        for n in at >> bits..(at + bytes) >> bits {
+            let i = usize::try_from(n).expect("MAX_CLUSTERS");
+            if self.counts[i] > 0 {
+                self.must_be_rebuilt(format!("cluster {n} of the file is {what} and something else as well"));
+            }
+            self.counts[i] = self.counts[i].saturating_add(1);
+            self.tables[i] = true;
+            self.structure.push(i);
+        }
+        true
+    }
+
+    fn must_be_rebuilt(&mut self, what: String) {
+        self.rebuild = true;
+        self.corrupt(true, what);
+    }
+
     fn count_refcounts(&mut self, source: &dyn ByteSource) -> Result<()> {
         let at = self.header.refcount_table_at();
         let bytes = u64::from(self.header.refcount_table_clusters()) * self.layout.cluster_bytes();
-        let sound = bytes > 0 && bytes <= MAX_REFCOUNT_TABLE_BYTES;
+        if bytes == 0 || bytes > MAX_REFCOUNT_TABLE_BYTES {
+            self.must_be_rebuilt(format!("the refcount table has {bytes} bytes"));
+            return Ok(());
+        }
         if let Err(e) = self.layout.check_table("refcount table", at, bytes) {
-            self.corrupt(false, e.to_string());
+            self.must_be_rebuilt(e.to_string());
             return Ok(());
         }
-        if !sound {
-            self.corrupt(false, format!("the refcount table has {bytes} bytes"));
-            return Ok(());
-        }
-        self.count(at, bytes, true);
+        self.count_structure(at, bytes, "the refcount table");
         for (n, block) in read_words(source, at, bytes / 8)?.into_iter().enumerate() {
             let cluster = self.layout.cluster_bytes();
-            let fits = block.checked_add(cluster).is_some_and(|end| end <= self.layout.file_bytes);
-            if block != 0 && (block & !OFFSET != 0 || !block.is_multiple_of(cluster) || !fits) {
-                self.corrupt(false, format!("refcount block {n} at byte {block} is no cluster of the file"));
-                self.blocks.push(0);
-                continue;
+            let named = block & !OFFSET == 0 && block.is_multiple_of(cluster);
+            let sound = block == 0 || named && self.count_structure(block, cluster, "a refcount block");
+            if !sound {
+                self.must_be_rebuilt(format!("refcount block {n} at byte {block} is no cluster of the file"));
             }
-            if block != 0 {
-                self.count(block, cluster, true);
-            }
-            self.blocks.push(block);
+            self.blocks.push(if sound { block } else { 0 });
         }
         Ok(())
     }
 
     /// Refcounts against references.
     fn compare_counts(&mut self, source: &dyn ByteSource) -> Result<()> {
+        if self.blocks.is_empty() {
+            return Ok(());
+        }
         let per_block = usize::try_from(self.layout.refcounts_per_block()).expect("2 MiB of bits");
         let cluster = usize::try_from(self.layout.cluster_bytes()).expect("2 MiB at most");
         let mut bytes = vec![0; cluster];
         for n in 0..self.blocks.len().max(self.counts.len().div_ceil(per_block)) {
             let at = self.blocks.get(n).copied().unwrap_or(0);
-            if at == 0 && n * per_block >= self.counts.len() {
+            if at == 0 {
+                let used = self.counts.iter().skip(n * per_block).take(per_block).filter(|c| **c > 0).count();
+                if used > 0 {
+                    self.must_be_rebuilt(format!(
+                        "refcount block {n} is missing, for {used} clusters in use"
+                    ));
+                }
                 continue;
             }
-            if at == 0 {
-                bytes.fill(0);
-            } else {
-                source.read_at(HostOffset(at), &mut bytes)?;
-            }
+            source.read_at(HostOffset(at), &mut bytes)?;
             for i in 0..per_block {
                 let (number, said) = (n * per_block + i, get(&bytes, i, self.layout.refcount_order));
                 let right = self.counts.get(number).copied().unwrap_or(0);
                 if said != u64::from(right) {
-                    self.count_is_wrong(number as u64, said, right, at != 0);
+                    self.count_is_wrong(number as u64, said, right);
                 }
             }
         }
         Ok(())
     }
 
-    fn count_is_wrong(&mut self, cluster: u64, said: u64, right: u16, has_block: bool) {
+    fn count_is_wrong(&mut self, cluster: u64, said: u64, right: u16) {
         let what = format!("cluster {cluster} of the file has refcount {said} and {right} references");
         if said < u64::from(right) {
-            self.corrupt(has_block, what);
+            self.corrupt(true, what);
         } else if self.has_bitmaps {
             return;
         } else {
             self.report.add(Severity::Leak, true, what);
         }
-        if has_block {
-            self.wrong.insert(cluster, right);
-        }
+        self.wrong.insert(cluster, right);
     }
 
     /// Flags in the entries of the disk itself against references.

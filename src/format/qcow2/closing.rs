@@ -1,5 +1,5 @@
 //! The clean close: entries in doubt are written again, places that nothing names are given back, and refcounts become
-//! exact. It takes several plans, for pages of tables have to be read for it.
+//! exact; then the space of what is free goes back to the file system. It takes several plans, for pages of tables have to be read for it.
 
 use super::super::blocks::{Block, BlockFormat, Rest};
 use super::layout::{Cluster, Layout, OFFSET};
@@ -12,6 +12,8 @@ use std::sync::atomic::Ordering;
 
 /// Pages of refcounts corrected by one plan.
 const BATCH_PAGES: usize = 64;
+/// Pieces of the file given back by one plan.
+const MAX_PUNCHES: usize = 256;
 /// Entries in doubt that are written again; the places of more are left as leaks.
 const MAX_REWRITTEN: usize = 256;
 
@@ -31,6 +33,8 @@ pub(super) struct Closing {
     fixes: BTreeMap<u64, Vec<(u32, Option<u32>)>>,
     /// Pages of refcounts as they are in the file.
     loaded: HashMap<u64, Vec<u8>>,
+    /// Clusters that have no reference any more, and a refcount that says so.
+    freed: BTreeSet<u32>,
     /// Where the file will end, in clusters.
     end: u32,
 }
@@ -43,21 +47,29 @@ enum Stage {
     Looking,
     /// Refcounts are corrected.
     Counting,
+    /// Space is given back.
+    Giving,
     Done,
 }
 
 impl Closing {
     /// A page of refcounts with its corrections, if it is one of those.
     pub(super) fn corrected(&self, page: u64, layout: &Layout) -> Option<Vec<u8>> {
-        let mut bytes = self.loaded.get(&page)?.clone();
+        self.correct(page, layout).map(|(bytes, _)| bytes)
+    }
+
+    /// The same, and the clusters that have no reference afterwards.
+    fn correct(&self, page: u64, layout: &Layout) -> Option<(Vec<u8>, Vec<u32>)> {
+        let (mut bytes, mut freed) = (self.loaded.get(&page)?.clone(), Vec::new());
         let first = page * ((layout.page_bytes() * 8) >> layout.refcount_order);
         for (cluster, less) in self.fixes.get(&page)? {
             let i = usize::try_from(u64::from(*cluster) - first).expect("a refcount of this page");
             let now = get(&bytes, i, layout.refcount_order);
             let new = less.map_or(0, |n| now.saturating_sub(u64::from(n)));
             set(&mut bytes, i, layout.refcount_order, new);
+            freed.extend((new == 0).then_some(*cluster));
         }
-        Some(bytes)
+        Some((bytes, freed))
     }
 }
 
@@ -77,7 +89,7 @@ impl Qcow2Map {
                     s.closing.fixes.keys().take(BATCH_PAGES).find(|p| !s.closing.loaded.contains_key(p));
                 wanted.map(|number| MetaKey::Page { table: REFCOUNTS, number: *number })
             }
-            Stage::Done => None,
+            Stage::Giving | Stage::Done => None,
         }
     }
 
@@ -170,6 +182,7 @@ impl Qcow2Map {
         match stage {
             Stage::Looking => self.plan_entries(writer),
             Stage::Counting => self.plan_counts(writer),
+            Stage::Giving => self.plan_giving(&mut writer.state().closing, None),
             Stage::Open | Stage::Done => Plan::default(),
         }
     }
@@ -227,9 +240,8 @@ impl Qcow2Map {
             s.closing.fixes.keys().copied().filter(|p| s.closing.loaded.contains_key(p)).collect();
         // Those of the plan before are done.
         if pages.is_empty() {
-            s.closing.stage = Stage::Done;
-            let to = self.end_of(s.closing.end);
-            return Plan::of([Step::Sync { file: self.file }, Step::Truncate { file: self.file, to }]);
+            s.closing.stage = Stage::Giving;
+            return self.plan_giving(&mut s.closing, Some(Step::Sync { file: self.file }));
         }
         let step = |number: u64| Step::Meta {
             key: MetaKey::Page { table: REFCOUNTS, number },
@@ -238,10 +250,28 @@ impl Qcow2Map {
         Plan::of(pages.into_iter().map(step))
     }
 
+    /// Behind `first`: space goes back that nothing names, so many pieces at a time; behind the last the file is cut.
+    fn plan_giving(&self, closing: &mut Closing, first: Option<Step>) -> Plan {
+        let mut steps = Vec::from_iter(first);
+        let end = closing.end;
+        while let Some(from) = closing.freed.first().copied().filter(|c| *c < end) {
+            if steps.len() > MAX_PUNCHES {
+                return Plan::of(steps);
+            }
+            let to = (from..end).find(|c| !closing.freed.remove(c)).unwrap_or(end);
+            steps.push(Step::Punch { file: self.file, from: self.end_of(from), to: self.end_of(to) });
+        }
+        closing.stage = Stage::Done;
+        steps.push(Step::Truncate { file: self.file, to: self.end_of(end) });
+        Plan::of(steps)
+    }
+
     /// A page of refcounts was written for good.
     pub(super) fn page_closed(&self, number: u64) {
         if let Some(writer) = &self.writer {
             let mut s = writer.state();
+            let freed = s.closing.correct(number, &self.layout).map(|(_, freed)| freed);
+            s.closing.freed.extend(freed.into_iter().flatten());
             if s.closing.loaded.remove(&number).is_some() {
                 s.closing.fixes.remove(&number);
             }

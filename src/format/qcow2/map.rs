@@ -1,8 +1,8 @@
 //! A QCOW2 that is open: look-ups in the first-level table, which is kept whole, and in pages of second-level ones.
 
 use super::super::OpenHow;
-use super::super::bytes::put_be64;
-use super::header::Header;
+use super::super::bytes::{be64, put_be64};
+use super::header::{Header, incompatible};
 use super::layout::{COPIED, Cluster, Layout, OFFSET, Place, Sub, Subclusters};
 use super::snapshots::{self, Snapshot};
 use super::writer::{REFCOUNTS, Writer};
@@ -13,9 +13,13 @@ use crate::map::{
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
     Plan, PlanToken, Settled,
 };
+use crate::probe::paging::are_all_paged;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
+
+/// Most bytes of tables that are read to tell how many clusters are allocated: those of a disk of 512 GiB.
+const MAX_COUNTED_BYTES: u64 = 64 << 20;
 
 /// The number by which keys of pages call second-level tables.
 pub(super) const L2: u8 = 0;
@@ -40,6 +44,8 @@ pub struct Qcow2Map {
     /// Bytes the file is known to have.
     pub(super) end: AtomicU64,
     snapshots: Vec<Snapshot>,
+    /// Clusters of the disk that have a place, where somebody asked and it was counted.
+    allocated: Option<u64>,
     /// `None` if opened for reading only.
     pub(super) writer: Option<Writer>,
 }
@@ -88,17 +94,33 @@ impl Qcow2Map {
         layout: Layout,
         snapshots: Vec<Snapshot>,
     ) -> Result<Self> {
-        let l1 = if how.info_only { Box::default() } else { load_l1(source, &layout)? };
+        let (l1, allocated) = match how.info_only {
+            true => (Box::default(), count_allocated(source, &layout)),
+            false => (load_l1(source, &layout)?, None),
+        };
         let l2_pages = layout.l1_needed() * (layout.cluster_bytes() / layout.page_bytes());
         let first = layout.l1_needed() * 8;
         let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
+        let most = if are_all_paged() { 0 } else { most };
         let pages = PageCache::new(layout.page_bytes(), l2_pages, most);
         let codec = if header.compression() == 1 { Codec::Zstd } else { Codec::Deflate };
         let fixed = fixed_ranges(&header, &layout);
         let is_diff = header.backing.is_some();
         let (header, end) = (Mutex::new(header), AtomicU64::new(layout.file_bytes));
-        let mut map =
-            Qcow2Map { file, layout, codec, is_diff, header, l1, pages, fixed, end, snapshots, writer: None };
+        let mut map = Qcow2Map {
+            file,
+            layout,
+            codec,
+            is_diff,
+            header,
+            l1,
+            pages,
+            fixed,
+            end,
+            snapshots,
+            allocated,
+            writer: None,
+        };
         if !how.read_only {
             let writer = Writer::open(source, &map)?;
             // Clusters that the file has lost stay lost when it grows over them.
@@ -334,6 +356,15 @@ impl Qcow2Map {
     fn version(header: &Header) -> String {
         header.version().to_string()
     }
+
+    /// What is odd about the image.
+    fn notes(&self, header: &Header) -> Vec<String> {
+        let dirty =
+            "was not closed by who wrote it last: its refcounts may be wrong, which vdimg repair puts right";
+        let corrupt = "is marked as corrupt, and is not written before vdimg repair has put it right";
+        let notes = [(incompatible::DIRTY, dirty), (incompatible::CORRUPT, corrupt)];
+        notes.into_iter().filter(|(bit, _)| header.has(*bit)).map(|(_, note)| note.to_string()).collect()
+    }
 }
 
 /// What data must not lie in, as the header says it.
@@ -362,6 +393,27 @@ fn load_l1(source: &dyn ByteSource, layout: &Layout) -> Result<Box<[AtomicU64]>>
         at += len as u64;
     }
     Ok(table.into())
+}
+
+/// Clusters that have a place, by all second-level tables; `None` if those are too large to be read for that, or cannot be.
+fn count_allocated(source: &dyn ByteSource, layout: &Layout) -> Option<u64> {
+    let l1 = load_l1(source, layout).ok()?;
+    let tables: Vec<_> =
+        l1.iter().map(|e| e.load(Ordering::Relaxed) & OFFSET).filter(|at| *at != 0).collect();
+    if tables.len() as u64 * layout.cluster_bytes() > MAX_COUNTED_BYTES {
+        return None;
+    }
+    let mut bytes = vec![0; usize::try_from(layout.cluster_bytes()).ok()?];
+    let step = usize::try_from(layout.entry_bytes()).ok()?;
+    let mut count = 0;
+    for at in tables {
+        source.read_at(HostOffset(at), &mut bytes).ok()?;
+        for entry in bytes.chunks(step) {
+            let word = |i| be64(entry, i).unwrap_or(0);
+            count += u64::from(layout.cluster(word(0), word(8)).is_ok_and(|c| layout.end_of(c) > 0));
+        }
+    }
+    Some(count)
 }
 
 impl ImageMap for Qcow2Map {
@@ -484,6 +536,9 @@ impl ImageMap for Qcow2Map {
             version: Some(Self::version(&header)),
             parent_names: header.backing.iter().cloned().collect(),
             parent_format: header.backing_format.clone(),
+            allocated_blocks: self.allocated,
+            snapshots: self.snapshots.iter().map(Snapshot::info).collect(),
+            notes: self.notes(&header),
             ..ImageInfo::default()
         }
     }

@@ -9,6 +9,7 @@ mod map;
 mod refcounts;
 mod repair;
 mod snapshots;
+mod spare;
 mod writer;
 
 use super::{Driver, ImageFile, only};

@@ -5,8 +5,10 @@ use super::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use super::layout::{Layout, OFFSET};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{ByteSource, HostOffset};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+/// Pages of refcounts in which clusters are used again.
+const MAX_ADOPTED_PAGES: usize = 64;
 /// Refcount blocks looked at for clusters that the file does not have.
 const MAX_COUNTED_BYTES: u64 = 64 << 20;
 
@@ -51,8 +53,10 @@ pub(super) struct Refcounts {
     /// Clusters that the file had when it was opened, or that something said it had: what lies behind has the refcounts we
     /// gave it.
     opened: u32,
-    /// The page that has the refcount of the cluster at `opened`, as it was then.
+    /// The page that has the refcount of the cluster at `opened`, as it was then but for what was adopted.
     first_page: Vec<u8>,
+    /// Pages as they were when the image was opened, with 1 for what was adopted.
+    adopted: BTreeMap<u64, Vec<u8>>,
     /// Clusters from `opened` up to here have 1.
     announced: u32,
     growth: Growth,
@@ -140,6 +144,7 @@ impl Refcounts {
             table,
             opened,
             first_page: vec![0; index(layout.page_bytes())],
+            adopted: BTreeMap::new(),
             announced: opened,
             growth: Growth::default(),
             doubtful: BTreeSet::new(),
@@ -150,6 +155,45 @@ impl Refcounts {
             source.read_at(page_at, &mut counts.first_page)?;
         }
         Ok(counts)
+    }
+
+    /// Has 1 written for these clusters, which nothing names, when the first change begins. The answer are those for which there is a
+    /// block.
+    ///
+    /// # Errors
+    /// Of reading.
+    pub(super) fn adopt(
+        &mut self,
+        source: &dyn ByteSource,
+        clusters: BTreeSet<u32>,
+    ) -> Result<BTreeSet<u32>> {
+        let mut adopted = BTreeSet::new();
+        for cluster in clusters {
+            let page = self.page_of(cluster);
+            let Some(at) = self.page_at(page) else { continue };
+            if !self.adopted.contains_key(&page) {
+                if self.adopted.len() == MAX_ADOPTED_PAGES {
+                    break;
+                }
+                let mut bytes = vec![0; index(self.layout.page_bytes())];
+                source.read_at(at, &mut bytes)?;
+                self.adopted.insert(page, bytes);
+            }
+            let (first, order) = (page * self.per_page(), self.layout.refcount_order);
+            if let Some(bytes) = self.adopted.get_mut(&page) {
+                set(bytes, index(u64::from(cluster) - first), order, 1);
+                adopted.insert(cluster);
+            }
+        }
+        if let Some(bytes) = self.adopted.get(&self.page_of(self.opened)) {
+            self.first_page.clone_from(bytes);
+        }
+        Ok(adopted)
+    }
+
+    /// Pages of refcounts that are to be written before the first change.
+    pub(super) fn adopted_pages(&self) -> impl Iterator<Item = u64> {
+        self.adopted.keys().copied()
     }
 
     pub(super) fn opened(&self) -> u32 {
@@ -281,6 +325,8 @@ impl Refcounts {
         let base = out.len();
         if page == self.page_of(self.opened) {
             out.extend_from_slice(&self.first_page);
+        } else if let Some(bytes) = self.adopted.get(&page) {
+            out.extend_from_slice(bytes);
         } else {
             out.resize(base + index(self.layout.page_bytes()), 0);
         }

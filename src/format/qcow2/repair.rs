@@ -3,11 +3,16 @@
 //! Nothing but refcounts, flags and marks is changed: every cluster reads after the repair what it read before. Clusters that
 //! share a place which said it had one owner are told that they share it, and part when they are written.
 //!
-//! Refcounts that are too low are raised first, then flags are set right, and only then are those lowered that are too high:
+//! Where refcounts are lost, or lie where something else is, all of them are counted anew and written behind the file's end; then the
+//! header names those. The old ones become free space.
+//!
+//! Otherwise refcounts that are too low are raised first, then flags are set right, and only then are those lowered that are too high:
 //! at any moment a writer who believes them harms nothing.
 
+use super::super::bytes::put_be64;
 use super::super::report::{Repair, RepairStep};
 use super::check::{Examined, examine};
+use super::header::MAX_REFCOUNT_TABLE_BYTES;
 use super::header::incompatible::{CORRUPT, DIRTY};
 use super::refcounts::{get, set};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +20,8 @@ use crate::limits::MAX_CHECK_LINES;
 use crate::map::{ByteSource, FileId, HostOffset};
 use std::collections::BTreeMap;
 
+/// Most bytes of refcounts that are made anew: they are held in memory.
+const MAX_REBUILT_BYTES: u64 = 256 << 20;
 /// The image's file, as the steps call it.
 const FILE: FileId = FileId(0);
 
@@ -41,11 +48,17 @@ pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
     }
     let mut work =
         Work { source, image, lines: Vec::new(), untold: 0, steps: vec![RepairStep::Sync { file: FILE }] };
-    work.counts(true)?;
-    work.flags();
-    work.counts(false)?;
-    work.marks();
-    work.cut();
+    if work.image.rebuild {
+        work.rebuild()?;
+        work.flags();
+        work.marks();
+    } else {
+        work.counts(true)?;
+        work.flags();
+        work.counts(false)?;
+        work.marks();
+        work.cut();
+    }
     let mut lines = work.lines;
     if work.untold > 0 {
         lines.push(format!("and {} things more", work.untold));
@@ -120,6 +133,67 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// New refcounts behind the file's end, and the header that names them.
+    fn rebuild(&mut self) -> Result<()> {
+        let layout = self.image.layout;
+        let (cluster, per_block) = (layout.cluster_bytes(), layout.refcounts_per_block());
+        let first = layout.file_clusters();
+        // As many as count themselves as well: blocks, and a table for them.
+        let (mut blocks, mut table) = (0, 0);
+        for _ in 0..16 {
+            blocks = (first + blocks + table).div_ceil(per_block);
+            table = (blocks * 8).div_ceil(cluster);
+        }
+        let bytes = blocks * cluster;
+        if table * cluster > MAX_REFCOUNT_TABLE_BYTES || bytes > MAX_REBUILT_BYTES {
+            let what = format!("the refcounts of its {first} clusters are too many to be made anew");
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        let most = self.image.counts.iter().copied().max().unwrap_or(0);
+        if u64::from(most) > u64::MAX >> (64 - (1u32 << layout.refcount_order)) {
+            let what = format!("cannot be repaired: {most} references to a cluster do not fit its refcount");
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
+        let (table_at, end) = (first * cluster, (first + table + blocks) * cluster);
+        let block_at = |n: u64| (first + table + n) * cluster;
+        let own = first..first + table + blocks;
+        let count = |n: u64| match usize::try_from(n).ok().and_then(|i| self.image.counts.get(i)) {
+            Some(count) => u64::from(*count),
+            None => u64::from(own.contains(&n)),
+        };
+        let mut steps = vec![RepairStep::SetLen { file: FILE, to: HostOffset(end) }];
+        let size = usize::try_from(cluster).expect("2 MiB at most");
+        let mut names = vec![0; usize::try_from(table * cluster).expect("MAX_REFCOUNT_TABLE_BYTES")];
+        for n in 0..blocks {
+            let mut bytes = vec![0; size];
+            for i in 0..per_block {
+                set(
+                    &mut bytes,
+                    usize::try_from(i).expect("2 MiB of bits"),
+                    layout.refcount_order,
+                    count(n * per_block + i),
+                );
+            }
+            steps.push(RepairStep::Write { file: FILE, at: HostOffset(block_at(n)), bytes });
+            put_be64(&mut names, usize::try_from(n * 8).expect("inside the table"), block_at(n));
+        }
+        steps.push(RepairStep::Write { file: FILE, at: HostOffset(table_at), bytes: names });
+        self.steps.extend(steps);
+        self.sync();
+        let table = u32::try_from(table).expect("MAX_REFCOUNT_TABLE_BYTES");
+        self.image.header.set_refcount_table(table_at, table);
+        self.say(format!("refcounts: counted anew, in {blocks} blocks from byte {table_at} on"));
+        self.header();
+        Ok(())
+    }
+
+    fn header(&mut self) {
+        let mut bytes = Vec::new();
+        self.image.header.write_to(&mut bytes);
+        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(0), bytes });
+        self.sync();
+    }
+
     fn flags(&mut self) {
         for (at, entry) in std::mem::take(&mut self.image.flags) {
             self.say(format!("entry at byte {at}: becomes {entry:#018x}"));
@@ -137,11 +211,8 @@ impl Work<'_> {
             return;
         }
         header.set_incompatible(bits & !(DIRTY | CORRUPT));
-        let mut bytes = Vec::new();
-        header.write_to(&mut bytes);
         self.say("header: no longer marked as dirty or corrupt".into());
-        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(0), bytes });
-        self.sync();
+        self.header();
     }
 
     /// Clusters at the file's end that nothing names.

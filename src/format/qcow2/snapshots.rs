@@ -4,7 +4,7 @@ use super::super::bytes::{be32, be64};
 use super::header::{Header, MAX_L1_BYTES};
 use super::layout::Layout;
 use crate::error::{Error, ErrorKind, Result};
-use crate::map::{ByteSource, HostOffset};
+use crate::map::{ByteSource, HostOffset, SnapshotInfo};
 
 /// Most snapshots of an image: QEMU's limit.
 const MAX_SNAPSHOTS: u32 = 65536;
@@ -28,6 +28,19 @@ pub struct Snapshot {
     pub disk_bytes: u64,
     pub(super) l1_at: u64,
     pub(super) l1_entries: u32,
+}
+
+impl Snapshot {
+    /// What there is to tell of it.
+    pub(super) fn info(&self) -> SnapshotInfo {
+        SnapshotInfo {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            seconds: self.seconds,
+            state_bytes: self.state_bytes,
+            disk_bytes: self.disk_bytes,
+        }
+    }
 }
 
 fn corrupt(what: impl Into<String>) -> Error {

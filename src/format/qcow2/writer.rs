@@ -7,6 +7,7 @@ use super::header::incompatible::{CORRUPT, DIRTY};
 use super::layout::{COPIED, Cluster, OFFSET, Place, Sub, Subclusters, ZERO};
 use super::map::{L1, L2, Qcow2Map};
 use super::refcounts::Refcounts;
+use super::spare::spare_clusters;
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{MAX_TABLE_BYTES, POOL_STEP_BYTES};
 use crate::map::{
@@ -86,11 +87,13 @@ impl Writer {
     pub(super) fn open(source: &dyn ByteSource, map: &Qcow2Map) -> Result<Self> {
         map.check_for_writing()?;
         let least = if map.header().has(DIRTY) { map.named_clusters(source)? } else { 0 };
-        let counts = Refcounts::load(source, &map.header(), &map.layout, least)?;
+        let mut counts = Refcounts::load(source, &map.header(), &map.layout, least)?;
+        let spare = spare_clusters(source, &map.header(), &map.layout, &map.l1);
+        let spare = counts.adopt(source, spare)?;
         let (opened, max) = (counts.opened(), counts.max_clusters());
         let step = (POOL_STEP_BYTES / map.layout.cluster_bytes()).clamp(1, MAX_STEP);
         let step = u32::try_from(step).expect("MAX_STEP");
-        let blocks = BlockWriter::new(HostBlocks::new(opened, max, step, |_| true), false);
+        let blocks = BlockWriter::new(HostBlocks::new(opened, max, step, |c| !spare.contains(&c)), false);
         let state = State {
             counts,
             wanted: BTreeSet::new(),
@@ -339,6 +342,9 @@ impl Qcow2Map {
             if from < to {
                 steps.extend([Step::Extend { file, from, to }, Step::Sync { file }]);
             }
+            // Before anything comes to lie in clusters that are used again.
+            let adopted: Vec<_> = writer.state().counts.adopted_pages().collect();
+            steps.extend(adopted.into_iter().map(|page| entry_step(REFCOUNTS, page, 0, 0, false)));
             let op = MetaOp::Modification(modification);
             steps.extend([Step::Meta { key: MetaKey::Header, op }, Step::Sync { file }]);
             steps

@@ -316,6 +316,6 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         comment: d.comment(),
         geometry: d.geometry(""),
         version: header.map(kind).or(se_sparse.then(|| "seSparse 2.1".to_string())),
-        notes: Vec::new(),
+        ..ImageInfo::default()
     }
 }

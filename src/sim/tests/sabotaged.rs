@@ -165,3 +165,10 @@ fn powercut_catches_broken_rules_in_qcow2() {
     ];
     caught_in(&[Kind::Qcow2Diff, Kind::Qcow2], &but);
 }
+
+/// Refcounts are what other writers allocate by: an entry is written before the refcount of what it names is durable.
+#[test]
+fn powercut_catches_entries_of_qcow2_before_their_refcounts() {
+    let caught = caught(Sabotage::RoomWithoutSync, &[Kind::Qcow2, Kind::Qcow2Diff]);
+    assert!(caught >= LEAST_SEARCHES, "caught in {caught} searches");
+}

@@ -75,6 +75,14 @@ fn simulations_find_nothing_3() {
     find_nothing(3);
 }
 
+/// Two readers miss the same page of a table, one reads it late: what it has read by then is older than what is there.
+#[test]
+fn a_page_read_twice_is_taken_in_once() {
+    let p = play(&Play { kind: Some(Kind::Qcow2), forgetful: false, ..Play::seed(31) });
+    assert!(p.wrong.is_none(), "{:?}", p.wrong);
+    assert!(p.requests >= 2000, "ended after {} requests", p.requests);
+}
+
 /// The same on images of which the seeds above know little or nothing.
 fn find_nothing_on(kind: Kind) {
     for seed in 0..seeds() / 25 {
