@@ -4,7 +4,7 @@ use super::super::OpenHow;
 use super::writer::{Marking, Writer};
 use super::{Cluster, Extra, Geometry};
 use crate::error::{Failure, Result};
-use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES, TABLE_CACHE_BYTES};
+use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES};
 use crate::map::{
     BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
@@ -64,12 +64,16 @@ impl LevelMap {
         let l1 = if how.info_only { Vec::new() } else { geometry.load_l1(source)? };
         let page_bytes = geometry.page_bytes();
         let l2_pages = geometry.l1_entries().saturating_mul(geometry.table_bytes / page_bytes);
+        let pages = match are_all_paged() {
+            true => PageCache::new(page_bytes, l2_pages, 0),
+            false => PageCache::second_level(page_bytes, l2_pages, l1.len() as u64 * 8),
+        };
         let writable = !how.read_only && !how.info_only;
         Ok(LevelMap {
             file,
             geometry,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
-            pages: PageCache::new(page_bytes, l2_pages, if are_all_paged() { 0 } else { TABLE_CACHE_BYTES }),
+            pages,
             end: AtomicU64::new(geometry.file_bytes),
             // What is nowhere reads as zeros where nothing is beneath.
             zeros: if info.parent_names.is_empty() { Some(0) } else { zeros },
