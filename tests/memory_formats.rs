@@ -32,23 +32,21 @@ fn resident(daemon: &Daemon) -> u64 {
     value("VmRSS") - value("RssShmem")
 }
 
-/// Makes the largest image up to 2 TiB that the format allows; its bytes.
-fn large(d: &Path, shape: &Shape, file: &str) -> u64 {
-    // the last for QEDs of small clusters
-    let sizes = [2 << 40, 2040 << 30, (2 << 40) - (8 << 30), 16 << 30];
-    let made = sizes.into_iter().find(|size| {
+/// Makes the largest image up to 2 TiB that the format allows; its bytes. `None`: its table has no room for so many blocks.
+fn large(d: &Path, shape: &Shape, file: &str) -> Option<u64> {
+    let sizes = [2 << 40, 2040 << 30, (2 << 40) - (8 << 30)];
+    sizes.into_iter().find(|size| {
         run(d, &format!("create {} --size {size} {file}", shape.words("--format"))).status.success()
-    });
-    made.unwrap_or_else(|| panic!("{shape}: no large image can be made"))
+    })
 }
 
 /// The most memory it had at the end of each kind of load, over all of the disk: writes, reads of what was written, reads of
 /// anything. And what the load was.
-fn most_memory(shape: &Shape) -> (u64, u64) {
+fn most_memory(shape: &Shape) -> Option<(u64, u64)> {
     let dir = scratch();
     let d = dir.path();
     let file = shape.file("large");
-    let size = large(d, shape, &file);
+    let size = large(d, shape, &file)?;
     let spec = ImageSpec { path: d.join(&file), format: Some(shape.format) };
     let block = inspect_image(&spec).expect("an image").info.block_size.unwrap_or(4096).max(4096);
     let writes = (BUDGET / block).clamp(FEWEST_WRITES, MOST_WRITES);
@@ -76,17 +74,20 @@ fn most_memory(shape: &Shape) -> (u64, u64) {
     assert!(ended.status.success() && number(&result, "ios") > 1000, "{shape}: {ended:?}");
     most = most.max(resident(&daemon));
     daemon.stop();
-    (most, writes)
+    Some((most, writes))
 }
 
 #[test]
 fn tables_of_2_tib_take_little_in_any_format() {
-    let (baseline, _) = most_memory(&shapes::plain()[0]);
+    let (baseline, _) = most_memory(&shapes::plain()[0]).expect("a raw image");
     println!("raw: {baseline} KiB");
     let small_blocks = ["cluster_size=4K", "extended_l2=on", "zeroed_grain=on"];
     let more = shapes::writable().into_iter().filter(|s| s.options.iter().any(|o| small_blocks.contains(o)));
     for shape in shapes::plain().into_iter().skip(1).chain(more) {
-        let (most, writes) = most_memory(&shape);
+        let Some((most, writes)) = most_memory(&shape) else {
+            assert!(!shape.options.is_empty(), "{shape}: no image of 2 TiB can be made");
+            continue;
+        };
         let over = most.saturating_sub(baseline);
         println!("{shape}: {over} KiB over raw, after {writes} writes all over the disk and many reads");
         assert!(over <= LIMIT_KIB, "{shape}: {over} KiB");

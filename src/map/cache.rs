@@ -5,7 +5,7 @@
 //! the ones not looked at lately first, unless a plan that will change them has pinned them. Where the pinned ones fill every
 //! place, pages lie beside them under a lock: slow, and never without end.
 
-use crate::limits::META_PAGE_BYTES;
+use crate::limits::{META_PAGE_BYTES, TABLE_CACHE_BYTES};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, OnceLock};
 
@@ -189,6 +189,13 @@ impl SetState {
 }
 
 impl PageCache {
+    /// For second-level tables whose first level is kept whole and takes `first` bytes: together they have a bound, but pages
+    /// a quarter of it at least.
+    pub fn second_level(page_bytes: u64, pages: u64, first: u64) -> Self {
+        let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
+        Self::new(page_bytes, pages, most)
+    }
+
     /// A cache for `pages` pages of `page_bytes` bytes (a power of two from 512 to 4096), of which it keeps as many
     /// as `most_bytes` allow.
     ///

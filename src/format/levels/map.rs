@@ -4,12 +4,13 @@ use super::super::OpenHow;
 use super::writer::{Marking, Writer};
 use super::{Cluster, Extra, Geometry};
 use crate::error::{Failure, Result};
-use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES, TABLE_CACHE_BYTES};
+use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES};
 use crate::map::{
     BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
     Plan, PlanToken, Settled,
 };
+use crate::probe::paging::are_all_paged;
 use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
 
@@ -63,15 +64,16 @@ impl LevelMap {
         let l1 = if how.info_only { Vec::new() } else { geometry.load_l1(source)? };
         let page_bytes = geometry.page_bytes();
         let l2_pages = geometry.l1_entries().saturating_mul(geometry.table_bytes / page_bytes);
-        // both levels together are bounded
-        let first = geometry.l1_entries() * 8;
-        let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
+        let pages = match are_all_paged() {
+            true => PageCache::new(page_bytes, l2_pages, 0),
+            false => PageCache::second_level(page_bytes, l2_pages, l1.len() as u64 * 8),
+        };
         let writable = !how.read_only && !how.info_only;
         Ok(LevelMap {
             file,
             geometry,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
-            pages: PageCache::new(page_bytes, l2_pages, most),
+            pages,
             end: AtomicU64::new(geometry.file_bytes),
             // What is nowhere reads as zeros where nothing is beneath.
             zeros: if info.parent_names.is_empty() { Some(0) } else { zeros },

@@ -7,7 +7,7 @@ use super::layout::{COPIED, Cluster, Layout, OFFSET, Place, Sub, Subclusters};
 use super::snapshots::{self, Snapshot};
 use super::writer::{REFCOUNTS, Writer};
 use crate::error::{Error, ErrorKind, Failure, Result};
-use crate::limits::{SECTOR_BYTES, TABLE_CACHE_BYTES, TABLE_PIECE_BYTES};
+use crate::limits::{SECTOR_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{
     BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
@@ -99,10 +99,10 @@ impl Qcow2Map {
             false => (load_l1(source, &layout)?, None),
         };
         let l2_pages = layout.l1_needed() * (layout.cluster_bytes() / layout.page_bytes());
-        let first = layout.l1_needed() * 8;
-        let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
-        let most = if are_all_paged() { 0 } else { most };
-        let pages = PageCache::new(layout.page_bytes(), l2_pages, most);
+        let pages = match are_all_paged() {
+            true => PageCache::new(layout.page_bytes(), l2_pages, 0),
+            false => PageCache::second_level(layout.page_bytes(), l2_pages, layout.l1_needed() * 8),
+        };
         let codec = if header.compression() == 1 { Codec::Zstd } else { Codec::Deflate };
         let fixed = fixed_ranges(&header, &layout);
         let is_diff = header.backing.is_some();
