@@ -18,6 +18,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| levels::check(only(files).source, examine)),
     repair: Some(|files| levels::repair(only(files).source, examine)),
+    compact: None,
+    resize: None,
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,

@@ -6,7 +6,8 @@
 //! Refcounts that are too low are raised first, then flags are set right, and only then are those lowered that are too high:
 //! at any moment a writer who believes them harms nothing.
 
-use super::super::report::{Repair, RepairStep};
+use super::super::FileStep;
+use super::super::report::Repair;
 use super::check::{Examined, examine};
 use super::header::incompatible::{CORRUPT, DIRTY};
 use super::refcounts::{get, set};
@@ -40,7 +41,7 @@ pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
         return Err(Error::new(ErrorKind::Unsupported, what).hint("qemu-img check -r all knows them"));
     }
     let mut work =
-        Work { source, image, lines: Vec::new(), untold: 0, steps: vec![RepairStep::Sync { file: FILE }] };
+        Work { source, image, lines: Vec::new(), untold: 0, steps: vec![FileStep::Sync { file: FILE }] };
     work.counts(true)?;
     work.flags();
     work.counts(false)?;
@@ -59,7 +60,7 @@ struct Work<'a> {
     lines: Vec<String>,
     /// Lines for which there was no room.
     untold: u64,
-    steps: Vec<RepairStep>,
+    steps: Vec<FileStep>,
 }
 
 impl Work<'_> {
@@ -72,8 +73,8 @@ impl Work<'_> {
     }
 
     fn sync(&mut self) {
-        if self.steps.last() != Some(&RepairStep::Sync { file: FILE }) {
-            self.steps.push(RepairStep::Sync { file: FILE });
+        if self.steps.last() != Some(&FileStep::Sync { file: FILE }) {
+            self.steps.push(FileStep::Sync { file: FILE });
         }
     }
 
@@ -113,7 +114,7 @@ impl Work<'_> {
                 }
             }
             if bytes != before {
-                self.steps.push(RepairStep::Write { file: FILE, at, bytes });
+                self.steps.push(FileStep::Write { file: FILE, at, bytes });
             }
         }
         self.sync();
@@ -124,7 +125,7 @@ impl Work<'_> {
         for (at, entry) in std::mem::take(&mut self.image.flags) {
             self.say(format!("entry at byte {at}: becomes {entry:#018x}"));
             let bytes = entry.to_be_bytes().to_vec();
-            self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(at), bytes });
+            self.steps.push(FileStep::Write { file: FILE, at: HostOffset(at), bytes });
         }
         self.sync();
     }
@@ -140,7 +141,7 @@ impl Work<'_> {
         let mut bytes = Vec::new();
         header.write_to(&mut bytes);
         self.say("header: no longer marked as dirty or corrupt".into());
-        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(0), bytes });
+        self.steps.push(FileStep::Write { file: FILE, at: HostOffset(0), bytes });
         self.sync();
     }
 
@@ -150,7 +151,7 @@ impl Work<'_> {
         let to = used * self.image.layout.cluster_bytes();
         if to < self.image.layout.file_bytes {
             self.say(format!("file: cut from {} to {to} bytes", self.image.layout.file_bytes));
-            self.steps.push(RepairStep::SetLen { file: FILE, to: HostOffset(to) });
+            self.steps.push(FileStep::SetLen { file: FILE, to: HostOffset(to) });
             self.sync();
         }
     }
