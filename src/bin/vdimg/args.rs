@@ -103,6 +103,9 @@ pub(crate) struct Parents {
     /// Take parents although their UUID is not the one the child names.
     #[arg(long)]
     pub(crate) allow_parent_mismatch: bool,
+    /// Open images that describe disks of this host (VMDK: full and partitioned devices).
+    #[arg(long)]
+    pub(crate) allow_raw_device: bool,
 }
 
 /// An existing image.
@@ -149,6 +152,7 @@ impl Parents {
             parent_dirs: self.parent_dirs.clone(),
             lock_wait: Some(lock.wait()),
             allow_parent_mismatch: self.allow_parent_mismatch,
+            allow_raw_device: self.allow_raw_device,
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
             ..OpenDisk::new("")
         }
@@ -182,11 +186,26 @@ pub(crate) struct Create {
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Format,
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
-    #[arg(long, value_parser = parse_size, required_unless_present = "parents")]
+    #[arg(long, value_parser = parse_size, required_unless_present_any = ["parents", "raw_device"])]
     pub(crate) size: Option<u64>,
-    /// Variant of the format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
+    /// Variant of the format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
+    /// alone) stream [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
+    /// With --format vmdk --variant rawdisk: the disk of this host that the image describes, whole or with --partitions. It is
+    /// as large as the disk; opening it takes --allow-raw-device.
+    #[arg(long, value_name = "DEV", conflicts_with_all = ["size", "parents"])]
+    pub(crate) raw_device: Option<PathBuf>,
+    /// Partitions of the raw device that may be used, as Linux counts them: N, or N:ro only to read. All else reads as zeros
+    /// and forgets what is written; the partition table is a copy in a file of its own.
+    #[arg(long, value_name = "N[:ro],…", requires = "raw_device", value_delimiter = ',', value_parser = partition)]
+    pub(crate) partitions: Option<Vec<(u32, bool)>>,
+    /// All of the raw device is only to be read.
+    #[arg(long, requires = "raw_device")]
+    pub(crate) raw_read_only: bool,
+    /// Name partitions by their own devices (/dev/sda5), not by their places on the disk's.
+    #[arg(long, requires = "partitions")]
+    pub(crate) relative: bool,
     /// UUID of the new image, where the format has one [default: a random one].
     #[arg(long)]
     pub(crate) uuid: Option<Uuid>,
@@ -213,7 +232,8 @@ pub(crate) struct Convert {
     /// Format of the new image: raw, vdi, vmdk, vhd, qcow2 or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
-    /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand [default: dynamic].
+    /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
+    /// alone) stream [default: dynamic].
     #[arg(long)]
     pub(crate) variant: Option<String>,
     /// An option of the new image's format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
@@ -348,6 +368,12 @@ fn new_size(text: &str) -> vdblk::Result<NewSize> {
         Some(more) => parse_size(more).map(NewSize::By),
         None => parse_size(text).map(NewSize::To),
     }
+}
+
+fn partition(text: &str) -> std::result::Result<(u32, bool), String> {
+    let (number, read_only) = text.strip_suffix(":ro").map_or((text, false), |n| (n, true));
+    let number = number.parse().ok().filter(|n| *n > 0);
+    number.map(|n| (n, read_only)).ok_or_else(|| "N or N:ro is wanted, N from 1 on".to_string())
 }
 
 fn key_and_value(text: &str) -> std::result::Result<(String, String), String> {

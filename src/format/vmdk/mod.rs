@@ -12,11 +12,14 @@ mod open;
 mod places;
 mod repair;
 mod resize;
+mod sesparse;
 mod sparse;
+mod stream;
 mod table;
 mod text;
 mod writer;
 
+pub(super) use create::{raw_disk, sequential};
 pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
 
