@@ -140,7 +140,7 @@ fn what_cannot_be_is_refused_with_one_line() {
         ("resize f.vhd 9M", "fixed VHD"),
         ("resize a.qcow2 4M", "smaller is not supported"),
         ("resize a.vmdk 4M", "smaller is not supported"),
-        ("resize s.vmdk 9M", "several extents"),
+        ("resize s.vmdk 9M", "in pieces of 2 GB"),
         ("resize parent.vdi 9M", "is the parent of"),
         ("resize none.vdi 9M", "none.vdi"),
     ] {

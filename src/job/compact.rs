@@ -53,8 +53,11 @@ fn open_beneath(how: &OpenDisk) -> Result<Arc<Disk>> {
     let chain = open_disk(&OpenDisk { lock_wait: None, ..how.clone() })?;
     let spec = |i: &OpenImage| ImageSpec { path: i.path.clone(), format: Some(i.format) };
     let Some((parent, below)) = chain.images[1..].split_first() else {
-        let what = "its parent is not known, so that nobody can tell what it has of it";
-        return Err(Error::new(ErrorKind::NotFound, what).at(&how.image.path));
+        // Of a format whose diffs do not say that they are: zeros that hide a parent would be lost.
+        let what = "may be a differencing image: its format does not say whether there is a parent";
+        return Err(Error::new(ErrorKind::NotFound, what)
+            .at(&how.image.path)
+            .hint("name it with --parent FILE; of a base image vdimg convert leaves out what is zeros"));
     };
     let parents =
         OpenDisk { image: spec(parent), parents: below.iter().rev().map(spec).collect(), ..how.clone() };

@@ -37,6 +37,10 @@ pub(super) fn resize(files: &[ImageFile<'_>], size: u64) -> Result<Vec<FileStep>
     let (Some(p), true) = (placed.pop(), placed.is_empty()) else {
         return Err(unsupported("changing the size of VMDKs of several extents is not supported"));
     };
+    let kind = found.descriptor.get("createType").unwrap_or_default();
+    if kind.to_ascii_lowercase().starts_with("twogb") {
+        return Err(unsupported("changing the size of VMDKs in pieces of 2 GB is not supported"));
+    }
     if p.line.access != Access::ReadWrite {
         return Err(unsupported("all extents of this VMDK are only to be read"));
     }
