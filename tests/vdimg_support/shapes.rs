@@ -60,6 +60,15 @@ impl Shape {
     }
 
     fn is_possible(&self, diff: bool) -> bool {
+        format::blueprint(self.format, &self.wish(diff)).is_ok()
+    }
+
+    /// Images of it are written once, in order, when they are made.
+    fn is_sequential(&self) -> bool {
+        matches!(format::sequential(self.format, &self.wish(false)), Ok(Some(_)))
+    }
+
+    fn wish(&self, diff: bool) -> NewImage {
         let info = ImageInfo {
             format: "raw",
             uuid: Some(Uuid::from_u128(1)),
@@ -68,7 +77,7 @@ impl Shape {
         };
         let both =
             |o: &&str| o.split_once('=').map(|(k, v)| (k.to_string(), v.to_string())).expect("KEY=VALUE");
-        let new = NewImage {
+        NewImage {
             file_name: self.file("a"),
             size_bytes: SOME_SIZE,
             variant: self.variant.map(str::to_string),
@@ -78,8 +87,7 @@ impl Shape {
             comment: None,
             geometry: None,
             options: self.options.iter().map(both).collect(),
-        };
-        format::blueprint(self.format, &new).is_ok()
+        }
     }
 }
 
@@ -117,9 +125,11 @@ pub(crate) fn writable() -> Vec<Shape> {
     shapes
 }
 
-/// Those that `vdimg convert` makes.
+/// Those that `vdimg convert` makes: images that are written once as well.
 pub(crate) fn convertible() -> Vec<Shape> {
-    writable()
+    let of = |format| VARIANTS.map(|v| Shape { variant: Some(v), ..Shape::plain(format) });
+    let once = formats().flat_map(of).filter(Shape::is_sequential);
+    writable().into_iter().chain(once).collect()
 }
 
 /// The writable ones that can have a parent.

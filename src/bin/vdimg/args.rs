@@ -182,7 +182,7 @@ pub(crate) struct Info {
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2 or parallels.
+    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2, qcow, qed or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Format,
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
@@ -214,7 +214,8 @@ pub(crate) struct Create {
     pub(crate) comment: Option<String>,
     /// An option of the format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
     /// [default: 1M]; qcow2: cluster_size=SIZE, from 512 to 2M [default: 64k], compat=0.10 or 1.1, extended_l2=on or off,
-    /// refcount_bits=BITS.
+    /// refcount_bits=BITS; qed: cluster_size=SIZE, from 4k to 64M [default: 64k], table_size=CLUSTERS, 2 to 16 [default: 4];
+    /// qcow: cluster_size=SIZE, from 512 to 64k [default: 4k], table_entries=N, 64 to 8192 [default: 512].
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]
@@ -229,7 +230,7 @@ pub(crate) struct Create {
 pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) image: Image,
-    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2 or parallels.
+    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2, qcow, qed or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
@@ -238,7 +239,8 @@ pub(crate) struct Convert {
     pub(crate) variant: Option<String>,
     /// An option of the new image's format (repeatable); vdi: AllocationBlockSize=SIZE, a power of two from 4k to 256M
     /// [default: 1M]; qcow2: cluster_size=SIZE, from 512 to 2M [default: 64k], compat=0.10 or 1.1, extended_l2=on or off,
-    /// refcount_bits=BITS.
+    /// refcount_bits=BITS; qed: cluster_size=SIZE, from 4k to 64M [default: 64k], table_size=CLUSTERS, 2 to 16 [default: 4];
+    /// qcow: cluster_size=SIZE, from 512 to 64k [default: 4k], table_entries=N, 64 to 8192 [default: 512].
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]

@@ -119,7 +119,8 @@ impl Case<'_> {
             // one table and its copy before grains of 4 KiB
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
             // tables lie between the data, and the offset does not tell
-            Kind::Qcow2 | Kind::Qcow2Diff => false,
+            Kind::Qcow2 | Kind::Qcow2Diff | Kind::Qcow | Kind::QcowDiff => false,
+            Kind::Qed | Kind::QedDiff => false,
             _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
@@ -231,4 +232,16 @@ fn every_operation_may_fail_qcow2() {
 #[test]
 fn every_operation_may_fail_qcow2_diff() {
     every_fault(Kind::Qcow2Diff);
+}
+
+#[test]
+fn every_operation_may_fail_qed() {
+    every_fault(Kind::Qed);
+    every_fault(Kind::QedDiff);
+}
+
+#[test]
+fn every_operation_may_fail_qcow() {
+    every_fault(Kind::Qcow);
+    every_fault(Kind::QcowDiff);
 }

@@ -85,6 +85,26 @@ fn powercut_in_small_workloads_qcow2_diff() {
     workloads(Kind::Qcow2Diff);
 }
 
+#[test]
+fn powercut_in_small_workloads_qed() {
+    workloads(Kind::Qed);
+}
+
+#[test]
+fn powercut_in_small_workloads_qed_diff() {
+    workloads(Kind::QedDiff);
+}
+
+#[test]
+fn powercut_in_small_workloads_qcow() {
+    workloads(Kind::Qcow);
+}
+
+#[test]
+fn powercut_in_small_workloads_qcow_diff() {
+    workloads(Kind::QcowDiff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -166,6 +186,26 @@ fn powercut_after_kills_qcow2() {
 #[test]
 fn powercut_after_kills_qcow2_diff() {
     killed(Kind::Qcow2Diff);
+}
+
+#[test]
+fn powercut_after_kills_qed() {
+    killed(Kind::Qed);
+}
+
+#[test]
+fn powercut_after_kills_qed_diff() {
+    killed(Kind::QedDiff);
+}
+
+#[test]
+fn powercut_after_kills_qcow() {
+    killed(Kind::Qcow);
+}
+
+#[test]
+fn powercut_after_kills_qcow_diff() {
+    killed(Kind::QcowDiff);
 }
 
 #[test]
