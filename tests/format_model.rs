@@ -8,7 +8,7 @@ use format_support::range_of;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use uuid::Uuid;
-use vdblk::format::{RepairStep, vdi};
+use vdblk::format::{FileStep, vdi};
 use vdblk::map::GuestRange;
 
 const SECTOR: usize = 512;
@@ -378,7 +378,7 @@ fn check_bytes(file: Vec<u8>) -> Option<Vec<u8>> {
         assert!(report.unrepairable > 0 && opened.is_err());
         return None;
     };
-    let too_long = |s: &RepairStep| matches!(s, RepairStep::SetLen { to, .. } if to.0 > 8 << 20);
+    let too_long = |s: &FileStep| matches!(s, FileStep::SetLen { to, .. } if to.0 > 8 << 20);
     if repair.steps.iter().any(too_long) {
         return None; // a sparse file on a disk, too much for memory
     }
@@ -392,12 +392,13 @@ fn check_bytes(file: Vec<u8>) -> Option<Vec<u8>> {
     Some(fixed)
 }
 
-fn apply(medium: &mut Medium, step: &RepairStep) {
+fn apply(medium: &mut Medium, step: &FileStep) {
     match step {
-        RepairStep::Write { at, bytes, .. } => medium.write(*at, bytes.clone()),
-        RepairStep::Copy { from, to, len, .. } => medium.copy(*from, *to, *len),
-        RepairStep::SetLen { to, .. } => medium.set_len(*to),
-        RepairStep::Sync { .. } => medium.sync(),
+        FileStep::Write { at, bytes, .. } => medium.write(*at, bytes.clone()),
+        FileStep::Copy { from, to, len, .. } => medium.copy(*from, *to, *len),
+        FileStep::SetLen { to, .. } => medium.set_len(*to),
+        FileStep::Fill { .. } | FileStep::Reserve { .. } => unreachable!("no step of a repair"),
+        FileStep::Sync { .. } => medium.sync(),
     }
 }
 

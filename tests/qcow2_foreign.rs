@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
-use vdblk::format::{Format, ImageFile, RepairStep, check, repair};
+use vdblk::format::{FileStep, Format, ImageFile, check, repair};
 use vdblk::map::FileId;
 
 const MIB: usize = 1 << 20;
@@ -284,13 +284,14 @@ fn repaired(case: &Case<'_>, mut bytes: Vec<u8>) {
     assert_eq!(plan.steps.is_empty(), plan.report.is_clean());
     for step in &plan.steps {
         match step {
-            RepairStep::Write { at, bytes: new, .. } => {
+            FileStep::Write { at, bytes: new, .. } => {
                 let at = usize::try_from(at.0).expect("a small file");
                 bytes[at..at + new.len()].copy_from_slice(new);
             }
-            RepairStep::SetLen { to, .. } => bytes.resize(usize::try_from(to.0).expect("small"), 0),
-            RepairStep::Sync { .. } => {}
-            RepairStep::Copy { .. } => panic!("nothing is moved"),
+            FileStep::SetLen { to, .. } => bytes.resize(usize::try_from(to.0).expect("small"), 0),
+            FileStep::Sync { .. } => {}
+            FileStep::Copy { .. } => panic!("nothing is moved"),
+            FileStep::Fill { .. } | FileStep::Reserve { .. } => unreachable!("no step of a repair"),
         }
     }
     let image = [ImageFile { id: FileId(0), source: &bytes }];

@@ -1,9 +1,11 @@
-//! vdimg: makes, converts, compares, checks, repairs and looks at disk images. Arguments in, library calls out.
+//! vdimg: makes, converts, compares, checks, repairs, resizes and looks at disk images. Arguments in, library calls out.
 
 #[path = "vdimg/args.rs"]
 mod args;
 #[path = "vdimg/check.rs"]
 mod check;
+#[path = "vdimg/compact.rs"]
+mod compact;
 #[path = "vdimg/compare.rs"]
 mod compare;
 #[path = "vdimg/info.rs"]
@@ -14,6 +16,8 @@ mod io;
 mod make;
 #[path = "vdimg/map.rs"]
 mod map;
+#[path = "vdimg/resize.rs"]
+mod resize;
 #[path = "vdimg/terminal.rs"]
 mod terminal;
 #[path = "common/usage.rs"]
@@ -53,6 +57,8 @@ fn run(command: Command) -> Result<u8> {
         Command::Compare(a) => compare::run(&a),
         Command::Check(a) => check::check(&a),
         Command::Repair(a) => check::repair(&a),
+        Command::Resize(a) => resize::run(&a),
+        Command::Compact(a) => compact::run(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),
     }

@@ -18,6 +18,8 @@ mod qed;
 pub mod raw;
 mod report;
 mod sector_bits;
+mod spare;
+mod steps;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
@@ -27,7 +29,9 @@ pub use blueprint::{
     Blueprint, NewFile, NewImage, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
 };
 pub use detect::{detect, device_type, extension_format, is_optical_name, signature};
-pub use report::{CheckReport, Finding, Repair, RepairStep, Severity};
+pub use report::{CheckReport, Finding, Repair, Severity};
+pub use spare::Spare;
+pub use steps::FileStep;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{ByteSource, FileId, ImageMap};
@@ -134,6 +138,11 @@ impl Format {
         })
     }
 
+    /// [`compact`] takes from its images what they need not keep.
+    pub fn can_be_compacted(self) -> bool {
+        self.driver().compact.is_some()
+    }
+
     /// What vdblk knows of the format.
     fn driver(self) -> &'static Driver {
         match self {
@@ -228,6 +237,7 @@ pub struct Reference {
 }
 
 type Files<'a> = &'a [ImageFile<'a>];
+type Steps = Result<Vec<FileStep>>;
 type Named = fn(&dyn ByteSource) -> Result<Vec<Reference>>;
 
 /// What a format can do, a function each.
@@ -239,6 +249,10 @@ struct Driver {
     /// `None`: there is nothing that could be wrong.
     check: Option<fn(Files<'_>) -> Result<CheckReport>>,
     repair: Option<fn(Files<'_>) -> Result<Repair>>,
+    /// `None`: nothing is taken from it.
+    compact: Option<fn(Files<'_>, &Spare) -> Steps>,
+    /// `None`: the disk keeps its size.
+    resize: Option<fn(Files<'_>, u64) -> Steps>,
     /// `None`: none can be made.
     blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
     keeps_comment: bool,
@@ -326,6 +340,38 @@ pub fn repair(format: Format, files: &[ImageFile<'_>]) -> Result<Option<Repair>>
         (None, Some(_)) => {
             let what = format!("the repair of {} images is not supported", format.title());
             Err(Error::new(ErrorKind::Unsupported, what))
+        }
+    }
+}
+
+/// Plans the change of a disk's size to `size_bytes` (a multiple of 512 above 0), for the files as they are now. Nothing is written.
+/// What lies behind a smaller end is given up; what is added reads as zeros, or as what the parent has there. Between any two
+/// of the steps, and whatever of them is durable, the disk has the old size or the new one; planned again they come to the same.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] where the format, or this image, keeps its size; [`ErrorKind::Limit`] and
+/// [`ErrorKind::InvalidArgument`] for sizes it cannot have; [`ErrorKind::Corrupt`] for a damaged image; those of reading.
+pub fn resize(format: Format, files: &[ImageFile<'_>], size_bytes: u64) -> Result<Vec<FileStep>> {
+    match format.driver().resize {
+        Some(f) => f(files, size_bytes),
+        None => {
+            let what = format!("changing the size of {} images is not supported", format.title());
+            Err(Error::new(ErrorKind::Unsupported, what).hint("vdimg convert it to another format first"))
+        }
+    }
+}
+
+/// Plans to take `spare` from an image, and to make its files as short as they can be. Nothing is written. Between any two of the
+/// steps, and whatever of them is durable, the disk shows the same as long as what is beneath it does.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] for formats without it; [`ErrorKind::Corrupt`] for a damaged image; those of reading.
+pub fn compact(format: Format, files: &[ImageFile<'_>], spare: &Spare) -> Result<Vec<FileStep>> {
+    match format.driver().compact {
+        Some(f) => f(files, spare),
+        None => {
+            let what = format!("compacting {} images is not supported", format.title());
+            Err(Error::new(ErrorKind::Unsupported, what).hint("vdimg convert leaves out what is zeros"))
         }
     }
 }

@@ -5,7 +5,8 @@
 //! ([`ImageMap::begin`]), so that no write has to decide about half a sector.
 
 use super::blueprint::refused;
-use super::{Blueprint, Driver, Format, ImageFile, NewImage, OpenHow, only};
+use super::steps::StepList;
+use super::{Blueprint, Driver, FileStep, Format, ImageFile, NewImage, OpenHow, only};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::{
@@ -27,10 +28,22 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: None,
     repair: None,
+    compact: None,
+    resize: Some(resize),
     blueprint: Some(blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };
+
+/// The file's length is the disk's size; nothing else has to change.
+fn resize(files: &[ImageFile<'_>], size: u64) -> Result<Vec<FileStep>> {
+    let ImageFile { id, source } = only(files);
+    let mut list = StepList::new(id);
+    if source.len() != size {
+        list.set_len(size);
+    }
+    Ok(list.done())
+}
 
 fn blueprint(new: &NewImage) -> Result<Blueprint> {
     new.without(Format::Raw, "parent", new.parent.is_some())?;

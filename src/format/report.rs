@@ -1,7 +1,8 @@
 //! What checks find and what repairs do, for all formats.
 
+use super::FileStep;
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_CHECK_LINES;
-use crate::map::{FileId, HostOffset};
 
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,17 @@ impl CheckReport {
         }
     }
 
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a damaged image: what changes all of it relies on all of it.
+    pub(super) fn refuse_damage(&self) -> Result<()> {
+        let Some(first) = self.findings.iter().find(|f| f.severity == Severity::Corruption) else {
+            return Ok(());
+        };
+        let hint =
+            if self.unrepairable > 0 { "take another copy of the image" } else { "run vdimg repair first" };
+        Err(Error::new(ErrorKind::Corrupt, format!("is damaged: {}", first.text)).hint(hint))
+    }
+
     /// One more finding.
     pub(super) fn add(&mut self, severity: Severity, repairable: bool, text: String) {
         match severity {
@@ -68,48 +80,11 @@ impl CheckReport {
     }
 
     /// The report on an image of which nothing more can be said than why it does not open.
-    pub(super) fn hopeless(why: &crate::error::Error) -> Self {
+    pub(super) fn hopeless(why: &Error) -> Self {
         let mut report = CheckReport::default();
         report.add(Severity::Corruption, false, why.to_string());
         report
     }
-}
-
-/// One step; each is complete before the next begins. Files are numbered as they were given to [`super::repair`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RepairStep {
-    /// Bytes to write.
-    Write {
-        /// The file.
-        file: FileId,
-        /// Where.
-        at: HostOffset,
-        /// What; at most a few pages of a table.
-        bytes: Vec<u8>,
-    },
-    /// Bytes to copy inside the file; the ranges never overlap.
-    Copy {
-        /// The file.
-        file: FileId,
-        /// Where they are.
-        from: HostOffset,
-        /// Where they go.
-        to: HostOffset,
-        /// How many.
-        len: u64,
-    },
-    /// The file's new length: cut, or lengthened by zeros.
-    SetLen {
-        /// The file.
-        file: FileId,
-        /// The length.
-        to: HostOffset,
-    },
-    /// Everything before becomes durable.
-    Sync {
-        /// The file.
-        file: FileId,
-    },
 }
 
 /// What a repair will do.
@@ -120,5 +95,5 @@ pub struct Repair {
     /// What will be done about it, a line each: [`MAX_CHECK_LINES`] at most, and two with sums.
     pub lines: Vec<String>,
     /// The steps; empty for a clean image.
-    pub steps: Vec<RepairStep>,
+    pub steps: Vec<FileStep>,
 }

@@ -2,6 +2,7 @@
 //! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
 
 mod check;
+mod compact;
 mod compare;
 mod convert;
 mod copy;
@@ -11,21 +12,26 @@ mod lanes;
 mod pack;
 mod raw_disk;
 mod repair;
+mod resize;
 mod script;
+mod steps;
 mod survey;
 #[cfg(test)]
 mod tests;
 
 pub use crate::size::{human_bytes, parse_size};
 pub use check::{Checked, check_image, check_image_with};
+pub use compact::{Compacted, SpareJob, compact_image};
 pub use compare::{CompareJob, Comparison, compare_disks};
 pub use convert::{Convert, convert};
 pub use copy::CopyJob;
 pub use create::{CreateImage, create_image, create_overlay};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
-pub use repair::{RepairJob, Repaired, repair_image, repair_image_with};
+pub use repair::{Repaired, repair_image, repair_image_with};
+pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};
+pub use steps::StepsJob;
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};

@@ -72,6 +72,11 @@ impl Survey {
         Survey { disk, layers, holes: Vec::new(), at: 0, ahead: None }
     }
 
+    /// The same from `at` on.
+    pub(super) fn behind(disk: Arc<Disk>, at: GuestOffset) -> Self {
+        Survey { at: at.0, ..Self::new(disk) }
+    }
+
     /// The disk that is gone through.
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
@@ -171,6 +176,7 @@ struct LayerView {
 }
 
 impl LayerView {
+    /// Nothing is known yet.
     fn new(layer: &Layer) -> Self {
         let size = layer.map.limits().size_bytes;
         LayerView { size, list: ExtentList::new(), index: 0, start: 0 }

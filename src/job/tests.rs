@@ -1,9 +1,9 @@
 //! Jobs in simulation: disks in memory, operations that end in any order.
 
-use super::{CompareJob, CopyJob, Job, Piece, PieceKind, RepairJob, Step, Survey, Watch};
+use super::{CompareJob, CopyJob, Job, Piece, PieceKind, Step, StepsJob, Survey, Watch};
 use crate::error::{ErrorKind, Failure};
 use crate::format::vdi::{self, Parent, Variant, VdiCreate};
-use crate::format::{self, Format, RepairStep};
+use crate::format::{self, FileStep, Format};
 use crate::io::testing::scratch_dir;
 use crate::io::{AlignedBuf, HostFile, MemFile, OpenHow, OsFile, OsHost};
 use crate::map::{ByteSource, FileId, GuestOffset, GuestRange, HostOffset};
@@ -310,7 +310,7 @@ fn damaged(dir: &Path, blocks: u32, block: u64, entry: impl Fn(u32) -> u32) -> O
 fn repair(f: &OsFile) -> crate::Result<()> {
     let plan = vdi::repair(&FileSource::new(f)?)?;
     let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
-    watch.run(&mut RepairJob::new(vec![f], plan.steps))
+    watch.run(&mut StepsJob::new(vec![f], plan.steps))
 }
 
 #[test]
@@ -343,8 +343,7 @@ fn a_repair_that_would_copy_without_end_is_refused() {
 fn a_file_is_lengthened_by_zeros_where_nothing_can_be_allocated() {
     let (at, to) = (700, (5 << 20) + 1000);
     let lengthen = |f: &SimFile, to: u64| -> crate::Result<u64> {
-        let mut job =
-            RepairJob::new(vec![f], vec![RepairStep::SetLen { file: FileId(0), to: HostOffset(to) }]);
+        let mut job = StepsJob::new(vec![f], vec![FileStep::SetLen { file: FileId(0), to: HostOffset(to) }]);
         let mut steps = 0;
         while job.step()? == Step::More {
             steps += 1;

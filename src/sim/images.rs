@@ -5,7 +5,7 @@ use super::foreign::{vhd, vmdk};
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
-use crate::format::{self, CheckReport, Format, ImageFile, NewImage, NewParent, Repair};
+use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewImage, NewParent, Repair, Spare};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
 use crate::probe::paging::with_paged_tables;
@@ -297,6 +297,16 @@ pub(super) fn repair(format: Format, bytes: &Bytes) -> Result<Option<Repair>> {
     format::repair(format, &image_files(bytes, FileId(0)))
 }
 
+/// Taking `spare` from an image of one file.
+pub(super) fn compact(format: Format, bytes: &Bytes, spare: &Spare) -> Result<Vec<FileStep>> {
+    format::compact(format, &[ImageFile { id: FileId(0), source: bytes }], spare)
+}
+
+/// The change of size of an image of one file.
+pub(super) fn resize(format: Format, bytes: &Bytes, size: u64) -> Result<Vec<FileStep>> {
+    format::resize(format, &[ImageFile { id: FileId(0), source: bytes }], size)
+}
+
 impl Images {
     /// New images, and what the guest sees in them: nothing, or what the parent has.
     pub fn new(shape: Shape, rng: &mut Rng) -> (Images, Vec<Past>) {
@@ -383,7 +393,24 @@ impl Images {
     /// What the format says of them.
     pub fn view(&self, top: &Bytes) -> Result<Vec<u8>> {
         let map = open_map(top, self.shape.kind.format(), FileId(0), false)?;
-        let chain = Chain::new(self.layers(map));
+        self.show(self.layers(map), top)
+    }
+
+    /// What shows through where the top image says nothing.
+    ///
+    /// # Errors
+    /// None of the images here.
+    pub fn beneath(&self) -> Result<Vec<u8>> {
+        let below = (0u32..).zip(&self.below).map(|(number, (_, map))| Layer { number, map: map.clone() });
+        let below: Vec<_> = below.collect();
+        let size = usize::try_from(self.shape.size).expect("a small disk");
+        let mut all = if below.is_empty() { Vec::new() } else { self.show(below, &Bytes::default())? };
+        all.resize(size, 0);
+        Ok(all)
+    }
+
+    fn show(&self, layers: Vec<Layer>, top: &Bytes) -> Result<Vec<u8>> {
+        let chain = Chain::new(layers);
         let (mut scratch, mut list) = (Scratch::for_chain(&chain), ExtentList::new());
         let parents: Vec<_> = self.below.iter().map(|(f, _)| f.bytes()).collect();
         let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];

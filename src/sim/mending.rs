@@ -1,11 +1,11 @@
-//! Repairs, and repairs that a power cut or a kill interrupts: a repair writes to the image like everybody else.
+//! Repairs and changes of size, and those that a power cut or a kill interrupts: they write to the image like everybody else.
 
 use super::bytes::Bytes;
-use super::images::{Images, check, repair};
+use super::images::{Images, check, compact, repair, resize};
 use super::{Rng, SimFile};
-use crate::format::Format;
+use crate::format::{FileStep, Format, Spare};
 use crate::io::HostFile;
-use crate::job::{Job, RepairJob, Step};
+use crate::job::{Job, Step, StepsJob};
 use std::sync::Arc;
 
 fn as_host_files(files: &[Arc<SimFile>]) -> Vec<&dyn HostFile> {
@@ -14,12 +14,8 @@ fn as_host_files(files: &[Arc<SimFile>]) -> Vec<&dyn HostFile> {
 
 /// A repaired copy, which is clean.
 pub(super) fn repaired(format: Format, state: &Bytes) -> Result<Bytes, String> {
-    let file = SimFile::new("repaired", state.clone());
     let planned = repair(format, state).map_err(|e| format!("cannot be repaired: {e}"))?;
-    let files = file.all();
-    let mut job = RepairJob::new(as_host_files(&files), planned.map(|p| p.steps).unwrap_or_default());
-    while job.step().map_err(|e| e.to_string())? == Step::More {}
-    let bytes = file.bytes();
+    let bytes = carried_out(state, planned.map(|p| p.steps).unwrap_or_default())?;
     match check(format, &bytes).map_err(|e| e.to_string())? {
         Some(report) if !report.is_clean() => Err(format!("not clean after repair: {:?}", report.findings)),
         _ => Ok(bytes),
@@ -51,14 +47,27 @@ pub fn interrupted_repairs(
         let differs = again.iter().zip(&expected).position(|(a, b)| a != b);
         differs.map_or(Ok(()), |at| Err(format!("after a second repair byte {at:#x} differs")))
     };
+    let planned = repair(format, state).map_err(|e| e.to_string())?;
+    interrupted(state, planned.map(|p| p.steps).unwrap_or_default(), samples, rng, &judge)
+        .map_err(|e| format!("a repair {e}"))
+}
+
+/// Shows to `judge` what the steps on `state` can leave: `samples` states of each moment before a sync ends, and what is
+/// there between any two steps. Sometimes on a file system without fallocate. Returns the states shown.
+fn interrupted(
+    state: &Bytes,
+    steps: Vec<FileStep>,
+    samples: u64,
+    rng: &mut Rng,
+    judge: &dyn Fn(&Bytes) -> Result<(), String>,
+) -> Result<u64, String> {
     let file = SimFile::new("mended", state.clone());
     file.keep_cuts();
     if rng.chance(40) {
         file.fail_direct_fallocate(libc::EOPNOTSUPP);
     }
-    let planned = repair(format, state).map_err(|e| e.to_string())?;
     let files = file.all();
-    let mut job = RepairJob::new(as_host_files(&files), planned.map(|p| p.steps).unwrap_or_default());
+    let mut job = StepsJob::new(as_host_files(&files), steps);
     let mut states = 0;
     loop {
         let step = job.step().map_err(|e| e.to_string())?;
@@ -70,13 +79,106 @@ pub fn interrupted_repairs(
                 wrong.is_none()
             });
             if let Some(wrong) = wrong {
-                return Err(format!("a repair whose power is cut: {wrong}"));
+                return Err(format!("whose power is cut: {wrong}"));
             }
         }
         states += 1;
-        judge(&file.bytes()).map_err(|e| format!("a killed repair: {e}"))?;
+        judge(&file.bytes()).map_err(|e| format!("that is killed: {e}"))?;
         if step == Step::Done {
             return Ok(states);
         }
+    }
+}
+
+/// Looks at what an interrupted change of the disk's size to `size` can leave: the disk as it was, or with that size and all
+/// it keeps, without damage; the change, planned again, completes, and leaves an image that a repair has nothing but leaks to
+/// take from. Returns the states looked at.
+///
+/// # Errors
+/// The first thing that is not so.
+pub fn interrupted_resizes(
+    images: &Images,
+    state: &Bytes,
+    size: u64,
+    samples: u64,
+    rng: &mut Rng,
+) -> Result<u64, String> {
+    let format = images.shape.kind.format();
+    let view = |b: &Bytes| images.view(b).map_err(|e| e.to_string());
+    let before = view(state)?;
+    let mut after = before.clone();
+    after.resize(usize::try_from(size).expect("a small disk"), 0);
+    let judge = |left: &Bytes| -> Result<(), String> {
+        let now = view(left)?;
+        // The file's length is the size of a raw disk: there are sizes in between.
+        let between = now.len() > before.len().min(after.len()) && now.len() < before.len().max(after.len());
+        let raw = format == Format::Raw && between && now == after[..now.len().min(after.len())];
+        if now != before && now != after && !raw {
+            let kept = now.iter().zip(&before).position(|(a, b)| a != b);
+            return Err(format!("a disk of {} bytes that differs from the old one at {kept:x?}", now.len()));
+        }
+        refuse_damage(format, left)?;
+        let again = carried_out(left, resize(format, left, size).map_err(|e| e.to_string())?)?;
+        refuse_damage(format, &again).map_err(|e| format!("done again, {e}"))?;
+        if view(&again)? != after {
+            return Err("done again, the disk is another".into());
+        }
+        if view(&repaired(format, &again)?)? != after {
+            return Err("repaired, the disk is another".into());
+        }
+        Ok(())
+    };
+    let steps = resize(format, state, size).map_err(|e| e.to_string())?;
+    interrupted(state, steps, samples, rng, &judge).map_err(|e| format!("a change of size {e}"))
+}
+
+/// Looks at what interrupted steps that take `spare` from an image can leave: always the same disk, without damage; done again they
+/// complete, and leave an image that is clean. Returns the states looked at.
+///
+/// # Errors
+/// The first thing that is not so.
+pub fn interrupted_compacting(
+    images: &Images,
+    state: &Bytes,
+    spare: &Spare,
+    samples: u64,
+    rng: &mut Rng,
+) -> Result<u64, String> {
+    let format = images.shape.kind.format();
+    let view = |b: &Bytes| images.view(b).map_err(|e| e.to_string());
+    let before = view(state)?;
+    let steps = |b: &Bytes| compact(format, b, spare).map_err(|e| e.to_string());
+    let whole = carried_out(state, steps(state)?)?;
+    let judge = |left: &Bytes| -> Result<(), String> {
+        if view(left)? != before {
+            return Err("the disk is another".into());
+        }
+        refuse_damage(format, left)?;
+        let again = carried_out(left, steps(left)?)?;
+        let report = check(format, &again).map_err(|e| e.to_string())?.unwrap_or_default();
+        if !report.is_clean() || view(&again)? != before {
+            return Err(format!("done again, not as it should be: {:?}", report.findings));
+        }
+        if again.len() != whole.len() {
+            return Err(format!("done again, the file has {} bytes, not {}", again.len(), whole.len()));
+        }
+        Ok(())
+    };
+    interrupted(state, steps(state)?, samples, rng, &judge).map_err(|e| format!("compacting {e}"))
+}
+
+/// A copy with these steps done.
+fn carried_out(state: &Bytes, steps: Vec<FileStep>) -> Result<Bytes, String> {
+    let file = SimFile::new("mended", state.clone());
+    let files = file.all();
+    let mut job = StepsJob::new(as_host_files(&files), steps);
+    while job.step().map_err(|e| e.to_string())? == Step::More {}
+    Ok(file.bytes())
+}
+
+fn refuse_damage(format: Format, state: &Bytes) -> Result<(), String> {
+    match check(format, state).map_err(|e| e.to_string())? {
+        Some(report) if report.corruptions > 0 => Err(format!("damaged: {:?}", report.findings)),
+        _ => Ok(()),
     }
 }

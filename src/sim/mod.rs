@@ -40,7 +40,7 @@ pub use foreign::take_away;
 pub use images::{Images, Kind, Shape};
 pub use judge::{Judge, Stats};
 pub use life::Life;
-pub use mending::interrupted_repairs;
+pub use mending::{interrupted_compacting, interrupted_repairs, interrupted_resizes};
 pub use past::{Past, fill, value_of};
 pub use play::{Habit, Play, Played, play};
 pub use rng::Rng;

@@ -1,10 +1,12 @@
 //! The simulator at work.
 
 mod chains;
+mod compacting;
 mod failing;
 mod faults;
 mod powercut;
 mod repairing;
+mod resizing;
 mod rings;
 mod sabotaged;
 mod seeds;

@@ -1,12 +1,17 @@
 //! The files an image consists of: the one that was named, and those it names itself.
 
+use super::chain::{Chain, Layer};
+use super::disk::{Disk, DiskOptions};
+use super::marker::SyncFailureMarker;
+use super::open::refuse_parent_of_another;
 use super::references::{device_path, extent_path};
 use super::source::FileSource;
+use super::stand_in::stand_in;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, CheckReport, Format, ImageFile, Reference, Repair};
-use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile};
+use crate::format::{self, CheckReport, FileStep, Format, ImageFile, Reference, Repair, Spare};
+use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::MAX_FILES;
-use crate::map::{FileId, ImageMap};
+use crate::map::{FileId, ImageInfo, ImageMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -151,6 +156,46 @@ impl ImageFiles {
     /// As [`format::repair`], with the file.
     pub fn repair(&self) -> Result<Option<Repair>> {
         self.with(FileId(0), |files| format::repair(self.format, files))
+    }
+
+    /// Plans the change of its disk's size.
+    ///
+    /// # Errors
+    /// As [`format::resize`], with the file.
+    pub fn resize(&self, size_bytes: u64) -> Result<Vec<FileStep>> {
+        self.with(FileId(0), |files| format::resize(self.format, files, size_bytes))
+    }
+
+    /// Plans to take from it what it need not keep.
+    ///
+    /// # Errors
+    /// As [`format::compact`], with the file.
+    pub fn compact(&self, spare: &Spare) -> Result<Vec<FileStep>> {
+        self.with(FileId(0), |files| format::compact(self.format, files, spare))
+    }
+
+    /// What holds for every writer: nobody's parent is changed, nor an image of which a sync has failed since the machine was
+    /// started.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`] or [`ErrorKind::SyncFailed`].
+    pub(crate) fn refuse_to_write(&self, info: &ImageInfo, allow_write_to_parent: bool) -> Result<()> {
+        if !allow_write_to_parent {
+            refuse_parent_of_another(&self.path, info.uuid.or_else(|| stand_in(&self.path)))?;
+        }
+        let marker = SyncFailureMarker::of(self.files[0].traits().identity, &self.path);
+        marker.refuse_if_set().map_err(|e| e.at(&self.path))
+    }
+
+    /// The image by itself as a disk that is only read.
+    ///
+    /// # Errors
+    /// As [`Self::map`].
+    pub(crate) fn alone(&self) -> Result<Arc<Disk>> {
+        let map = self.map(FileId(0), format::OpenHow { read_only: true, info_only: false })?;
+        let chain = Chain::new(vec![Layer { number: 0, map: map.into() }]);
+        let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+        Ok(Disk::new(chain, self.files.clone(), options, Arc::new(OsHost), Box::new(|| ())))
     }
 
     fn with<T>(&self, first: FileId, f: impl FnOnce(&[ImageFile<'_>]) -> Result<T>) -> Result<T> {

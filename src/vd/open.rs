@@ -102,6 +102,11 @@ pub struct OpenImage {
 }
 
 impl OpenImage {
+    /// Bytes of the image's own disk, whatever those above it have.
+    pub fn size_bytes(&self) -> u64 {
+        self.map.limits().size_bytes
+    }
+
     /// The file that was named.
     fn file(&self) -> &Arc<dyn HostFile> {
         &self.files[0]
@@ -146,7 +151,7 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         open_named_parents(how, &mut images)?;
     }
     if write && !how.allow_write_to_parent {
-        refuse_parent_of_another(&images[0])?;
+        refuse_parent_of_another(&images[0].path, images[0].uuid())?;
     }
     let marker = SyncFailureMarker::of(images[0].file().traits().identity, &images[0].path);
     if write {
@@ -291,7 +296,8 @@ fn find_parent(how: &OpenDisk, child: &OpenImage, places: &mut [ParentSearch]) -
     Ok(Some(ImageSpec { path, format }))
 }
 
-fn needs_parent(info: &ImageInfo) -> bool {
+/// The image says that it has a parent.
+pub(super) fn needs_parent(info: &ImageInfo) -> bool {
     info.variant == "diff" || info.parent_uuid.is_some() || !info.parent_names.is_empty()
 }
 
@@ -363,14 +369,14 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 }
 
 /// A parent that is written to changes what its children show.
-fn refuse_parent_of_another(image: &OpenImage) -> Result<()> {
-    let Some(uuid) = image.uuid() else { return Ok(()) };
-    let Some(dir) = image.path.parent() else { return Ok(()) };
+pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
+    let Some(uuid) = uuid else { return Ok(()) };
+    let Some(dir) = path.parent() else { return Ok(()) };
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     let Some(child) = ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid) else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
-        .at(&image.path)
+        .at(path)
         .hint("serve the child, use --overlay or --read-only, or pass --allow-write-to-parent"))
 }
 

@@ -2,7 +2,7 @@
 
 use super::range_of;
 use vdblk::error::{Error, ErrorKind};
-use vdblk::format::{self, Format, ImageFile, OpenHow, RepairStep, open_single};
+use vdblk::format::{self, FileStep, Format, ImageFile, OpenHow, open_single};
 use vdblk::map::{ByteSource, ExtentKind, ExtentList, FileId, ImageMap, Intent, Miss};
 
 /// Most bytes of a disk that are read of one image.
@@ -58,21 +58,24 @@ fn beginning(map: &dyn ImageMap, file: &Vec<u8>) -> Vec<u8> {
 }
 
 /// What a repair does.
-pub(crate) fn carry_out(steps: Vec<RepairStep>, file: &mut Vec<u8>) {
+pub(crate) fn carry_out(steps: Vec<FileStep>, file: &mut Vec<u8>) {
     for step in steps {
         match step {
-            RepairStep::Write { at, bytes, .. } => {
+            FileStep::Write { at, bytes, .. } => {
                 let at = at.0 as usize;
                 file.resize(file.len().max(at + bytes.len()), 0);
                 file[at..at + bytes.len()].copy_from_slice(&bytes);
             }
-            RepairStep::Copy { from, to, len, .. } => {
+            FileStep::Copy { from, to, len, .. } => {
                 let (from, to, len) = (from.0 as usize, to.0 as usize, len as usize);
                 file.resize(file.len().max(from.max(to) + len), 0);
                 file.copy_within(from..from + len, to);
             }
-            RepairStep::SetLen { to, .. } => file.resize(to.0 as usize, 0),
-            RepairStep::Sync { .. } => {}
+            FileStep::Fill { at, len, byte, .. } => {
+                file[at.0 as usize..(at.0 + len) as usize].fill(byte);
+            }
+            FileStep::SetLen { to, .. } | FileStep::Reserve { to, .. } => file.resize(to.0 as usize, 0),
+            FileStep::Sync { .. } => {}
         }
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use vdblk::error::{Error, ErrorKind, Result};
 use vdblk::format::{self, CheckReport, Format, ImageFile, OpenHow, open_single};
 use vdblk::io::{BufSlice, HostFile, OsHost};
-use vdblk::job::{RepairJob, Watch};
+use vdblk::job::{StepsJob, Watch};
 use vdblk::map::{ByteSource, ExtentKind, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap, Intent};
 use vdblk::vd::{BlockDevice, Chain, Channel, Disk, DiskOptions, FileSource, Layer, Outcome, Request};
 
@@ -208,7 +208,7 @@ impl Case<'_> {
         let Some(plan) = format::repair(self.format, &image)? else { return Ok(()) };
         plan.lines.iter().for_each(|l| assert!(!l.is_empty() && !l.contains('\n'), "{l:?}"));
         let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
-        watch.run(&mut RepairJob::new(vec![&**file], plan.steps))
+        watch.run(&mut StepsJob::new(vec![&**file], plan.steps))
     }
 
     /// A repair leaves an image clean that shows what it showed, or is refused with nothing changed.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use vdblk::error::{Error, ErrorKind, Result};
 use vdblk::format::{CheckReport, Format, OpenHow, open_single, vdi};
 use vdblk::io::{BufSlice, HostFile, OsHost};
-use vdblk::job::{RepairJob, Survey, Watch};
+use vdblk::job::{StepsJob, Survey, Watch};
 use vdblk::map::{FileId, GuestOffset, GuestRange, ImageMap};
 use vdblk::vd::{BlockDevice, Chain, Channel, Disk, DiskOptions, FileSource, Layer, Outcome, Request};
 
@@ -317,7 +317,7 @@ fn repair_file(file: &SparseFile) -> Result<bool> {
     assert_eq!(plan.steps.is_empty(), plan.report.is_clean());
     let changes = !plan.steps.is_empty();
     let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
-    watch.run(&mut RepairJob::new(vec![file], plan.steps))?;
+    watch.run(&mut StepsJob::new(vec![file], plan.steps))?;
     Ok(changes)
 }
 

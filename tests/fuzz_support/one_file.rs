@@ -11,7 +11,7 @@ use std::time::Duration;
 use vdblk::error::{Error, ErrorKind, Result};
 use vdblk::format::{self, CheckReport, Format, ImageFile, OpenHow, open_single};
 use vdblk::io::{BufSlice, HostFile, OsHost};
-use vdblk::job::{RepairJob, Watch};
+use vdblk::job::{StepsJob, Watch};
 use vdblk::map::{ExtentKind, FileId, GuestOffset, GuestRange, Intent};
 use vdblk::vd::{BlockDevice, Chain, Channel, Disk, DiskOptions, FileSource, Layer, Outcome, Request};
 
@@ -233,7 +233,7 @@ fn repair_file(format: Format, file: &Arc<SparseFile>) -> Result<bool> {
     plan.lines.iter().for_each(|l| assert!(!l.is_empty() && !l.contains('\n'), "{l:?}"));
     let changes = !plan.steps.is_empty();
     let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
-    watch.run(&mut RepairJob::new(vec![&**file], plan.steps))?;
+    watch.run(&mut StepsJob::new(vec![&**file], plan.steps))?;
     Ok(changes)
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;
 use vdblk::format::Format;
-use vdblk::job::{self, parse_size};
+use vdblk::job::{self, NewSize, parse_size};
 use vdblk::vd::{DiskOptions, ImageSpec, OpenDisk};
 
 const ENDS: &str = "Sizes are bytes, or have a suffix for powers of 1024: 512M, 10G, 1.5T (k, M, G, T, P).\n\
@@ -34,7 +34,7 @@ The first command that fails ends the script; what was written before stays.
 Exit status: 0 all done, 1 an error or a pattern that is not there, 2 wrong
 usage, also of a --command.";
 
-/// Makes, converts, compares, checks, repairs and looks at disk images.
+/// Makes, converts, compares, checks, repairs, resizes and looks at disk images.
 #[derive(Debug, Parser)]
 #[command(name = "vdimg", version, max_term_width = 100, after_help = ENDS)]
 pub(crate) struct Cli {
@@ -57,12 +57,30 @@ pub(crate) enum Command {
     /// Put right what check finds; bytes that belong to no block are given up, and named. Exit status: 0 clean now,
     /// 2 still corrupt, 3 leaks left, 1 error; with --dry-run as check.
     Repair(Repair),
+    /// Change the size of an image's disk.
+    #[command(after_help = RESIZE)]
+    Resize(Resize),
+    /// Take from images what they need not keep: blocks of zeros, blocks equal to what the parent shows, and holes.
+    #[command(after_help = COMPACT)]
+    Compact(Compact),
     /// Tell where each range of the disk lies.
     Map(Map),
     /// Read and write by commands: read, write, discard, flush, sleep.
     #[command(after_help = SCRIPT)]
     Io(Io),
 }
+
+const RESIZE: &str = "\
+What is added reads as zeros. Partitions and file systems on the disk are left
+alone: grow those afterwards, shrink them before. Ended at any moment the disk
+has the old size or the new one; the same command completes it.
+Example: vdimg resize disk.vdi +10G";
+
+const COMPACT: &str = "\
+The disk shows the same before, after and at any moment between; ended early,
+the same command completes it. A diff is compared with its parents, which have
+to be there. Fill free space of the guest's file systems with zeros first.
+Example: vdimg compact disk.vdi";
 
 impl Command {
     /// Exit status of an error.
@@ -300,6 +318,37 @@ pub(crate) struct Repair {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Resize {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    /// Make the disk smaller although data behind its new end is lost. Without it a smaller disk is possible where nothing but
+    /// zeros is behind the new end.
+    #[arg(long)]
+    pub(crate) shrink: bool,
+    /// Resize an image although a diff in its folder has it as its parent.
+    #[arg(long)]
+    pub(crate) allow_write_to_parent: bool,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The image.
+    pub(crate) file: PathBuf,
+    /// The size, such as 20G; or +SIZE, so much more than now. A multiple of 512 bytes, up to 4P.
+    #[arg(value_parser = new_size)]
+    pub(crate) size: NewSize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Compact {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The images, one after the other; the options are about each of them.
+    #[arg(required = true)]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Map {
     #[command(flatten)]
     pub(crate) image: Image,
@@ -333,6 +382,13 @@ pub(crate) struct Io {
     pub(crate) lock: Lock,
     /// The image.
     pub(crate) file: PathBuf,
+}
+
+fn new_size(text: &str) -> vdblk::Result<NewSize> {
+    match text.strip_prefix('+') {
+        Some(more) => parse_size(more).map(NewSize::By),
+        None => parse_size(text).map(NewSize::To),
+    }
 }
 
 fn partition(text: &str) -> std::result::Result<(u32, bool), String> {

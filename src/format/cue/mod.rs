@@ -17,6 +17,8 @@ pub(super) const DRIVER: Driver = Driver {
     }),
     check: None,
     repair: None,
+    compact: None,
+    resize: None,
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,

@@ -18,6 +18,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: None,
     repair: None,
+    compact: None,
+    resize: None,
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,

@@ -2,7 +2,8 @@
 
 use super::{Cluster, Geometry};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::report::{CheckReport, Repair, RepairStep, Severity};
+use crate::format::FileStep;
+use crate::format::report::{CheckReport, Repair, Severity};
 use crate::limits::{MAX_CHECK_LINES, MAX_TABLE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{Bitmap, ByteSource, FileId, HostOffset};
 
@@ -231,22 +232,22 @@ impl<'a> Survey<'a> {
             if repair.lines.len() < MAX_CHECK_LINES {
                 repair.lines.push(format!("{what}: becomes free"));
             }
-            repair.steps.push(RepairStep::Write { file: FILE, at: HostOffset(*at), bytes: vec![0; 8] });
+            repair.steps.push(FileStep::Write { file: FILE, at: HostOffset(*at), bytes: vec![0; 8] });
         }
         if !self.mends.is_empty() {
-            repair.steps.push(RepairStep::Sync { file: FILE });
+            repair.steps.push(FileStep::Sync { file: FILE });
         }
         if self.tail() > 0 {
             repair.lines.push(format!("{} bytes at the end are cut off", self.tail()));
-            repair.steps.push(RepairStep::SetLen { file: FILE, to: HostOffset(self.kept_end()) });
+            repair.steps.push(FileStep::SetLen { file: FILE, to: HostOffset(self.kept_end()) });
         }
         if let Some((at, byte)) = self.extra.mark {
             repair.lines.push("the mark of a writer is taken off".into());
-            repair.steps.push(RepairStep::Sync { file: FILE });
-            repair.steps.push(RepairStep::Write { file: FILE, at: HostOffset(at), bytes: vec![byte] });
+            repair.steps.push(FileStep::Sync { file: FILE });
+            repair.steps.push(FileStep::Write { file: FILE, at: HostOffset(at), bytes: vec![byte] });
         }
         if !repair.steps.is_empty() {
-            repair.steps.push(RepairStep::Sync { file: FILE });
+            repair.steps.push(FileStep::Sync { file: FILE });
         }
         Ok(repair)
     }

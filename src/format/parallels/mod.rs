@@ -2,11 +2,13 @@
 //! the orders of our writes.
 
 mod check;
+mod compact;
 mod create;
 mod header;
 mod layout;
 mod map;
 mod repair;
+mod resize;
 mod table;
 
 pub use map::ParallelsMap;
@@ -22,6 +24,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check::check(only(files).source)),
     repair: Some(|files| repair::repair(only(files).source)),
+    compact: Some(|files, spare| compact::compact(only(files).source, spare)),
+    resize: Some(|files, size| resize::resize(only(files).source, size)),
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,

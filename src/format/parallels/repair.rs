@@ -7,7 +7,8 @@
 //!
 //! Copies are durable before an entry names them, and the file is cut last.
 
-use super::super::report::{CheckReport, Repair, RepairStep};
+use super::super::FileStep;
+use super::super::report::{CheckReport, Repair};
 use super::check::{Examined, examine};
 use super::header::IN_USE_WORD;
 use super::layout::{Layout, PAGE_WORDS, idx};
@@ -105,16 +106,16 @@ impl Work {
         Ok(())
     }
 
-    fn steps(&mut self, image: &mut Examined) -> Vec<RepairStep> {
-        let (layout, sync) = (image.layout, RepairStep::Sync { file: FILE });
+    fn steps(&mut self, image: &mut Examined) -> Vec<FileStep> {
+        let (layout, sync) = (image.layout, FileStep::Sync { file: FILE });
         // What was read may only be in the page cache.
         let mut steps = vec![sync.clone()];
         let end = layout.end_of(self.places);
         if end.0 > image.file_bytes {
-            steps.push(RepairStep::SetLen { file: FILE, to: end });
+            steps.push(FileStep::SetLen { file: FILE, to: end });
         }
         let len = layout.cluster_bytes;
-        steps.extend(self.copies.iter().map(|(from, to)| RepairStep::Copy {
+        steps.extend(self.copies.iter().map(|(from, to)| FileStep::Copy {
             file: FILE,
             from: *from,
             to: *to,
@@ -127,7 +128,7 @@ impl Work {
         let used = image.used.end.0.max(if self.copies.is_empty() { 0 } else { end.0 });
         if image.file_bytes.max(end.0) > used {
             self.say(format!("{} bytes at the end are given up", image.file_bytes.saturating_sub(used)));
-            steps.push(RepairStep::SetLen { file: FILE, to: HostOffset(used) });
+            steps.push(FileStep::SetLen { file: FILE, to: HostOffset(used) });
             steps.push(sync.clone());
         }
         if image.header.in_use {
@@ -140,8 +141,9 @@ impl Work {
     }
 }
 
-fn write_of(image: &Examined, page: u32) -> RepairStep {
+/// A page of header and table.
+pub(super) fn write_of(image: &Examined, page: u32) -> FileStep {
     let (first, end) = Layout::words_of(&image.layout, page);
     let bytes = image.words[idx(first)..idx(end)].iter().flat_map(|w| w.to_le_bytes()).collect();
-    RepairStep::Write { file: FILE, at: HostOffset(u64::from(page) * META_PAGE_BYTES), bytes }
+    FileStep::Write { file: FILE, at: HostOffset(u64::from(page) * META_PAGE_BYTES), bytes }
 }

@@ -347,7 +347,7 @@ impl Examined {
 }
 
 /// Big-endian words from `at` on.
-fn read_words(source: &dyn ByteSource, at: u64, count: u64) -> Result<Vec<u64>> {
+pub(super) fn read_words(source: &dyn ByteSource, at: u64, count: u64) -> Result<Vec<u64>> {
     let mut words = Vec::new();
     let mut piece = vec![0; TABLE_PIECE_BYTES];
     let (mut done, end) = (0, count * 8);

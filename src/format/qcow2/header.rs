@@ -132,6 +132,15 @@ impl Header {
         self.u64(40)
     }
 
+    pub(super) fn set_disk_bytes(&mut self, bytes: u64) {
+        put_be64(&mut self.raw, 24, bytes);
+    }
+
+    pub(super) fn set_l1(&mut self, at: u64, entries: u32) {
+        put_be32(&mut self.raw, 36, entries);
+        put_be64(&mut self.raw, 40, at);
+    }
+
     pub(super) fn refcount_table_at(&self) -> u64 {
         self.u64(48)
     }

@@ -8,6 +8,7 @@ mod layout;
 mod map;
 mod refcounts;
 mod repair;
+mod resize;
 mod snapshots;
 mod spare;
 mod writer;
@@ -23,6 +24,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check(only(files).source)),
     repair: Some(|files| repair(only(files).source)),
+    compact: None,
+    resize: Some(|files, size| resize::resize(only(files).source, size)),
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,

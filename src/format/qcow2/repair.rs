@@ -9,8 +9,9 @@
 //! Otherwise refcounts that are too low are raised first, then flags are set right, and only then are those lowered that are too high:
 //! at any moment a writer who believes them harms nothing.
 
+use super::super::FileStep;
 use super::super::bytes::put_be64;
-use super::super::report::{Repair, RepairStep};
+use super::super::report::Repair;
 use super::check::{Examined, examine};
 use super::header::MAX_REFCOUNT_TABLE_BYTES;
 use super::header::incompatible::{CORRUPT, DIRTY};
@@ -47,7 +48,7 @@ pub fn repair(source: &dyn ByteSource) -> Result<Repair> {
         return Err(Error::new(ErrorKind::Unsupported, what).hint("qemu-img check -r all knows them"));
     }
     let mut work =
-        Work { source, image, lines: Vec::new(), untold: 0, steps: vec![RepairStep::Sync { file: FILE }] };
+        Work { source, image, lines: Vec::new(), untold: 0, steps: vec![FileStep::Sync { file: FILE }] };
     if work.image.rebuild {
         work.rebuild()?;
         work.flags();
@@ -72,7 +73,7 @@ struct Work<'a> {
     lines: Vec<String>,
     /// Lines for which there was no room.
     untold: u64,
-    steps: Vec<RepairStep>,
+    steps: Vec<FileStep>,
 }
 
 impl Work<'_> {
@@ -85,8 +86,8 @@ impl Work<'_> {
     }
 
     fn sync(&mut self) {
-        if self.steps.last() != Some(&RepairStep::Sync { file: FILE }) {
-            self.steps.push(RepairStep::Sync { file: FILE });
+        if self.steps.last() != Some(&FileStep::Sync { file: FILE }) {
+            self.steps.push(FileStep::Sync { file: FILE });
         }
     }
 
@@ -126,7 +127,7 @@ impl Work<'_> {
                 }
             }
             if bytes != before {
-                self.steps.push(RepairStep::Write { file: FILE, at, bytes });
+                self.steps.push(FileStep::Write { file: FILE, at, bytes });
             }
         }
         self.sync();
@@ -161,7 +162,7 @@ impl Work<'_> {
             Some(count) => u64::from(*count),
             None => u64::from(own.contains(&n)),
         };
-        let mut steps = vec![RepairStep::SetLen { file: FILE, to: HostOffset(end) }];
+        let mut steps = vec![FileStep::SetLen { file: FILE, to: HostOffset(end) }];
         let size = usize::try_from(cluster).expect("2 MiB at most");
         let mut names = vec![0; usize::try_from(table * cluster).expect("MAX_REFCOUNT_TABLE_BYTES")];
         for n in 0..blocks {
@@ -174,10 +175,10 @@ impl Work<'_> {
                     count(n * per_block + i),
                 );
             }
-            steps.push(RepairStep::Write { file: FILE, at: HostOffset(block_at(n)), bytes });
+            steps.push(FileStep::Write { file: FILE, at: HostOffset(block_at(n)), bytes });
             put_be64(&mut names, usize::try_from(n * 8).expect("inside the table"), block_at(n));
         }
-        steps.push(RepairStep::Write { file: FILE, at: HostOffset(table_at), bytes: names });
+        steps.push(FileStep::Write { file: FILE, at: HostOffset(table_at), bytes: names });
         self.steps.extend(steps);
         self.sync();
         let table = u32::try_from(table).expect("MAX_REFCOUNT_TABLE_BYTES");
@@ -190,7 +191,7 @@ impl Work<'_> {
     fn header(&mut self) {
         let mut bytes = Vec::new();
         self.image.header.write_to(&mut bytes);
-        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(0), bytes });
+        self.steps.push(FileStep::Write { file: FILE, at: HostOffset(0), bytes });
         self.sync();
     }
 
@@ -198,7 +199,7 @@ impl Work<'_> {
         for (at, entry) in std::mem::take(&mut self.image.flags) {
             self.say(format!("entry at byte {at}: becomes {entry:#018x}"));
             let bytes = entry.to_be_bytes().to_vec();
-            self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(at), bytes });
+            self.steps.push(FileStep::Write { file: FILE, at: HostOffset(at), bytes });
         }
         self.sync();
     }
@@ -221,7 +222,7 @@ impl Work<'_> {
         let to = used * self.image.layout.cluster_bytes();
         if to < self.image.layout.file_bytes {
             self.say(format!("file: cut from {} to {to} bytes", self.image.layout.file_bytes));
-            self.steps.push(RepairStep::SetLen { file: FILE, to: HostOffset(to) });
+            self.steps.push(FileStep::SetLen { file: FILE, to: HostOffset(to) });
             self.sync();
         }
     }

@@ -26,6 +26,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| levels::check(only(files).source, examine)),
     repair: Some(|files| levels::repair(only(files).source, examine)),
+    compact: None,
+    resize: None,
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,

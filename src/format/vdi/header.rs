@@ -256,6 +256,27 @@ impl Header {
         }
     }
 
+    pub(super) fn set_disk_bytes(&mut self, bytes: u64) {
+        match &mut self.body {
+            Body::V0(h) => h.disk_bytes = bytes.into(),
+            Body::V1(h, _) => h.disk_bytes = bytes.into(),
+        }
+    }
+
+    /// The header says where table and blocks begin; otherwise they follow each other, and the table keeps its size.
+    pub(super) fn has_offsets(&self) -> bool {
+        matches!(self.body, Body::V1(..))
+    }
+
+    /// Where table and blocks are, and how many entries there are.
+    ///
+    /// # Panics
+    /// Where [`Self::has_offsets`] is false.
+    pub(super) fn set_places(&mut self, table_at: u32, data_at: u32, blocks: u32) {
+        let Body::V1(h, _) = &mut self.body else { unreachable!("a header without offsets") };
+        (h.table_at, h.data_at, h.blocks) = (table_at.into(), data_at.into(), blocks.into());
+    }
+
     pub(super) fn set_modification(&mut self, uuid: Uuid) {
         match &mut self.body {
             Body::V0(h) => h.modification = uuid.to_bytes_le(),

@@ -2,12 +2,14 @@
 //! the facts and the orders of our writes.
 
 mod check;
+mod compact;
 mod create;
 mod dense;
 mod header;
 mod layout;
 mod map;
 mod repair;
+mod resize;
 mod table;
 mod writer;
 
@@ -28,6 +30,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check(only(files).source)),
     repair: Some(|files| repair(only(files).source)),
+    compact: Some(|files, spare| compact::compact(only(files).source, spare)),
+    resize: Some(|files, size| resize::resize(only(files).source, size)),
     blueprint: Some(create::blueprint),
     keeps_comment: true,
     keeps_geometry: true,

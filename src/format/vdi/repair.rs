@@ -13,15 +13,15 @@
 //! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written
 //! over a place before the entry that named it is durably gone.
 
-use super::super::report::{CheckReport, Repair, RepairStep};
+use super::super::FileStep;
+use super::super::report::{CheckReport, Repair};
+use super::super::steps::all_zeros;
 use super::check::{Examined, examine};
 use super::dense::relocations;
 use super::layout::{Entry, FREE, PAGE_ENTRIES, idx};
-use super::table::survey;
+use super::table::{page_of, survey};
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{
-    MAX_CHECK_LINES, MAX_ORPHAN_LOOK_BYTES, MAX_SEPARATED_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES,
-};
+use crate::limits::{MAX_CHECK_LINES, MAX_ORPHAN_LOOK_BYTES, MAX_SEPARATED_BYTES, META_PAGE_BYTES};
 use crate::map::{Bitmap, ByteSource, FileId, HostBlock, HostOffset};
 use std::collections::BTreeSet;
 
@@ -69,7 +69,7 @@ struct Work {
     no_hole_below: u32,
     /// Entries that need another place: theirs belongs to one before them, or may not exist.
     displaced: Vec<(u32, HostBlock)>,
-    copies: Vec<RepairStep>,
+    copies: Vec<FileStep>,
     /// Where the last place ends that is copied from.
     needed: HostOffset,
     /// Pages of the table that differ from the file.
@@ -80,7 +80,7 @@ struct Work {
     untold: u64,
     /// Bytes that are given up and not known to be zeros.
     given_up: u64,
-    steps: Vec<RepairStep>,
+    steps: Vec<FileStep>,
 }
 
 impl Work {
@@ -99,7 +99,7 @@ impl Work {
             lines: Vec::new(),
             untold: 0,
             given_up: 0,
-            steps: vec![RepairStep::Sync { file: FILE }],
+            steps: vec![FileStep::Sync { file: FILE }],
         }
     }
 
@@ -229,7 +229,7 @@ impl Work {
         for (block, from) in std::mem::take(&mut self.displaced) {
             let to = self.new_place();
             self.set(block, to);
-            self.copies.push(RepairStep::Copy {
+            self.copies.push(FileStep::Copy {
                 file: FILE,
                 from: layout.start_of(from.0),
                 to: layout.start_of(to),
@@ -258,7 +258,7 @@ impl Work {
         let least = if self.image.is_fixed() { layout.blocks } else { self.high_water };
         let safe = if said > layout.blocks { least } else { said.max(least) };
         self.set_count(safe);
-        self.steps.push(RepairStep::Sync { file: FILE });
+        self.steps.push(FileStep::Sync { file: FILE });
     }
 
     fn write_copies(&mut self) {
@@ -267,7 +267,7 @@ impl Work {
     }
 
     fn set_len(&mut self, to: HostOffset) {
-        self.steps.push(RepairStep::SetLen { file: FILE, to });
+        self.steps.push(FileStep::SetLen { file: FILE, to });
         self.file_bytes = to.0;
     }
 
@@ -280,21 +280,19 @@ impl Work {
         self.image.header.set_allocated(count);
         let mut bytes = Vec::new();
         self.image.header.write_to(&mut bytes);
-        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(0), bytes });
+        self.steps.push(FileStep::Write { file: FILE, at: HostOffset(0), bytes });
     }
 
     fn write_pages(&mut self) {
         if self.pages.is_empty() {
             return;
         }
-        self.steps.push(RepairStep::Sync { file: FILE });
+        self.steps.push(FileStep::Sync { file: FILE });
         for page in std::mem::take(&mut self.pages) {
-            let (first, end) = self.image.layout.entries_of(page);
-            let entries = &self.image.table[idx(first)..idx(end)];
-            let bytes = entries.iter().flat_map(|v| v.to_le_bytes()).collect();
-            self.steps.push(RepairStep::Write { file: FILE, at: self.image.layout.entry_at(first), bytes });
+            let (at, bytes) = page_of(&self.image.table, &self.image.layout, page);
+            self.steps.push(FileStep::Write { file: FILE, at, bytes });
         }
-        self.steps.push(RepairStep::Sync { file: FILE });
+        self.steps.push(FileStep::Sync { file: FILE });
     }
 
     fn make_dense(&mut self) {
@@ -304,7 +302,7 @@ impl Work {
         let moves = relocations(self.image.table.iter().copied(), &used);
         for m in &moves {
             let (from, to) = (layout.start_of(m.from.0), layout.start_of(m.to.0));
-            self.steps.push(RepairStep::Copy { file: FILE, from, to, len: layout.stride() });
+            self.steps.push(FileStep::Copy { file: FILE, from, to, len: layout.stride() });
             self.set(m.block, m.to.0);
         }
         if !moves.is_empty() {
@@ -312,27 +310,12 @@ impl Work {
         }
         self.write_pages();
         self.set_count(count);
-        self.steps.push(RepairStep::Sync { file: FILE });
+        self.steps.push(FileStep::Sync { file: FILE });
         let end = layout.end_of(count);
         if self.file_bytes > end.0 {
             self.say(format!("file: cut from {} to {} bytes", self.file_bytes, end.0));
             self.set_len(end);
-            self.steps.push(RepairStep::Sync { file: FILE });
+            self.steps.push(FileStep::Sync { file: FILE });
         }
     }
-}
-
-/// True if a range of the file has no byte but zeros.
-fn all_zeros(source: &dyn ByteSource, from: u64, to: u64) -> Result<bool> {
-    let mut piece = vec![0u8; TABLE_PIECE_BYTES];
-    let mut at = from;
-    while at < to {
-        let len = usize::try_from(to - at).map_or(piece.len(), |left| left.min(piece.len()));
-        source.read_at(HostOffset(at), &mut piece[..len])?;
-        if piece[..len].iter().any(|b| *b != 0) {
-            return Ok(false);
-        }
-        at += len as u64;
-    }
-    Ok(true)
 }

@@ -3,7 +3,7 @@
 use super::layout::{Entry, Layout, idx};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::TABLE_PIECE_BYTES;
-use crate::map::{Bitmap, ByteSource, HostBlock};
+use crate::map::{Bitmap, ByteSource, HostBlock, HostOffset};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Hands every entry to `each`, in order. The table was found to lie inside the file, so what is read is
@@ -41,6 +41,13 @@ pub(super) fn load(source: &dyn ByteSource, layout: &Layout) -> Result<Box<[Atom
     table.try_reserve_exact(idx(layout.blocks)).map_err(no_memory)?;
     for_each(source, layout, |_, value| table.push(AtomicU32::new(value)))?;
     Ok(table.into_boxed_slice())
+}
+
+/// The bytes of a page of the table, and where they go.
+pub(super) fn page_of(table: &[u32], layout: &Layout, page: u32) -> (HostOffset, Vec<u8>) {
+    let (first, end) = layout.entries_of(page);
+    let bytes = table[idx(first)..idx(end)].iter().flat_map(|v| v.to_le_bytes()).collect();
+    (layout.entry_at(first), bytes)
 }
 
 /// The places the entries of a sound table use.

@@ -23,11 +23,7 @@ const BLOCK_SIZE: &str = "block_size";
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     new.only_options(&[BLOCK_SIZE])?;
     new.without(Format::Vhd, "comment", new.comment.is_some())?;
-    if new.size_bytes > MAX_VHD_BYTES {
-        let what =
-            format!("the size {} is above {MAX_VHD_BYTES} bytes, the most a VHD can have", new.size_bytes);
-        return Err(refused(what));
-    }
+    checked_size(new.size_bytes, MAX_BLOCK_BYTES)?;
     if let Some((c, h, s)) = new.geometry
         && !((1..=65535).contains(&c) && (1..=255).contains(&h) && (1..=255).contains(&s))
     {
@@ -95,6 +91,18 @@ fn table_pieces(from: u64, to: u64) -> impl Iterator<Item = (HostOffset, Vec<u8>
         let entries = usize::try_from((to - at).min(step) / 4).expect("a piece");
         (HostOffset(at), FREE.to_be_bytes().repeat(entries))
     })
+}
+
+/// Entries that a disk of this size needs.
+///
+/// # Errors
+/// [`crate::ErrorKind::InvalidArgument`] for a size that no VHD has.
+pub(super) fn checked_size(size: u64, block: u64) -> Result<u32> {
+    if size > MAX_VHD_BYTES {
+        let what = format!("the size {size} is above {MAX_VHD_BYTES} bytes, the most a VHD can have");
+        return Err(refused(what));
+    }
+    checked_entries(size, block)
 }
 
 fn checked_entries(size: u64, block: u64) -> Result<u32> {

@@ -158,6 +158,19 @@ impl Footer {
         Ok(if rounded_up && (1..stated).contains(&by_geometry) { by_geometry } else { stated })
     }
 
+    /// The disk has another size, which every reader believes, and the geometry that goes with it.
+    pub(super) fn set_size(&mut self, bytes: u64) {
+        let (c, h, s) = geometry_of(bytes);
+        self.current_bytes = bytes.into();
+        self.cylinders = u16::try_from(c).unwrap_or(u16::MAX).into();
+        self.heads = u8::try_from(h).unwrap_or(u8::MAX);
+        self.sectors = u8::try_from(s).unwrap_or(u8::MAX);
+        if BY_GEOMETRY.contains(&self.creator) {
+            self.creator = CREATOR;
+        }
+        self.checksum = self.sum().into();
+    }
+
     fn chs(&self) -> (u32, u32, u32) {
         (self.cylinders.get().into(), self.heads.into(), self.sectors.into())
     }

@@ -97,6 +97,12 @@ impl Header {
         Ok(h)
     }
 
+    /// The table has another number of entries. Of the bytes in the file only the first sector's change.
+    pub(super) fn set_entries(&mut self, entries: u32) {
+        self.entries = entries.into();
+        self.checksum = self.sum().into();
+    }
+
     pub(super) fn table_at(&self) -> u64 {
         self.table_at.get()
     }

@@ -4,6 +4,7 @@
 
 mod bitmaps;
 mod check;
+mod compact;
 mod create;
 mod fixed;
 mod footer;
@@ -12,6 +13,7 @@ mod layout;
 mod locator;
 mod map;
 mod repair;
+mod resize;
 mod table;
 mod writer;
 
@@ -28,6 +30,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check::check(only(files).source)),
     repair: Some(|files| repair::repair(only(files).source)),
+    compact: Some(|files, spare| compact::compact(only(files).source, spare)),
+    resize: Some(|files, size| resize::resize(only(files).source, size)),
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: true,

@@ -10,7 +10,8 @@
 //! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written
 //! over a block before the entry that named it is durably gone.
 
-use super::super::report::{CheckReport, Repair, RepairStep};
+use super::super::FileStep;
+use super::super::report::{CheckReport, Repair};
 use super::check::{Examined, examine};
 use super::footer::FOOTER_BYTES;
 use super::layout::{END_OF_SECTORS, FREE, idx};
@@ -49,19 +50,20 @@ pub(super) fn repair(source: &dyn ByteSource) -> Result<Repair> {
     Ok(work.done(report))
 }
 
-struct Work {
-    image: Examined,
+/// Steps in the making, and what the image is like behind them.
+pub(super) struct Work {
+    pub(super) image: Examined,
     /// Pages of the table that differ from the file.
     pages: BTreeSet<u32>,
     lines: Vec<String>,
     /// Lines for which there was no room.
     untold: u64,
-    steps: Vec<RepairStep>,
+    pub(super) steps: Vec<FileStep>,
 }
 
 impl Work {
-    fn new(image: Examined) -> Self {
-        let steps = vec![RepairStep::Sync { file: FILE }];
+    pub(super) fn new(image: Examined) -> Self {
+        let steps = vec![FileStep::Sync { file: FILE }];
         Work { image, pages: BTreeSet::new(), lines: Vec::new(), untold: 0, steps }
     }
 
@@ -80,30 +82,30 @@ impl Work {
         }
     }
 
-    fn sync(&mut self) {
-        self.steps.push(RepairStep::Sync { file: FILE });
+    pub(super) fn sync(&mut self) {
+        self.steps.push(FileStep::Sync { file: FILE });
     }
 
-    fn write(&mut self, at: u64, bytes: Vec<u8>) {
-        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(at), bytes });
+    pub(super) fn write(&mut self, at: u64, bytes: Vec<u8>) {
+        self.steps.push(FileStep::Write { file: FILE, at: HostOffset(at), bytes });
     }
 
-    fn copy(&mut self, from: u64, to: u64) {
+    pub(super) fn copy(&mut self, from: u64, to: u64) {
         let len = self.image.layout.stride();
-        self.steps.push(RepairStep::Copy { file: FILE, from: HostOffset(from), to: HostOffset(to), len });
+        self.steps.push(FileStep::Copy { file: FILE, from: HostOffset(from), to: HostOffset(to), len });
     }
 
-    fn set_len(&mut self, to: u64) {
-        self.steps.push(RepairStep::SetLen { file: FILE, to: HostOffset(to) });
+    pub(super) fn set_len(&mut self, to: u64) {
+        self.steps.push(FileStep::SetLen { file: FILE, to: HostOffset(to) });
         self.image.file_bytes = to;
     }
 
-    fn footer(&self) -> Vec<u8> {
+    pub(super) fn footer(&self) -> Vec<u8> {
         self.image.footers.best.as_bytes().to_vec()
     }
 
     /// Before anything else: what follows moves the other footer.
-    fn mend_copy(&mut self) {
+    pub(super) fn mend_copy(&mut self) {
         if !self.image.footers.copy_is_good {
             self.say("footer: copied from the end of the file to its beginning".into());
             self.write(0, self.footer());
@@ -111,7 +113,7 @@ impl Work {
         }
     }
 
-    fn set(&mut self, block: u32, entry: u32) {
+    pub(super) fn set(&mut self, block: u32, entry: u32) {
         self.image.table[idx(block)] = entry;
         if let MetaKey::Page { number, .. } = self.image.layout.page_of(block) {
             self.pages.insert(u32::try_from(number).expect("a page of the table"));
@@ -119,7 +121,7 @@ impl Work {
     }
 
     /// The changed pages, behind a sync of what they name.
-    fn write_pages(&mut self) {
+    pub(super) fn write_pages(&mut self) {
         if self.pages.is_empty() {
             return;
         }
@@ -153,12 +155,12 @@ impl Work {
         self.write_pages();
     }
 
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         end(&self.image.table, &self.image.layout)
     }
 
     /// A block cut off gets the rest of its bytes.
-    fn lengthen(&mut self) {
+    pub(super) fn lengthen(&mut self) {
         let end = self.end();
         if end > self.image.file_bytes {
             self.say(format!("file: filled up with {} bytes of zeros", end - self.image.file_bytes));
@@ -200,7 +202,7 @@ impl Work {
         Ok(())
     }
 
-    fn fill_holes(&mut self) {
+    pub(super) fn fill_holes(&mut self) {
         let moves = fillings(&self.image.table, &self.image.layout);
         for (p, to) in &moves {
             self.copy(p.start, *to);
@@ -214,7 +216,7 @@ impl Work {
     }
 
     /// The footer behind the last block, and nothing behind the footer.
-    fn end_file(&mut self) {
+    pub(super) fn end_file(&mut self) {
         let (end, had) = (self.end(), self.image.file_bytes);
         self.say(format!("footer: written at {end}"));
         self.sync();

@@ -24,6 +24,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check::check(only(files).source)),
     repair: Some(|files| repair::repair(only(files).source)),
+    compact: None,
+    resize: None,
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,

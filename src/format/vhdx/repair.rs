@@ -3,7 +3,8 @@
 //!
 //! The log counts until all that it says is durable, and a header is written over only when the other one is good.
 
-use super::super::report::{Repair, RepairStep};
+use super::super::FileStep;
+use super::super::report::Repair;
 use super::check::check;
 use super::header::Header;
 use super::map::Parts;
@@ -35,7 +36,7 @@ pub(super) fn repair(source: &dyn ByteSource) -> Result<Repair> {
             first.text
         )));
     }
-    let mut work = Work { lines: Vec::new(), steps: vec![RepairStep::Sync { file: FILE }] };
+    let mut work = Work { lines: Vec::new(), steps: vec![FileStep::Sync { file: FILE }] };
     work.write_log(&parts, source.len())?;
     work.mend_regions(&Replayed { file: source, patches: &parts.patches })?;
     work.renew_headers(&parts);
@@ -44,16 +45,16 @@ pub(super) fn repair(source: &dyn ByteSource) -> Result<Repair> {
 
 struct Work {
     lines: Vec<String>,
-    steps: Vec<RepairStep>,
+    steps: Vec<FileStep>,
 }
 
 impl Work {
     fn sync(&mut self) {
-        self.steps.push(RepairStep::Sync { file: FILE });
+        self.steps.push(FileStep::Sync { file: FILE });
     }
 
     fn write(&mut self, at: u64, bytes: Vec<u8>) {
-        self.steps.push(RepairStep::Write { file: FILE, at: HostOffset(at), bytes });
+        self.steps.push(FileStep::Write { file: FILE, at: HostOffset(at), bytes });
     }
 
     fn write_log(&mut self, parts: &Parts, file_bytes: u64) -> Result<()> {

@@ -3,6 +3,7 @@
 //! What is not understood survives: a change edits lines in place.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::SECTOR_BYTES;
 use std::ops::Range;
 use uuid::Uuid;
 
@@ -166,6 +167,53 @@ impl Descriptor {
         };
         Some((one("cylinders")?, one("heads")?, one("sectors")?)).filter(|g| g.0 > 0 && g.1 > 0 && g.2 > 0)
     }
+}
+
+/// The bytes of a descriptor of one extent, with another number of sectors in that extent's line. As many bytes as before, and none
+/// changed outside of one sector, so that all of it is written or nothing: a longer number takes its bytes from a comment
+/// line near by. The sector's number in the descriptor. `None` where that is not possible.
+pub(super) fn with_sectors(bytes: &[u8], sectors: u64) -> Option<(usize, Vec<u8>)> {
+    let text = bytes.split(|b| *b == 0).next().unwrap_or_default();
+    let lines: Vec<&[u8]> = text.split_inclusive(|b| *b == b'\n').collect();
+    let is_extent =
+        |l: &[u8]| std::str::from_utf8(l).ok().is_some_and(|l| matches!(ExtentLine::parse(l), Ok(Some(_))));
+    let own = lines.iter().position(|l| is_extent(l))?;
+    let line = std::str::from_utf8(lines[own]).ok()?;
+    let access = line.split_whitespace().next()?;
+    let number = line.find(access)? + access.len();
+    let number = number + line[number..].find(|c: char| c.is_ascii_digit())?;
+    let end = number + line[number..].find(|c: char| !c.is_ascii_digit())?;
+    let new_line = format!("{}{sectors}{}", &line[..number], &line[end..]);
+    let longer = new_line.len().checked_sub(line.len());
+    let candidates = (0..lines.len()).filter(|n| *n != 0 && lines[*n].starts_with(b"#"));
+    // A number as long as before needs nothing from anywhere.
+    let candidates = candidates.map(Some).chain((longer == Some(0)).then_some(None));
+    candidates
+        .filter_map(|comment| {
+            let mut out = Vec::with_capacity(bytes.len());
+            for (n, l) in lines.iter().enumerate() {
+                match comment {
+                    _ if n == own => out.extend_from_slice(new_line.as_bytes()),
+                    Some(c) if c == n => out.extend(resized(l, line.len(), new_line.len())?),
+                    _ => out.extend_from_slice(l),
+                }
+            }
+            out.extend_from_slice(&bytes[text.len()..]);
+            let first = bytes.iter().zip(&out).position(|(a, b)| a != b)? / SECTOR_BYTES as usize;
+            let last = bytes.iter().zip(&out).rposition(|(a, b)| a != b)? / SECTOR_BYTES as usize;
+            (out.len() == bytes.len() && first == last).then_some((first, out))
+        })
+        .next()
+}
+
+/// A comment line that makes up for a line that was `from` bytes long and has `to`.
+fn resized(comment: &[u8], from: usize, to: usize) -> Option<Vec<u8>> {
+    let body = comment.iter().rposition(|b| !b.is_ascii_whitespace())? + 1;
+    let keep = (body + from).checked_sub(to).filter(|keep| *keep > 0)?;
+    let mut out = comment[..keep.min(body)].to_vec();
+    out.resize(keep, b' ');
+    out.extend_from_slice(&comment[body..]);
+    Some(out)
 }
 
 /// Where the value of a key stands in a descriptor's bytes, without quotes.

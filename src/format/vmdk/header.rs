@@ -207,6 +207,16 @@ impl SparseHeader {
         Ok(header)
     }
 
+    /// # Errors
+    /// [`ErrorKind::Limit`] for a directory of so many tables.
+    pub(super) fn refuse_directory(tables: u64) -> Result<()> {
+        if tables.saturating_mul(4) > MAX_DIRECTORY_BYTES {
+            let what = format!("a directory of {tables} tables; {} are the limit", MAX_DIRECTORY_BYTES / 4);
+            return Err(Error::new(ErrorKind::Limit, what).hint("vdimg convert it to larger grains"));
+        }
+        Ok(())
+    }
+
     /// Rules that both kinds share.
     fn checked(self, file_bytes: u64) -> Result<Self> {
         if self.disk_bytes == 0 || self.disk_bytes > MAX_DISK_BYTES {

@@ -2,6 +2,7 @@
 //! docs/formats/vmdk.md tells the facts and the orders of our writes.
 
 mod check;
+mod compact;
 mod create;
 mod descriptor;
 mod header;
@@ -10,6 +11,7 @@ mod map;
 mod open;
 mod places;
 mod repair;
+mod resize;
 mod sesparse;
 mod sparse;
 mod stream;
@@ -29,6 +31,8 @@ pub(super) const DRIVER: Driver = Driver {
     references: Some(open::references),
     check: Some(check::check),
     repair: Some(repair::repair),
+    compact: Some(compact::compact),
+    resize: Some(resize::resize),
     blueprint: Some(create::blueprint),
     keeps_comment: true,
     keeps_geometry: true,

@@ -17,8 +17,8 @@ use std::sync::atomic::AtomicU32;
 /// A descriptor, and where its bytes are.
 pub(super) struct Found {
     pub(super) descriptor: Descriptor,
-    at: HostOffset,
-    bytes: Vec<u8>,
+    pub(super) at: HostOffset,
+    pub(super) bytes: Vec<u8>,
     /// It is a part of the one extent it lists.
     pub(super) embedded: bool,
 }

@@ -14,8 +14,9 @@
 //! Every step order survives a power cut: copies are durable before an entry names them, and nothing is written over a
 //! place before the entry that named it is durably gone.
 
+use super::super::FileStep;
 use super::super::ImageFile;
-use super::super::report::{CheckReport, Repair, RepairStep};
+use super::super::report::{CheckReport, Repair};
 use super::check::{Examined, Extent, examine};
 use super::header::UNCLEAN_AT;
 use super::layout::Entry;
@@ -67,19 +68,20 @@ pub(super) fn repair(files: &[ImageFile<'_>]) -> Result<Repair> {
     Ok(plan)
 }
 
-struct Work<'a> {
-    extent: Extent<'a>,
+/// Steps in the making, and what the extent is like behind them.
+pub(super) struct Work<'a> {
+    pub(super) extent: Extent<'a>,
     file: FileId,
     file_bytes: u64,
     /// Pages of the tables that differ from the file, and pages of their copies that do.
     pages: BTreeSet<u64>,
     copies: BTreeSet<u64>,
     lines: Vec<String>,
-    steps: Vec<RepairStep>,
+    pub(super) steps: Vec<FileStep>,
 }
 
 impl<'a> Work<'a> {
-    fn new(extent: Extent<'a>) -> Self {
+    pub(super) fn new(extent: Extent<'a>) -> Self {
         let file = extent.file.id;
         let n = u64::from(page_entries(extent.layout.header.entries));
         let mut work = Work {
@@ -88,7 +90,7 @@ impl<'a> Work<'a> {
             pages: BTreeSet::new(),
             copies: BTreeSet::new(),
             lines: Vec::new(),
-            steps: vec![RepairStep::Sync { file }],
+            steps: vec![FileStep::Sync { file }],
             extent,
         };
         work.copies = work.extent.differing().map(|i| i / n).collect();
@@ -102,7 +104,7 @@ impl<'a> Work<'a> {
         self.lines.push(line);
     }
 
-    fn set(&mut self, grain: u64, value: u32) {
+    pub(super) fn set(&mut self, grain: u64, value: u32) {
         let i = usize::try_from(grain).expect("a table in memory");
         self.extent.entries[i] = value;
         let page = grain / u64::from(page_entries(self.extent.layout.header.entries));
@@ -155,7 +157,7 @@ impl<'a> Work<'a> {
             let to = HostOffset(self.extent.needed.0.next_multiple_of(size));
             self.say(format!("file: filled up with {} bytes of zeros", to.0 - self.file_bytes));
             self.set_len(to);
-            self.steps.push(RepairStep::Sync { file: self.file });
+            self.steps.push(FileStep::Sync { file: self.file });
         }
     }
 
@@ -196,11 +198,11 @@ impl<'a> Work<'a> {
             }
             self.set_len(to.plus(size));
             let len = self.extent.layout.bytes_of(grain);
-            self.steps.push(RepairStep::Copy { file: self.file, from, to, len });
+            self.steps.push(FileStep::Copy { file: self.file, from, to, len });
             copies.push((grain, sector_of(to)));
         }
         if !copies.is_empty() {
-            self.steps.push(RepairStep::Sync { file: self.file });
+            self.steps.push(FileStep::Sync { file: self.file });
         }
         for (grain, sector) in copies {
             self.set(grain, sector);
@@ -256,12 +258,12 @@ impl<'a> Work<'a> {
     }
 
     fn set_len(&mut self, to: HostOffset) {
-        self.steps.push(RepairStep::SetLen { file: self.file, to });
+        self.steps.push(FileStep::SetLen { file: self.file, to });
         self.file_bytes = to.0;
     }
 
     /// Tables first: a copy never names what they do not.
-    fn write_pages(&mut self) {
+    pub(super) fn write_pages(&mut self) {
         let file = self.file;
         let main = std::mem::take(&mut self.pages);
         let copies = std::mem::take(&mut self.copies);
@@ -276,15 +278,15 @@ impl<'a> Work<'a> {
                 let entries = &self.extent.entries[from..from + len];
                 let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_le_bytes()).collect();
                 debug_assert_eq!(bytes.len() as u64, n * ENTRY_BYTES);
-                self.steps.push(RepairStep::Write { file, at, bytes });
+                self.steps.push(FileStep::Write { file, at, bytes });
             }
             if !pages.is_empty() {
-                self.steps.push(RepairStep::Sync { file });
+                self.steps.push(FileStep::Sync { file });
             }
         }
     }
 
-    fn make_dense(&mut self) {
+    pub(super) fn make_dense(&mut self) {
         let (file, len) = (self.file, self.extent.layout.header.grain_bytes);
         let grid = self.extent.layout.data_at;
         let entries = self.extent.entries.clone();
@@ -294,18 +296,18 @@ impl<'a> Work<'a> {
             if m.from.0 + len > self.file_bytes {
                 self.set_len(m.from.plus(len));
             }
-            self.steps.push(RepairStep::Copy { file, from: m.from, to: m.to, len });
+            self.steps.push(FileStep::Copy { file, from: m.from, to: m.to, len });
         }
         if !dense.moves.is_empty() {
             self.say(format!("{} grains: moved into holes", dense.moves.len()));
-            self.steps.push(RepairStep::Sync { file });
+            self.steps.push(FileStep::Sync { file });
             dense.moves.iter().for_each(|m| self.set(m.grain, sector_of(m.to)));
             self.write_pages();
         }
         if self.file_bytes > dense.end.0 {
             self.say(format!("file: cut from {} to {} bytes", self.file_bytes, dense.end.0));
             self.set_len(dense.end);
-            self.steps.push(RepairStep::Sync { file });
+            self.steps.push(FileStep::Sync { file });
         }
     }
 
@@ -316,8 +318,8 @@ impl<'a> Work<'a> {
         // a byte: written whole, or not at all
         let at = HostOffset(UNCLEAN_AT as u64);
         debug_assert!(at.0 < SECTOR_BYTES);
-        self.steps.push(RepairStep::Write { file: self.file, at, bytes: vec![0] });
-        self.steps.push(RepairStep::Sync { file: self.file });
+        self.steps.push(FileStep::Write { file: self.file, at, bytes: vec![0] });
+        self.steps.push(FileStep::Sync { file: self.file });
         self.say("the mark that somebody writes: taken off".to_string());
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::format::{self, Format, ImageFile, vdi};
 use crate::map::FileId;
-use crate::sim::{Bytes, Faults, Images, Kind, Rng, Shape, Trace, World, interrupted_repairs};
+use crate::sim::{Bytes, Faults, Images, Kind, Past, Rng, Shape, Trace, World, interrupted_repairs};
 use crate::vd::DiskOptions;
 
 const TABLE: u64 = 1 << 20;
@@ -15,10 +15,19 @@ fn word(b: &Bytes, at: u64) -> u32 {
     u32::from_le_bytes(w)
 }
 
-/// A part-full image.
 fn image(kind: Kind, rng: &mut Rng) -> Images {
-    let shape = Shape { kind, size: 96 << 10, block: 4096 << rng.below(2) };
+    image_of(kind, 96 << 10, rng)
+}
+
+/// A part-full image.
+pub(super) fn image_of(kind: Kind, size: u64, rng: &mut Rng) -> Images {
+    let shape = Shape { kind, size, block: 4096 << rng.below(2) };
     let (images, past) = Images::new(shape, rng);
+    lived(images, past, rng)
+}
+
+/// The same images after some work on them.
+pub(super) fn lived(images: Images, past: Vec<Past>, rng: &mut Rng) -> Images {
     let setup = (DiskOptions::default(), Faults::default(), Trace::default());
     let mut w = World::new(&images, setup, past, rng.draw()).unwrap();
     w.steps(40);
