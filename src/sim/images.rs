@@ -1,7 +1,7 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
-use super::foreign::vhd;
+use super::foreign::{vhd, vhdx};
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
@@ -32,6 +32,10 @@ pub enum Kind {
     Vhd,
     /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
     VhdDiff,
+    /// A VHDX without a parent; blocks and log are smaller than anywhere else.
+    Vhdx,
+    /// A differencing VHDX over a VDI full of data. Some blocks may be there in parts.
+    VhdxDiff,
     /// A Parallels image without a parent.
     Parallels,
     /// One over a VDI full of data.
@@ -50,7 +54,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 13] = [
+    pub const ALL: [Kind; 15] = [
         Kind::Raw,
         Kind::Vdi,
         Kind::Diff,
@@ -64,6 +68,8 @@ impl Kind {
         Kind::VmdkZeroed,
         Kind::Qcow2,
         Kind::Qcow2Diff,
+        Kind::Vhdx,
+        Kind::VhdxDiff,
     ];
 
     /// Its name.
@@ -75,6 +81,8 @@ impl Kind {
             Kind::DiffDiscard => "diff+discard",
             Kind::Vhd => "vhd",
             Kind::VhdDiff => "vhd-diff",
+            Kind::Vhdx => "vhdx",
+            Kind::VhdxDiff => "vhdx-diff",
             Kind::Parallels => "parallels",
             Kind::ParallelsDiff => "parallels-diff",
             Kind::Vmdk => "vmdk",
@@ -92,6 +100,7 @@ impl Kind {
             Kind::Diff
                 | Kind::DiffDiscard
                 | Kind::VhdDiff
+                | Kind::VhdxDiff
                 | Kind::ParallelsDiff
                 | Kind::VmdkDiff
                 | Kind::VmdkZeroed
@@ -104,6 +113,8 @@ impl Kind {
         match self.format() {
             Format::Vhd => 512..4096,
             Format::Parallels => 0..4096,
+            // the log, through which all entries go
+            Format::Vhdx => 1 << 20..2 << 20,
             // directories and tables of one table's worth of grains
             Format::Vmdk => 21 * 512..31 * 512,
             _ => 1 << 20..DATA,
@@ -121,6 +132,7 @@ impl Kind {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+            Kind::Vhdx | Kind::VhdxDiff => Format::Vhdx,
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
             Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
@@ -152,7 +164,8 @@ pub struct Images {
     pub forgets: Option<u64>,
 }
 
-/// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order.
+/// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order: from another one on in each process, as far as
+/// the headers of its image (which is where a VHDX has them) have changed since the last.
 #[derive(Debug)]
 pub(super) struct SimHost {
     start: Instant,
@@ -160,9 +173,14 @@ pub(super) struct SimHost {
     uuids: AtomicU64,
 }
 
-impl Default for SimHost {
-    fn default() -> Self {
-        SimHost { start: Instant::now(), looks: AtomicU64::new(0), uuids: AtomicU64::new(0) }
+impl SimHost {
+    pub(super) fn of(image: &Bytes) -> Self {
+        let mut headers = vec![0; 72 << 10];
+        image.read(64 << 10, &mut headers);
+        let hash = headers
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+        SimHost { start: Instant::now(), looks: AtomicU64::new(0), uuids: AtomicU64::new(hash << 16) }
     }
 }
 
@@ -189,6 +207,7 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
     let mut options = match format {
         Format::Vdi => vec![option("AllocationBlockSize", &block.to_string())],
         Format::Vhd => vec![option("block_size", &block.to_string())],
+        Format::Vhdx => vec![option("block_size", &block.to_string()), option("log_size", "65536")],
         Format::Parallels => vec![option("cluster_size", &block.to_string())],
         Format::Vmdk => vec![option("grain_size", &block.to_string())],
         Format::Qcow2 if parent.is_none() => {
@@ -268,6 +287,9 @@ impl Images {
         if kind.format() == Format::Vhd && rng.chance(50) {
             vhd::add_parts(&mut bytes, &mut past, rng);
         }
+        if kind == Kind::VhdxDiff && rng.chance(50) {
+            vhdx::add_parts(&mut bytes, &mut past, rng);
+        }
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below), forgets: None }, past)
     }
 
@@ -305,7 +327,7 @@ impl Images {
         let on_failure = Box::new(move || {
             marks.fetch_add(1, Ordering::SeqCst);
         });
-        Ok(Disk::new(chain, files, options, Arc::new(SimHost::default()), on_failure))
+        Ok(Disk::new(chain, files, options, Arc::new(SimHost::of(&self.top.bytes())), on_failure))
     }
 
     fn layers(&self, top: Arc<dyn ImageMap>) -> Vec<Layer> {

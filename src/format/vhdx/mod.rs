@@ -1,16 +1,20 @@
 //! VHDX, Hyper-V's disk image of the second generation: two headers, a log, two copies of a table of regions, metadata by
-//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts. Images are read so far; writing is refused.
+//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes.
 
 mod bat;
 mod check;
 mod crc32c;
+mod create;
 mod header;
+mod journal;
+mod locator;
 mod log;
 mod map;
 mod metadata;
 mod region;
 mod repair;
 mod replayed;
+mod writer;
 
 use super::{Driver, ImageFile, only};
 use map::VhdxMap;
@@ -24,7 +28,7 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check::check(only(files).source)),
     repair: Some(|files| repair::repair(only(files).source)),
-    blueprint: None,
+    blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };

@@ -118,6 +118,7 @@ impl Case<'_> {
             Kind::Parallels | Kind::ParallelsDiff => op.off.0 >= 4096,
             // one table and its copy before grains of 4 KiB
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
+            Kind::Vhdx | Kind::VhdxDiff => op.off.0 >= 4 << 20,
             // tables lie between the data, and the offset does not tell
             Kind::Qcow2 | Kind::Qcow2Diff => false,
             _ => op.off.0 >= DATA,
@@ -231,4 +232,14 @@ fn every_operation_may_fail_qcow2() {
 #[test]
 fn every_operation_may_fail_qcow2_diff() {
     every_fault(Kind::Qcow2Diff);
+}
+
+#[test]
+fn every_operation_of_a_vhdx_may_fail() {
+    every_fault(Kind::Vhdx);
+}
+
+#[test]
+fn every_operation_of_a_vhdx_diff_may_fail() {
+    every_fault(Kind::VhdxDiff);
 }

@@ -85,6 +85,16 @@ fn powercut_in_small_workloads_qcow2_diff() {
     workloads(Kind::Qcow2Diff);
 }
 
+#[test]
+fn powercut_in_small_workloads_vhdx() {
+    workloads(Kind::Vhdx);
+}
+
+#[test]
+fn powercut_in_small_workloads_vhdx_diff() {
+    workloads(Kind::VhdxDiff);
+}
+
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
 fn killed(kind: Kind) {
     let disks: Vec<_> = (0..4).map(|seed| small_disk(kind, seed)).collect();
@@ -166,6 +176,16 @@ fn powercut_after_kills_qcow2() {
 #[test]
 fn powercut_after_kills_qcow2_diff() {
     killed(Kind::Qcow2Diff);
+}
+
+#[test]
+fn powercut_after_kills_vhdx() {
+    killed(Kind::Vhdx);
+}
+
+#[test]
+fn powercut_after_kills_vhdx_diff() {
+    killed(Kind::VhdxDiff);
 }
 
 #[test]
