@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Fuzzes one target, guided by coverage, and stops at the first finding. Needs a nightly toolchain and cargo-fuzz.
-#   scripts/fuzz.sh chains|messages|vdi|vmdk [SECONDS]      default: 900
+#   scripts/fuzz.sh chains|messages|vdi|vmdk|levels [SECONDS]      default: 900
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TARGET=${1:?which target: chains, messages, vdi or vmdk}
+TARGET=${1:?which target: chains, messages, vdi, vmdk or levels}
 LIMIT=${2:-900}
 # bytes of a case: more only makes it slower
 case $TARGET in
   vdi | vmdk) MAX=32768 ;;
+  levels) MAX=98304 ;;
   *) MAX=1024 ;;
 esac
 

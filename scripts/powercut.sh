@@ -6,9 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 WANTED=${1:-1000000}
 shift || true
-[ $# -gt 0 ] || set -- raw vdi diff diff+discard vhd vhd-diff parallels parallels-diff
 cargo build --release --features sim --bin sim --locked
 SIM=${CARGO_TARGET_DIR:-target}/release/sim
+# All of them, unless some are named.
+[ $# -gt 0 ] || mapfile -t KINDS < <("$SIM" --kinds)
+[ $# -gt 0 ] || set -- "${KINDS[@]}"
 
 for KIND in "$@"; do
   STATES=0
@@ -22,5 +24,5 @@ for KIND in "$@"; do
     STATES=$((STATES + $(sed -n 's/.* \([0-9]*\) states.*/\1/p' <<<"$OUT")))
     SEED=$((SEED + 1))
   done
-  printf '%-13s %9d states in %d rounds, no violation (%ds)\n' "$KIND" "$STATES" "$SEED" "$SECONDS"
+  printf '%-16s %9d states in %d rounds, no violation (%ds)\n' "$KIND" "$STATES" "$SEED" "$SECONDS"
 done

@@ -59,6 +59,8 @@ pub struct Config {
     pub allow_parent_mismatch: bool,
     /// An image may be written although another is based on it.
     pub allow_write_to_parent: bool,
+    /// Images may describe disks of this host.
+    pub allow_raw_device: bool,
     /// A diff that takes the writes; made if it is not there.
     pub overlay: Option<PathBuf>,
     /// No changes.
@@ -168,6 +170,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         lock_wait: Some(config.lock_wait),
         allow_parent_mismatch: config.allow_parent_mismatch,
         allow_write_to_parent: config.allow_write_to_parent,
+        allow_raw_device: config.allow_raw_device,
         options,
     };
     match &config.overlay {

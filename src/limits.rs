@@ -46,8 +46,8 @@ pub const MAX_VHD_DISK_BYTES: u64 = 64 << 40;
 pub const MAX_VHD_TABLE_BYTES: u64 = 64 << 20;
 /// Largest log of a VHDX that is replayed; Hyper-V and QEMU make 1 MiB.
 pub const MAX_VHDX_LOG_BYTES: u64 = 64 << 20;
-/// Pages of tables that are too large to be kept whole, of one image.
-pub const MAX_PAGE_CACHE_BYTES: u64 = 32 << 20;
+/// Pages of tables that are too large to be kept whole, of one image: with what belongs to them, 32 MiB.
+pub const MAX_PAGE_CACHE_BYTES: u64 = 28 << 20;
 /// Block sizes of BAT formats.
 pub const MIN_BLOCK_BYTES: u64 = 4 << 10;
 /// Block sizes of BAT formats.
@@ -75,8 +75,8 @@ pub const MAX_UNITS_LOADING: usize = 8;
 pub const MAX_PLIST_BYTES: u64 = 32 << 20;
 /// Bytes of the window a packed unit may ask for to be unpacked.
 pub const MAX_UNPACK_WINDOW: u64 = 8 << 20;
-/// Pages of second-level tables that one image keeps, in bytes.
-pub const TABLE_CACHE_BYTES: u64 = 32 << 20;
+/// First-level tables that are kept whole and pages of second-level ones, of one image: with what belongs to them, 32 MiB.
+pub const TABLE_CACHE_BYTES: u64 = 28 << 20;
 /// Clean blocks prepared ahead of need, in bytes of the file.
 pub const POOL_STEP_BYTES: u64 = 64 << 20;
 /// Largest buffered write done by the queue's own thread rather than handed to the engine.

@@ -88,13 +88,105 @@ fn info_tells_what_qemu_tells() {
     assert_eq!((i.block_size, i.parent_names), (Some(512), vec!["qed-4k.qed".to_string()]));
 }
 
+/// Those of killed QEMUs are opened for writing as they are, and left without the mark.
 #[test]
-fn they_are_not_opened_for_writing_yet() {
-    for (file, format) in [("qed-qemu.qed", Format::Qed), ("qcow1-qemu.qcow", Format::Qcow)] {
-        let source = FileSource::open(&qed_fixtures().join(file));
-        let e = open_single(format, &source, FileId(0), OpenHow::default()).unwrap_err();
-        assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("cannot be written yet"), "{e}");
+fn images_of_killed_writers_are_written_to() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut marked = 0;
+    for e in table("qed-good.json") {
+        let file = text(e["chain"].as_array().expect("a list").last().expect("a leaf"));
+        if !file.starts_with("crash") {
+            continue;
+        }
+        let copy = dir.path().join(file);
+        std::fs::copy(qed_fixtures().join(file), &copy).expect("a copy");
+        marked += u32::from(std::fs::read(&copy).expect("an image")[16] & 2 != 0);
+        let mut before = content(std::slice::from_ref(&e["chain"][0]));
+        let (code, said) = vdimg(&["io", "-c", "write -P 119 200k 100k", "-c", "flush"], &copy);
+        assert_eq!(code, Some(0), "{file}: {said}");
+        let (code, said) = vdimg(&["check"], &copy);
+        assert_eq!(code, Some(0), "{file}: {said}");
+        before[200 << 10..300 << 10].fill(119);
+        let source = FileSource::open(&copy);
+        let map = open_single(Format::Qed, &source, FileId(0), READ).expect("an image");
+        assert!(read_all(&[Layer { map: &*map, bytes: &source }]) == before, "{file}");
+        assert_eq!(std::fs::read(&copy).expect("an image")[16] & 2, 0, "{file}: the mark is still there");
     }
+    assert!(marked > 1, "{marked} have a mark");
+}
+
+/// Entries of 1 in the tables of the second level.
+fn zero_entries(path: &Path) -> usize {
+    let bytes = std::fs::read(path).expect("an image");
+    let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+    let table = (long(4) & 0xffff_ffff) * (long(8) & 0xffff_ffff);
+    let entries = |at: u64| (at..at + table).step_by(8).map(|at| long(usize::try_from(at).expect("small")));
+    let tables = entries(long(40)).filter(|at| *at != 0);
+    tables.map(|at| entries(at).filter(|e| *e == 1).count()).sum()
+}
+
+/// VirtualBox shows the header where an entry says zeros, and writes there.
+#[test]
+fn diffs_of_virtualbox_get_no_entry_that_it_does_not_know() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let path = |name: &str| dir.path().join(name);
+    for file in ["qed-vchain-0.qed", "qed-vchain-1.qed"] {
+        std::fs::copy(qed_fixtures().join(file), path(file)).expect("a copy");
+    }
+    let (parent, ours) = (path("qed-vchain-0.qed"), path("ours.qed"));
+    let parent = parent.to_str().expect("a plain path");
+    let (code, said) = vdimg(&["create", "--format", "qed", "--parent", parent], &ours);
+    assert_eq!(code, Some(0), "{said}");
+    for (file, zeros) in [("qed-vchain-1.qed", false), ("ours.qed", true)] {
+        let commands = ["io", "-c", "write -z 0 8M", "-c", "read -P 0 0 8M"];
+        let (code, said) = vdimg(&commands, &path(file));
+        assert_eq!(code, Some(0), "{said}");
+        assert_eq!(zero_entries(&path(file)) > 0, zeros, "{file}");
+    }
+}
+
+/// What others have added: kept, cleared by whoever writes, or refused.
+#[test]
+fn unknown_features_are_treated_as_their_fields_say() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let image = dir.path().join("a.qed");
+    let with = |at: usize| {
+        let mut bytes = std::fs::read(qed_fixtures().join("qed-4k.qed")).expect("an image");
+        bytes[at + 5] = 0x40;
+        std::fs::write(&image, bytes).expect("a copy");
+    };
+    let feature = |at: usize| std::fs::read(&image).expect("an image")[at + 5];
+    for (at, after) in [(24, 0x40), (32, 0)] {
+        with(at);
+        let (code, said) = vdimg(&["info"], &image);
+        assert_eq!((code, feature(at)), (Some(0), 0x40), "{said}");
+        let (code, said) = vdimg(&["io", "-c", "write 0 512"], &image);
+        assert_eq!((code, feature(at)), (Some(0), after), "{said}");
+    }
+    with(16);
+    let (code, said) = vdimg(&["info"], &image);
+    assert!(code != Some(0) && said.contains("bit 46"), "{said}");
+}
+
+/// An entry that names what is behind the end of the file would be another's once the file is longer.
+#[test]
+fn broken_images_are_not_written_to() {
+    let mut refused = 0;
+    for e in table("qed-broken.json").iter().filter(|e| e["refused_with"].is_null()) {
+        let path = qed_fixtures().join(text(&e["file"]));
+        let source = FileSource::open(&path);
+        let format = detect(&path, &source, None).expect("a format");
+        let opened = open_single(format, &source, FileId(0), OpenHow::default());
+        match e["reads_as"].as_str() {
+            None => {
+                let err = opened.expect_err("a corruption");
+                assert!(err.kind() == ErrorKind::Corrupt && !err.to_string().contains('\n'), "{e}: {err}");
+                refused += 1;
+            }
+            Some(_) => assert!(opened.is_ok(), "{e}"),
+        }
+    }
+    assert_eq!(refused, 7);
 }
 
 /// Refused with the reason, or opened, and then what is broken fails and the rest is as it was.

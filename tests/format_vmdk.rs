@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use vdblk::error::{Error, ErrorKind};
 use vdblk::map::{ExtentKind, ExtentList, GuestOffset, GuestRange, HostOffset};
-use vdblk::vd::{Disk, Lack, OpenDisk, Scratch, open_disk, unpack};
+use vdblk::vd::{Disk, ImageSpec, Lack, OpenDisk, Scratch, open_disk, unpack};
 
 fn fixtures() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
@@ -153,9 +153,11 @@ fn what_is_not_read_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.vmdk");
     for (text, word) in [
-        ("createType=\"fullDevice\"\nRW 8 FLAT \"/dev/null\" 0", "raw disks"),
+        ("createType=\"fullDevice\"\nRW 8 FLAT \"/dev/null\" 0", "--allow-raw-device"),
+        ("createType=\"vmfsRawDeviceMap\"\nRW 8 FLAT \"/dev/null\" 0", "raw disks"),
         ("RW 8 VMFSRDM \"x\"", "VMFSRDM"),
         ("RW 8 SESPARSE \"a.vmdk\"", "more than once"),
+        ("RW 8 SESPARSE \"gone.vmdk\"", "missing"),
         ("RW 8 FLAT \"../x\" 0", "own folder"),
         ("NOACCESS 8 FLAT \"x\" 0", "missing"),
         ("RW 99999999999999999 ZERO", "no size"),
@@ -232,6 +234,113 @@ fn extents_of_esx_are_read_and_never_written() {
     how.options.read_only = false;
     let e = open_disk(&how).unwrap_err().to_string();
     assert!(e.contains("only read") && e.contains("--read-only"), "{e}");
+}
+
+fn le8(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
+/// A seSparse extent of 40 MiB: three tables, of which the last two exist and lie in the other order.
+fn se_sparse() -> Vec<u8> {
+    let allocated = |number: u64| 3 << 60 | (number & 0xfff) << 48 | number >> 12;
+    let mut f = le8(&[0xcafe_babe, 0x2_0000_0001, 81920, 8, 64, 0, 0, 0, 0, 0]);
+    f.extend(le8(&[1, 1, 2, 1, 3, 1, 4, 1, 8, 128, 136, 1, 137, 1, 144, 40960 * 8]));
+    f.resize(512, 0);
+    f.extend(le8(&[0xcafe_cafe, 2, 1, 0]));
+    f.resize(4 * 512, 0);
+    f.extend(le8(&[0, 1 << 60 | 1, 1 << 60]));
+    f.resize(8 * 512, 0);
+    let mut tables = vec![0u64; 2 * 4096];
+    tables[0] = allocated(1); // of the third table
+    tables[2047] = allocated(4099);
+    tables[1] = 2 << 60;
+    tables[4096 + 5] = allocated(0); // of the second
+    tables[4096 + 4095] = 1 << 60;
+    f.extend(le8(&tables));
+    f.resize((144 << 9) + 4096, 7);
+    f.resize((144 << 9) + 2 * 4096, 8);
+    f.resize((144 << 9) + 4099 * 4096, 0);
+    f.resize((144 << 9) + 4100 * 4096, 9);
+    f
+}
+
+#[test]
+fn extents_of_esx_with_large_tables_are_read_as_qemu_reads_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.vmdk");
+    let text = "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"seSparse\"\n\
+        RW 81920 SESPARSE \"s-sesparse.vmdk\"\n";
+    std::fs::write(&path, text).unwrap();
+    let sound = se_sparse();
+    let extent = dir.path().join("s-sesparse.vmdk");
+    std::fs::write(&extent, &sound).unwrap();
+    let disk = open(&path).unwrap();
+    let mut expected = vec![0; 40 << 20];
+    expected[32 << 20..(32 << 20) + 4096].fill(8);
+    expected[(40 << 20) - 4096..].fill(9);
+    expected[(16 << 20) + 5 * 4096..(16 << 20) + 6 * 4096].fill(7);
+    assert_eq!(sha(&disk, whole(&disk)), hex(Sha256::digest(&expected)));
+    let opened = open_disk(&OpenDisk::new(&path)).unwrap();
+    let info = &opened.images[0].info;
+    assert_eq!(
+        (info.variant, info.block_size, info.version.as_deref()),
+        ("se-sparse", Some(4096), Some("seSparse 2.1"))
+    );
+    let report = check_image(&path);
+    assert!(report.is_clean() && report.allocated == 3 && report.blocks == 10240, "{report:?}");
+    let raw = dir.path().join("q.raw");
+    let qemu = std::process::Command::new("qemu-img")
+        .args(["convert", "-f", "vmdk", "-O", "raw"])
+        .args([&path, &raw])
+        .output();
+    match qemu {
+        Err(_) => eprintln!("no qemu-img: what it reads was not compared"),
+        Ok(out) => {
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+            assert!(std::fs::read(&raw).unwrap() == expected, "QEMU reads something else");
+        }
+    }
+    let mut how = OpenDisk::new(&path);
+    how.options.read_only = false;
+    let e = open_disk(&how).unwrap_err().to_string();
+    assert!(e.contains("only read") && e.contains("--read-only"), "{e}");
+    // what is not known, or cannot be, is refused
+    for (at, byte, word) in [
+        (0, 1, "signature"),
+        (8, 2, "version"),
+        (24, 16, "grains of 16"),
+        (40, 1, "flags"),
+        (48, 1, "unknown fields"),
+        (511, 1, "unknown fields"),
+        (22, 9, "sectors"),
+        (512, 1, "second header"),
+        (512 + 24, 1, "journal"),
+        (4 * 512 + 8, 0, "names table 0"),
+        (4 * 512 + 8, 2, "names table 2"),
+        (4 * 512 + 15, 0x20, "directory is"),
+    ] {
+        let mut broken = sound.clone();
+        broken[at] = byte;
+        std::fs::write(&extent, broken).unwrap();
+        let e = open(&path).expect_err(word).to_string();
+        assert!(e.contains(word) && !e.contains('\n'), "{at}: {e}");
+    }
+    // an entry that cannot be fails the request that needs it, and the check
+    for (at, byte) in [(8 * 512 + 7, 0x40), (8 * 512 + 1, 9), (8 * 512 + 3 * 8, 1)] {
+        let mut broken = sound.clone();
+        broken[at] = byte;
+        std::fs::write(&extent, broken).unwrap();
+        open(&path).unwrap();
+        assert_eq!(check_image(&path).corruptions, 1, "{at}");
+    }
+}
+
+fn check_image(path: &Path) -> vdblk::format::CheckReport {
+    let spec = ImageSpec { path: path.into(), format: None };
+    vdblk::job::check_image(&spec, std::time::Duration::ZERO)
+        .unwrap()
+        .report
+        .expect("something that can be wrong")
 }
 
 /// Where an image names its own tables twice, or another's, writing one would change the other.

@@ -13,7 +13,7 @@ mod format_support {
 use common::hostile::{Choices, Random};
 use fuzz_support::effort::Effort;
 use fuzz_support::messages::{Meeting, queue_threads};
-use fuzz_support::{chains, image, mutate, vmdk};
+use fuzz_support::{chains, image, mutate, one_file};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -94,7 +94,13 @@ fn any_image_is_served_and_repaired_or_refused() {
 #[test]
 fn any_vmdk_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("vmdk", 6_000, 64 << 10, mutate::vmdk, &vmdk::run);
+    smoke("vmdk", 6_000, 64 << 10, mutate::vmdk, &one_file::vmdk);
+}
+
+#[test]
+fn any_qed_or_qcow_is_served_and_repaired_or_refused() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    smoke("levels", 6_000, 96 << 10, mutate::levels, &one_file::levels);
 }
 
 #[test]

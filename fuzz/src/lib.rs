@@ -40,10 +40,20 @@ pub fn mutate_vdi(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
 
 /// Any bytes as a VMDK.
 pub fn vmdk(case: &[u8]) {
-    fuzz_support::vmdk::run(case);
+    fuzz_support::one_file::vmdk(case);
 }
 
 /// Changes a case by what is known of a VMDK.
 pub fn mutate_vmdk(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
     fuzz_support::mutate::vmdk(case, &mut Random(u64::from(seed)), max_bytes);
+}
+
+/// Any bytes as a QED or a QCOW.
+pub fn levels(case: &[u8]) {
+    fuzz_support::one_file::levels(case);
+}
+
+/// Changes a case by what is known of these.
+pub fn mutate_levels(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
+    fuzz_support::mutate::levels(case, &mut Random(u64::from(seed)), max_bytes);
 }

@@ -60,22 +60,28 @@ def must(command, timeout=300, allowed=(0,)):
 class Ours:
     """The project's binaries."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, parents=()):
+        """parents: base first, named wherever an image is opened; none: they are found."""
+        self.parents = [word for p in parents for word in ("--parent", p)]
         self.vdblk, self.vdimg = folder + "/vdblk", folder + "/vdimg"
         self.vubench = folder + "/examples/vubench"
         for program in (self.vdblk, self.vdimg, self.vubench):
             if not os.access(program, os.X_OK):
                 raise SystemExit(f"{program} is missing: cargo build --release --bins --example vubench")
 
-    def create(self, path, *options):
-        must([self.vdimg, "create", "--format", "vdi", *options, path])
+    def create(self, path, *options, fmt="vdi"):
+        must([self.vdimg, "create", "--format", fmt, *options, path])
+
+    def write(self, path, commands):
+        """vdimg io."""
+        must([self.vdimg, "io", "--lock-wait", "20", *self.parents, path, *(w for c in commands for w in ("-c", c))])
 
     def content(self, path):
         """Everything the image and its parents show, by vdimg. The kernel may keep the lock of a killed process a
         moment longer than the process, until its ring is gone."""
         out = path + ".read.raw"
         before = fx.file_sha(path)
-        must([self.vdimg, "convert", "--lock-wait", "20", "--output-format", "raw", path, out])
+        must([self.vdimg, "convert", "--lock-wait", "20", *self.parents, "--output-format", "raw", path, out])
         if fx.file_sha(path) != before:
             raise Wrong(f"reading has changed {path}")
         content = Content.of_file(out)
@@ -85,7 +91,7 @@ class Ours:
     def compare(self, path, content):
         expected = path + ".expected.raw"
         content.save(expected)
-        must([self.vdimg, "compare", "--format2", "raw", path, expected])
+        must([self.vdimg, "compare", *self.parents, "--format2", "raw", path, expected])
         os.unlink(expected)
 
     def check(self, path, allowed=(0,)):
@@ -100,7 +106,8 @@ class Ours:
         command = [self.vubench]
         if socket is None:
             socket = os.path.dirname(path) + "/s"
-            server = [self.vdblk, "--socket-path", "@S", "--log-level", "warn", "--blk-file", path, *serve]
+            server = [self.vdblk, "--socket-path", "@S", "--log-level", "warn", "--lock-wait", "20"]
+            server += [*self.parents, "--blk-file", path, *serve]
             command += ["--server-cmd", " ".join(server)]
         code, out, err = must([*command, "--socket", socket, "--verify", *options], allowed=allowed)
         if "panicked" in err:
@@ -121,18 +128,24 @@ class Ours:
 
     def killed_under_load(self, path, shadow, after, *options):
         """kill -9 of vdblk in the middle of a verify run, some seconds after its first change of the image."""
-        untouched = os.stat(path).st_mtime_ns
+        files = files_of(path)
+
+        def last_change():
+            return max(os.stat(f).st_mtime_ns for f in files)
+
+        untouched = last_change()
         socket = os.path.dirname(path) + "/s"
         if os.path.exists(socket):
             os.unlink(socket)
-        command = [self.vdblk, "--socket-path", socket, "--log-level", "warn", "--blk-file", path]
+        command = [self.vdblk, "--socket-path", socket, "--log-level", "warn", "--lock-wait", "20"]
+        command += [*self.parents, "--blk-file", path]
         with subprocess.Popen(command) as server:
             try:
                 wait_for(lambda: os.path.exists(socket) or server.poll() is not None)
                 command = [self.vubench, "--socket", socket, "--verify", "--runtime", "60", "--shadow", shadow]
                 command += options
                 with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as load:
-                    wait_for(lambda: os.stat(path).st_mtime_ns != untouched or load.poll() is not None)
+                    wait_for(lambda: last_change() != untouched or load.poll() is not None)
                     time.sleep(after)
                     server.kill()
                     out, err = load.communicate(timeout=120)
@@ -140,6 +153,13 @@ class Ours:
                 server.kill()
         if load.returncode != 3:
             raise Wrong(f"vubench ended with status {load.returncode}: {fx.last(out + chr(10) + err, 500)}")
+
+
+def files_of(path):
+    """The image, and the further files that it consists of: they begin with its name."""
+    folder, name = os.path.split(path)
+    stem = os.path.splitext(name)[0]
+    return [path] + [f"{folder}/{n}" for n in os.listdir(folder) if n.startswith(stem + "-")]
 
 
 def wait_for(condition):
@@ -152,6 +172,9 @@ def wait_for(condition):
 
 class VirtualBox:
     """VirtualBox's own library."""
+
+    def __init__(self, fmt="VDI"):
+        self.format = fmt
 
     def run(self, folder, ops):
         script = folder + "/ops.json"
@@ -166,9 +189,16 @@ class VirtualBox:
 
     def change(self, chain, ops, flags=0):
         """Opens a chain, base first, the last one for writing, and carries out the operations."""
-        opens = [["open", "VDI", p, {"open": READ_ONLY}] for p in chain[:-1]]
-        opens += [["open", "VDI", chain[-1], {"open": flags}]]
+        opens = [["open", self.format, p, {"open": READ_ONLY}] for p in chain[:-1]]
+        opens += [["open", self.format, chain[-1], {"open": flags}]]
         self.run(os.path.dirname(chain[-1]), opens + ops + [["flush"], ["close"]])
+
+    def content(self, chain):
+        """Everything the chain shows, opened read-only."""
+        out = chain[-1] + ".vbox.raw"
+        opens = [["open", self.format, p, {"open": READ_ONLY}] for p in chain]
+        self.run(os.path.dirname(chain[-1]), opens + [["raw", out], ["closeall"]])
+        return taken(out)
 
     def create(self, path, size):
         env = {"VBOX_USER_HOME": os.path.dirname(path) + "/home", "VBOX_IPC_SOCKETID": f"interop{os.getpid()}"}
@@ -182,6 +212,19 @@ class VirtualBox:
 
 class Qemu:
     """The chroot's QEMU."""
+
+    def __init__(self, fmt="vdi"):
+        self.format = fmt
+
+    def content(self, path, wrap=fx.in_chroot):
+        """Everything it reads there; wrap=list: the host's QEMU."""
+        out = path + ".qemu.raw"
+        must(wrap(["qemu-img", "convert", "-f", self.format, "-O", "raw", path, out]))
+        return taken(out)
+
+    def check(self, path, wrap=fx.in_chroot):
+        """qemu-img check finds nothing; 63: its driver has no check."""
+        must(wrap(["qemu-img", "check", "-f", self.format, path]), allowed=(0, 63))
 
     def create(self, path, size):
         must(fx.in_chroot(["qemu-img", "create", "-q", "-f", "vdi", path, size]))
@@ -198,12 +241,19 @@ class Qemu:
                 with open(f"{pattern}{i}", "wb") as f:
                     f.write(gen.pat(offset, length, kind, seed))
                 script += ["-c", f"write -s {pattern}{i} {offset} {length}"]
-            _, out, err = must(fx.in_chroot(["qemu-io", "-f", "vdi", path, *script, "-c", "flush"]))
+            _, out, err = must(fx.in_chroot(["qemu-io", "-f", self.format, path, *script, "-c", "flush"]))
             if "fail" in out + err or "rror" in out + err:
                 raise Wrong(f"qemu-io: {fx.last(out + err, 500)}")
         for i in range(100):
             if os.path.exists(f"{pattern}{i}"):
                 os.unlink(f"{pattern}{i}")
+
+
+def taken(path):
+    """What a tool wrote to a file, which is gone then."""
+    content = Content.of_file(path)
+    os.unlink(path)
+    return content
 
 
 def real_tools(chain, content, strict=True):

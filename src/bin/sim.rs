@@ -12,11 +12,15 @@ use vdblk::sim::{
 #[derive(Debug, Parser)]
 struct Args {
     /// The first seed
+    #[arg(default_value_t = 0)]
     seed: u64,
     /// Seeds to play
     #[arg(long, default_value_t = 1)]
     seeds: u64,
-    /// Only power cuts on small images of this kind: raw, vdi, diff or diff+discard
+    /// Print the kinds of images, a line each, and end
+    #[arg(long)]
+    kinds: bool,
+    /// Only power cuts on small images of this kind
     #[arg(long)]
     powercut: Option<String>,
     /// All workloads of up to three operations instead, on images of that kind
@@ -51,6 +55,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> std::io::Result<bool> {
+    if args.kinds {
+        Kind::ALL.iter().for_each(|k| println!("{}", k.name()));
+        return Ok(true);
+    }
     let kind = args.powercut.as_ref().map(|name| {
         let known = Kind::ALL.into_iter().find(|k| k.name() == name);
         known.ok_or_else(|| std::io::Error::other(format!("'{name}' is no kind of image")))

@@ -64,6 +64,9 @@ struct Args {
     /// Write to the image although another image in its folder is based on it
     #[arg(long)]
     allow_write_to_parent: bool,
+    /// Open images that describe disks of this host (VMDK: full and partitioned devices)
+    #[arg(long)]
+    allow_raw_device: bool,
     /// Write into this differencing VDI; the image itself stays as it is. It is made if it is not there; an overlay of
     /// this image is gone on with, and any other file refused
     #[arg(long, value_name = "FILE", conflicts_with = "read_only")]
@@ -180,6 +183,7 @@ impl Args {
             parent_dirs: self.parent_dir,
             allow_parent_mismatch: self.allow_parent_mismatch,
             allow_write_to_parent: self.allow_write_to_parent,
+            allow_raw_device: self.allow_raw_device,
             overlay: self.overlay,
             read_only: self.read_only,
             lock_wait: Duration::from_secs(self.lock_wait),

@@ -292,6 +292,28 @@ impl BlockWriter {
         Err(Miss::Fail(refused.unwrap_or(Failure::Os(libc::ENOSPC))))
     }
 
+    /// `n` places in a row for a table, by the first of them. As [`Self::take`] where zeros are beneath.
+    pub(super) fn take_run(&self, n: u32) -> Result<Taken, Miss> {
+        if let Some(block) = self.places.take_clean_run(n) {
+            return Ok(Taken { block, clean: true });
+        }
+        let (refused, grows_clean) = {
+            let mut s = self.state();
+            (s.refused.take(), !s.grows_unclean)
+        };
+        let may_grow = refused.is_none() && self.places.can_grow_by(n);
+        if may_grow && grows_clean {
+            return Err(Miss::NeedsRoom);
+        }
+        if let Some(block) = self.places.take_unclean_run(n) {
+            return Ok(Taken { block, clean: false });
+        }
+        if may_grow {
+            return Err(Miss::NeedsRoom);
+        }
+        Err(Miss::Fail(refused.unwrap_or(Failure::Os(libc::ENOSPC))))
+    }
+
     fn take_clean(&self, f: &dyn BlockFormat) -> Option<HostBlock> {
         loop {
             let block = self.places.take_clean()?;

@@ -65,6 +65,42 @@ pub(super) fn refused(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidArgument, what)
 }
 
+/// A disk of the host, or parts of one, that an image describes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawDisk {
+    /// All of the disk in one area.
+    pub is_whole: bool,
+    /// In the order of the disk.
+    pub areas: Vec<RawArea>,
+}
+
+/// A part of a raw disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawArea {
+    /// How long it is.
+    pub sectors: u64,
+    /// What it shows.
+    pub kind: RawAreaKind,
+}
+
+/// What a part of a raw disk shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RawAreaKind {
+    /// The device itself.
+    Device {
+        /// Its name, absolute.
+        name: String,
+        /// Where the area begins in it, in sectors.
+        offset: u64,
+        /// Writes are refused.
+        read_only: bool,
+    },
+    /// A copy of these bytes, which the image keeps and the guest may change.
+    Copy(Vec<u8>),
+    /// Zeros, whatever is there.
+    Hidden,
+}
+
 /// What a differencing image says of its parent.
 #[derive(Clone, Debug)]
 pub struct NewParent {
@@ -92,6 +128,30 @@ pub struct NewFile {
     /// The pieces, at most [`crate::limits::TABLE_PIECE_BYTES`] each, in the order of writing: what makes the file an image comes
     /// last, so that one that was begun and not finished is none.
     pub pieces: Pieces,
+}
+
+/// A new image that is written once, from the beginning of its disk to the end: what [`super::sequential`] makes. It says bytes,
+/// somebody else writes them.
+pub trait Sequential: std::fmt::Debug + Send {
+    /// Bytes of the disk that are packed as one: a power of two, at most [`crate::limits::MAX_UNIT_BYTES`].
+    fn unit_bytes(&self) -> u64;
+
+    /// Where the first bytes go that are appended. What lies before is known last.
+    fn begins_at(&self) -> HostOffset;
+
+    /// Appends to `out` what goes into the file for the unit of this number, whose `bytes` are not all zeros; of the disk's last
+    /// one there may be fewer. Units that are all zeros are left out, and numbers only ever grow.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Limit`] once the file is longer than the format can say.
+    fn pack(&mut self, unit: u64, bytes: &[u8], out: &mut Vec<u8>) -> Result<()>;
+
+    /// Appends the end of the file, and returns its beginning: only that makes the file an image, so it is written when all
+    /// else is durable.
+    ///
+    /// # Errors
+    /// As [`Self::pack`].
+    fn finish(&mut self, out: &mut Vec<u8>) -> Result<Vec<u8>>;
 }
 
 /// Pieces of a file and where they go.

@@ -10,6 +10,7 @@ mod detect;
 pub mod dmg;
 mod levels;
 pub mod parallels;
+pub mod partitions;
 mod qcow;
 pub mod qcow2;
 mod qed;
@@ -21,7 +22,9 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
-pub use blueprint::{Blueprint, NewFile, NewImage, NewParent, Pieces};
+pub use blueprint::{
+    Blueprint, NewFile, NewImage, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
+};
 pub use detect::{detect, extension_format, signature};
 pub use report::{CheckReport, Finding, Repair, RepairStep, Severity};
 
@@ -113,9 +116,16 @@ impl Format {
         self.driver().keeps_comment
     }
 
-    /// Its images have a place for a geometry of the user's choice.
-    pub fn keeps_geometry(self) -> bool {
-        self.driver().keeps_geometry
+    /// What a new image of it takes over of another one's geometry: nothing where it has no place for one, or not for such a
+    /// one. Of VHDs larger than 31 GiB tracks have 255 sectors, which nobody else allows.
+    pub fn geometry_from(self, other: Option<(u32, u32, u32)>) -> Option<(u32, u32, u32)> {
+        let (most_cylinders, most_sectors) = if self == Format::Vhd { (65535, 255) } else { (u32::MAX, 63) };
+        other.filter(|(c, h, s)| {
+            self.driver().keeps_geometry
+                && (1..=most_cylinders).contains(c)
+                && (1..=255).contains(h)
+                && (1..=most_sectors).contains(s)
+        })
     }
 
     /// What vdblk knows of the format.
@@ -205,6 +215,8 @@ pub struct Reference {
     pub name: String,
     /// It is written when the image is.
     pub writable: bool,
+    /// It is a disk of the host, which only the operator can allow.
+    pub is_device: bool,
 }
 
 type Files<'a> = &'a [ImageFile<'a>];
@@ -293,6 +305,31 @@ pub fn repair(format: Format, files: &[ImageFile<'_>]) -> Result<Option<Repair>>
             let what = format!("the repair of {} images is not supported", format.title());
             Err(Error::new(ErrorKind::Unsupported, what))
         }
+    }
+}
+
+/// A new image that describes a disk of the host.
+///
+/// # Errors
+/// As [`blueprint`].
+pub fn raw_disk(format: Format, new: &NewImage, disk: &RawDisk) -> Result<Blueprint> {
+    match format {
+        Format::Vmdk => vmdk::raw_disk(new, disk),
+        _ => {
+            let what = format!("{} images of raw disks", format.title());
+            Err(Error::new(ErrorKind::Unsupported, what).hint("--format vmdk has them"))
+        }
+    }
+}
+
+/// A new image of a kind that is written once, with its contents; `None` for kinds that are made empty, by [`blueprint`].
+///
+/// # Errors
+/// As [`blueprint`].
+pub fn sequential(format: Format, new: &NewImage) -> Result<Option<Box<dyn Sequential>>> {
+    match format {
+        Format::Vmdk => vmdk::sequential(new),
+        _ => Ok(None),
     }
 }
 

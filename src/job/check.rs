@@ -20,6 +20,14 @@ pub struct Checked {
 /// Of opening, locking and reading; where the format is not supported. What is wrong with the image is in the
 /// report.
 pub fn check_image(spec: &ImageSpec, wait: Duration) -> Result<Checked> {
-    let image = ImageFiles::open(&spec.path, spec.format, false, Some(wait))?;
+    check_image_with(spec, wait, false)
+}
+
+/// The same of an image that may describe a disk of this host.
+///
+/// # Errors
+/// As [`check_image`].
+pub fn check_image_with(spec: &ImageSpec, wait: Duration, allow_raw_device: bool) -> Result<Checked> {
+    let image = ImageFiles::open_with(&spec.path, spec.format, false, Some(wait), allow_raw_device)?;
     Ok(Checked { format: image.format(), report: image.check()? })
 }

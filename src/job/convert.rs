@@ -1,12 +1,15 @@
 //! Converting: a new image with everything a chain shows.
 
 use super::copy::CopyJob;
-use super::{CreateImage, Watch, create_image, open_channel};
+use super::create::{begin_sequential, create_files, folder_of, remove_files};
+use super::pack::PackJob;
+use super::{CreateImage, Watch, open_channel};
 use crate::error::Result;
-use crate::format::Format;
-use crate::vd::{DiskOptions, ImageSpec, OpenDisk, open_disk};
-use std::fs;
-use std::path::{Path, PathBuf};
+use crate::format::{Format, Sequential};
+use crate::io::{HostFile, ImageLock, LockMode, OsFile, sync_dir};
+use crate::vd::{Disk, DiskOptions, ImageSpec, OpenDisk, open_disk};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A conversion.
@@ -33,20 +36,37 @@ pub fn convert(how: &Convert, watch: &mut Watch<'_>) -> Result<()> {
     let source = open_disk(&how.source)?;
     watch.stop_if_cancelled()?;
     let top = &source.images[0].info;
-    create_image(&CreateImage {
+    let new = CreateImage {
         variant: how.variant.clone(),
         options: how.options.clone(),
         comment: top.comment.clone().filter(|_| how.format.keeps_comment()),
-        geometry: top.geometry.filter(|_| how.format.keeps_geometry()),
+        geometry: how.format.geometry_from(top.geometry),
         ..CreateImage::new(&how.target, how.format, top.virtual_size)
-    })?;
-    let unfinished = Unfinished(&how.target);
+    };
+    if let Some((image, file)) = begin_sequential(&new)? {
+        let unfinished = Unfinished(vec![how.target.clone()]);
+        pack(image, file, &source.disk, watch).map_err(|e| e.at(&how.target))?;
+        unfinished.keep();
+        return Ok(());
+    }
+    let unfinished = Unfinished(create_files(&new)?);
     copy(how, &source.disk, watch).map_err(|e| e.at(&how.target))?;
     unfinished.keep();
     Ok(())
 }
 
-fn copy(how: &Convert, source: &std::sync::Arc<crate::vd::Disk>, watch: &mut Watch<'_>) -> Result<()> {
+/// Into an image that is written once.
+fn pack(image: Box<dyn Sequential>, file: OsFile, source: &Arc<Disk>, watch: &mut Watch<'_>) -> Result<()> {
+    let file: Arc<dyn HostFile> = Arc::new(file);
+    // Nobody shall take it for an image before it is one.
+    let _lock = ImageLock::take(&*file, LockMode::Exclusive, Duration::ZERO)?;
+    let mut job = PackJob::new(open_channel(source, CopyJob::slots())?, image, file.clone())?;
+    watch.run(&mut job)?;
+    sync_dir(folder_of(file.path()))?;
+    watch.stop_if_cancelled()
+}
+
+fn copy(how: &Convert, source: &Arc<Disk>, watch: &mut Watch<'_>) -> Result<()> {
     let target = open_disk(&OpenDisk {
         image: ImageSpec { path: how.target.clone(), format: Some(how.format) },
         lock_wait: Some(Duration::ZERO),
@@ -63,18 +83,17 @@ fn copy(how: &Convert, source: &std::sync::Arc<crate::vd::Disk>, watch: &mut Wat
     watch.stop_if_cancelled()
 }
 
-/// A file that goes away again unless it is kept.
-struct Unfinished<'a>(&'a Path);
+/// Files that go away again unless they are kept.
+struct Unfinished(Vec<PathBuf>);
 
-impl Unfinished<'_> {
-    fn keep(self) {
-        std::mem::forget(self);
+impl Unfinished {
+    fn keep(mut self) {
+        self.0.clear();
     }
 }
 
-impl Drop for Unfinished<'_> {
+impl Drop for Unfinished {
     fn drop(&mut self) {
-        // What cannot be removed is at least no longer locked: the user can.
-        let _ = fs::remove_file(self.0);
+        remove_files(&self.0);
     }
 }

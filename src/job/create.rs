@@ -1,7 +1,7 @@
 //! New images.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, Format, NewFile, NewImage, NewParent, extension_format};
+use crate::format::{self, Format, NewFile, NewImage, NewParent, RawDisk, Sequential, extension_format};
 use crate::io::{HostFile, OpenHow, OsFile, sync_dir};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::ImageInfo;
@@ -30,6 +30,8 @@ pub struct CreateImage {
     pub geometry: Option<(u32, u32, u32)>,
     /// `KEY=VALUE` options of the format.
     pub options: Vec<(String, String)>,
+    /// The disk of the host it describes.
+    pub raw_disk: Option<RawDisk>,
 }
 
 impl CreateImage {
@@ -45,6 +47,7 @@ impl CreateImage {
             comment: None,
             geometry: None,
             options: Vec::new(),
+            raw_disk: None,
         }
     }
 }
@@ -54,6 +57,55 @@ impl CreateImage {
 /// # Errors
 /// For what the format cannot express, with one line; from the operating system.
 pub fn create_image(new: &CreateImage) -> Result<()> {
+    create_files(new).map(drop)
+}
+
+/// The same; tells which files were made: some images have several.
+pub(super) fn create_files(new: &CreateImage) -> Result<Vec<PathBuf>> {
+    let new = checked(new)?;
+    let blueprint = match &new.raw_disk {
+        None => format::blueprint(new.format, &described(new)),
+        Some(disk) => format::raw_disk(new.format, &described(new), disk),
+    };
+    let blueprint = blueprint.map_err(|e| e.at(&new.path))?;
+    refuse_misleading_name(&new.path, new.format)?;
+    let mut made = Vec::new();
+    let done = blueprint
+        .files
+        .into_iter()
+        .try_for_each(|file| make(new, file, &mut made))
+        .and_then(|()| sync_dir(folder_of(&new.path)).map_err(|e| e.at(&new.path)));
+    match done {
+        Ok(()) => Ok(made),
+        Err(e) => {
+            remove_files(&made);
+            Err(e)
+        }
+    }
+}
+
+/// A half-made image is worth nothing; what cannot be removed is at least no longer locked: the user can.
+pub(super) fn remove_files(files: &[PathBuf]) {
+    for path in files {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// An image that is to be written once, with its contents, and its file, which is empty; `None` for the kinds that
+/// [`create_image`] makes.
+///
+/// # Errors
+/// As [`create_image`].
+pub(super) fn begin_sequential(new: &CreateImage) -> Result<Option<(Box<dyn Sequential>, OsFile)>> {
+    let new = checked(new)?;
+    let image = format::sequential(new.format, &described(new)).map_err(|e| e.at(&new.path))?;
+    let Some(image) = image else { return Ok(None) };
+    refuse_misleading_name(&new.path, new.format)?;
+    Ok(Some((image, open_new(&new.path)?)))
+}
+
+/// Sizes that no format has are refused.
+fn checked(new: &CreateImage) -> Result<&CreateImage> {
     let refused = |what: String| Err(Error::new(ErrorKind::InvalidArgument, what).at(&new.path));
     if new.size_bytes == 0 || !new.size_bytes.is_multiple_of(SECTOR_BYTES) {
         return refused(format!(
@@ -64,21 +116,7 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
     if new.size_bytes > MAX_DISK_BYTES {
         return refused(format!("a disk of {} bytes: at most {MAX_DISK_BYTES} are possible", new.size_bytes));
     }
-    let blueprint = format::blueprint(new.format, &described(new)).map_err(|e| e.at(&new.path))?;
-    refuse_misleading_name(&new.path, new.format)?;
-    let mut made = Vec::new();
-    let done = blueprint
-        .files
-        .into_iter()
-        .try_for_each(|file| make(new, file, &mut made))
-        .and_then(|()| sync_dir(folder_of(&new.path)).map_err(|e| e.at(&new.path)));
-    if done.is_err() {
-        for path in made {
-            // A half-made image is worth nothing; what is left of it cannot be helped.
-            let _ = fs::remove_file(path);
-        }
-    }
-    done
+    Ok(new)
 }
 
 /// The wish in the words of formats.
@@ -103,13 +141,17 @@ fn make(new: &CreateImage, file: NewFile, made: &mut Vec<PathBuf>) -> Result<()>
         Some(name) => folder_of(&new.path).join(name),
         None => new.path.clone(),
     };
-    let opened = OsFile::open(&path, OpenHow { create_new: true, ..OpenHow::default() });
-    let host = opened.map_err(|e| match e.kind() {
-        ErrorKind::Exists => e.hint("nothing is overwritten: choose another name"),
-        _ => e,
-    })?;
+    let host = open_new(&path)?;
     made.push(path.clone());
     fill(&host, file).map_err(|e| e.at(&path))
+}
+
+fn open_new(path: &Path) -> Result<OsFile> {
+    let opened = OsFile::open(path, OpenHow { create_new: true, ..OpenHow::default() });
+    opened.map_err(|e| match e.kind() {
+        ErrorKind::Exists => e.hint("nothing is overwritten: choose another name"),
+        _ => e,
+    })
 }
 
 fn fill(host: &OsFile, file: NewFile) -> Result<()> {
@@ -135,7 +177,7 @@ fn refuse_misleading_name(path: &Path, format: Format) -> Result<()> {
 }
 
 /// The folder a file's name is in.
-fn folder_of(path: &Path) -> &Path {
+pub(super) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -147,7 +189,7 @@ fn folder_of(path: &Path) -> &Path {
 pub fn create_overlay(path: &Path, parent: &ImageInfo, uuid: Option<Uuid>) -> Result<()> {
     let new = CreateImage {
         parent: Some(NewParent { info: ImageInfo { uuid, ..parent.clone() }, path: None }),
-        geometry: parent.geometry,
+        geometry: Format::Vdi.geometry_from(parent.geometry),
         ..CreateImage::new(path, Format::Vdi, parent.virtual_size)
     };
     create_image(&new)

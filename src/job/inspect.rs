@@ -26,7 +26,15 @@ pub struct Inspected {
 /// # Errors
 /// With the file: of opening it, of its format.
 pub fn inspect_image(spec: &ImageSpec) -> Result<Inspected> {
-    let image = ImageFiles::open(&spec.path, spec.format, false, None)?;
+    inspect_image_with(spec, false)
+}
+
+/// The same of an image that may describe a disk of this host.
+///
+/// # Errors
+/// As [`inspect_image`].
+pub fn inspect_image_with(spec: &ImageSpec, allow_raw_device: bool) -> Result<Inspected> {
+    let image = ImageFiles::open_with(&spec.path, spec.format, false, None, allow_raw_device)?;
     let how = format::OpenHow { read_only: true, info_only: true };
     let map = image.map(FileId(0), how)?;
     let (mut file_size, mut storage_bytes) = (0u64, 0u64);

@@ -8,6 +8,8 @@ mod copy;
 mod create;
 mod inspect;
 mod lanes;
+mod pack;
+mod raw_disk;
 mod repair;
 mod script;
 mod survey;
@@ -15,13 +17,14 @@ mod survey;
 mod tests;
 
 pub use crate::size::{human_bytes, parse_size};
-pub use check::{Checked, check_image};
+pub use check::{Checked, check_image, check_image_with};
 pub use compare::{CompareJob, Comparison, compare_disks};
 pub use convert::{Convert, convert};
 pub use copy::CopyJob;
 pub use create::{CreateImage, create_image, create_overlay};
-pub use inspect::{Inspected, inspect_image};
-pub use repair::{RepairJob, Repaired, repair_image};
+pub use inspect::{Inspected, inspect_image, inspect_image_with};
+pub use raw_disk::{RawDiskWish, look_at_raw_disk};
+pub use repair::{RepairJob, Repaired, repair_image, repair_image_with};
 pub use script::{Command, Script};
 pub use survey::{Piece, PieceKind, Survey};
 

@@ -37,7 +37,21 @@ pub fn repair_image(
     wait: Duration,
     watch: &mut Watch<'_>,
 ) -> Result<Repaired> {
-    let image = ImageFiles::open(&spec.path, spec.format, !dry_run, Some(wait))?;
+    repair_image_with(spec, dry_run, wait, false, watch)
+}
+
+/// The same of an image that may describe a disk of this host.
+///
+/// # Errors
+/// As [`repair_image`].
+pub fn repair_image_with(
+    spec: &ImageSpec,
+    dry_run: bool,
+    wait: Duration,
+    allow_raw_device: bool,
+    watch: &mut Watch<'_>,
+) -> Result<Repaired> {
+    let image = ImageFiles::open_with(&spec.path, spec.format, !dry_run, Some(wait), allow_raw_device)?;
     let Some(plan) = image.repair()? else { return Ok(Repaired::NothingToRepair(image.format())) };
     let (before, lines) = (plan.report, plan.lines);
     if dry_run {

@@ -80,6 +80,31 @@ impl HostBlocks {
         self.lock().clean.pop_front().map(HostBlock)
     }
 
+    /// The lowest `n` clean places in a row, by the first of them: a table may need several.
+    pub fn take_clean_run(&self, n: u32) -> Option<HostBlock> {
+        let n = usize::try_from(n).ok().filter(|n| *n > 0)?;
+        let mut s = self.lock();
+        // They are in order: added behind the others, and taken out without moving any.
+        let rows = s.clean.len().checked_sub(n - 1)?;
+        let at = (0..rows).find(|i| (s.clean[i + n - 1] - s.clean[*i]) as usize == n - 1)?;
+        let first = s.clean[at];
+        s.clean.drain(at..at + n);
+        Some(HostBlock(first))
+    }
+
+    /// `n` places in a row with old bytes in them, of those near the end: what an extension has added there lately.
+    pub fn take_unclean_run(&self, n: u32) -> Option<HostBlock> {
+        const LOOK_BACK: u32 = 4096;
+        let mut s = self.lock();
+        let last = s.end.checked_sub(n)?;
+        let is_free = |first: &u32| (*first..*first + n).all(|p| s.unclean.contains(p));
+        let first = (last.saturating_sub(LOOK_BACK)..=last).rev().find(is_free)?;
+        for place in first..first + n {
+            s.unclean.remove(place);
+        }
+        Some(HostBlock(first))
+    }
+
     /// Any place, for a block that is written whole: places with old bytes first, the lowest before the others.
     pub fn take_any(&self) -> Option<Taken> {
         let mut s = self.lock();
@@ -160,6 +185,11 @@ impl HostBlocks {
         s.end < self.max
     }
 
+    /// True if so many more places may be there.
+    pub fn can_grow_by(&self, n: u32) -> bool {
+        self.max - self.lock().end >= n
+    }
+
     /// Size of the next extension is down to the smallest: a failure now is the final word.
     pub fn is_at_smallest_step(&self) -> bool {
         let s = self.lock();
@@ -232,10 +262,31 @@ mod tests {
         assert_eq!(a.begin_extension(false), Some((to, to + 1)));
     }
 
+    #[test]
+    fn rows_of_places_are_taken_whole() {
+        let a = HostBlocks::new(0, 100, 64, |_| true);
+        a.extend_by_at_least(8);
+        assert_eq!(a.begin_extension(true), Some((0, 8)));
+        a.extended(Some(true));
+        assert_eq!(a.take_clean(), Some(HostBlock(0)));
+        assert_eq!(a.take_clean_run(4), Some(HostBlock(1)));
+        assert_eq!((a.take_clean_run(4), a.take_unclean_run(1)), (None, None));
+        assert_eq!(a.take_clean_run(2), Some(HostBlock(5)));
+        a.give_back(HostBlock(2));
+        a.give_back(HostBlock(4));
+        assert_eq!(a.begin_extension(true), Some((8, 19)));
+        a.extended(Some(false));
+        assert_eq!(a.take_clean_run(2), None);
+        assert_eq!(a.take_unclean_run(3), Some(HostBlock(16)));
+        assert_eq!(a.take_unclean_run(9), None);
+        assert_eq!(a.take_any(), Some(Taken { block: HostBlock(2), clean: false }));
+        assert!(a.can_grow_by(81) && !a.can_grow_by(82));
+    }
+
     proptest! {
         /// No place is ever handed out twice, none past the maximum.
         #[test]
-        fn places_are_unique(ops in proptest::collection::vec(0u8..6, 1..400), max in 1u32..60) {
+        fn places_are_unique(ops in proptest::collection::vec(0u8..9, 1..400), max in 1u32..60) {
             let a = HostBlocks::new(0, max, 16, |_| true);
             let mut held = std::collections::BTreeSet::new();
             let mut gone = std::collections::BTreeSet::new();
@@ -245,7 +296,14 @@ mod tests {
                     1 => if let Some(t) = a.take_any() { prop_assert!(held.insert(t.block)); },
                     2 => if let Some(b) = held.pop_first() { a.give_back(b) },
                     3 => if let Some(b) = held.pop_first() { a.leak(b); gone.insert(b); },
-                    _ => if a.begin_extension(op == 5).is_some() { a.extended(Some(true)) },
+                    4 | 5 => if a.begin_extension(op == 5).is_some() { a.extended(Some(true)) },
+                    6 => if a.begin_extension(true).is_some() { a.extended(Some(false)) },
+                    _ => {
+                        let run = if op == 7 { a.take_clean_run(3) } else { a.take_unclean_run(3) };
+                        for b in run.into_iter().flat_map(|b| b.0..b.0 + 3) {
+                            prop_assert!(held.insert(HostBlock(b)));
+                        }
+                    }
                 }
                 prop_assert!(held.iter().all(|b| b.0 < max && !gone.contains(b)));
             }

@@ -11,6 +11,8 @@ pub enum Codec {
     Deflate,
     /// Deflate with zlib's header and checksum (RFC 1950).
     Zlib,
+    /// The same, of a unit that may be filled up behind what is wanted of it.
+    ZlibPadded,
     /// Zstandard frames (RFC 8878).
     Zstd,
     /// Apple Data Compression.

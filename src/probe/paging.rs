@@ -1,4 +1,4 @@
-//! Tables that a format keeps whole where they are small are held page by page, as if they were large.
+//! Tables that a format keeps whole where they are small are held page by page, as if they were large, and few pages are kept.
 
 #[cfg(any(test, feature = "sim"))]
 thread_local! {

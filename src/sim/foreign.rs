@@ -1,6 +1,7 @@
 //! Other programs that write to an image of ours: a model of how QEMU and VirtualBox add a block to a VDI. Both
 //! believe the header's count: the new block goes to the place of that number, the count becomes one more.
 
+mod levels;
 mod parallels;
 pub(super) mod vhd;
 pub(super) mod vhdx;
@@ -63,6 +64,11 @@ pub(super) fn program(format: Format) -> Option<Program> {
             free_blocks: parallels::free_blocks,
             block_bytes: parallels::block_bytes,
             append: parallels::append,
+        }),
+        Format::Qed | Format::Qcow => Some(Program {
+            free_blocks: levels::free_blocks,
+            block_bytes: levels::block_bytes,
+            append: levels::append,
         }),
         _ => None,
     }

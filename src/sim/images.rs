@@ -50,11 +50,19 @@ pub enum Kind {
     Qcow2,
     /// A QCOW2 over a parent full of data; with subclusters where its clusters are large enough.
     Qcow2Diff,
+    /// A QED without a parent; a table has two clusters.
+    Qed,
+    /// A QED over a parent full of data; a table has four.
+    QedDiff,
+    /// A QCOW of the first version without a parent, of the smallest clusters and tables: it has several.
+    Qcow,
+    /// One over a parent full of data; a table has several clusters.
+    QcowDiff,
 }
 
 impl Kind {
-    /// All of them.
-    pub const ALL: [Kind; 15] = [
+    /// All of them that are written outside of the simulator.
+    pub const ALL: [Kind; 17] = [
         Kind::Raw,
         Kind::Vdi,
         Kind::Diff,
@@ -68,8 +76,10 @@ impl Kind {
         Kind::VmdkZeroed,
         Kind::Qcow2,
         Kind::Qcow2Diff,
-        Kind::Vhdx,
-        Kind::VhdxDiff,
+        Kind::Qed,
+        Kind::QedDiff,
+        Kind::Qcow,
+        Kind::QcowDiff,
     ];
 
     /// Its name.
@@ -90,6 +100,10 @@ impl Kind {
             Kind::VmdkZeroed => "vmdk-diff+zeroed",
             Kind::Qcow2 => "qcow2",
             Kind::Qcow2Diff => "qcow2-diff",
+            Kind::Qed => "qed",
+            Kind::QedDiff => "qed-diff",
+            Kind::Qcow => "qcow",
+            Kind::QcowDiff => "qcow-diff",
         }
     }
 
@@ -105,6 +119,8 @@ impl Kind {
                 | Kind::VmdkDiff
                 | Kind::VmdkZeroed
                 | Kind::Qcow2Diff
+                | Kind::QedDiff
+                | Kind::QcowDiff
         )
     }
 
@@ -117,6 +133,9 @@ impl Kind {
             Format::Vhdx => 1 << 20..2 << 20,
             // directories and tables of one table's worth of grains
             Format::Vmdk => 21 * 512..31 * 512,
+            // both levels, and data between and behind them
+            Format::Qed => 4096..64 << 10,
+            Format::Qcow => 512..16 << 10,
             _ => 1 << 20..DATA,
         }
     }
@@ -136,6 +155,8 @@ impl Kind {
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => Format::Vmdk,
             Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
+            Kind::Qed | Kind::QedDiff => Format::Qed,
+            Kind::Qcow | Kind::QcowDiff => Format::Qcow,
         }
     }
 }
@@ -217,16 +238,28 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
             let extended = if block >= 16 << 10 { "on" } else { "off" };
             vec![option("cluster_size", &block.to_string()), option("extended_l2", extended)]
         }
+        Format::Qed => {
+            let table = if parent.is_none() { "2" } else { "4" };
+            vec![option("cluster_size", &block.min(16 << 10).to_string()), option("table_size", table)]
+        }
+        Format::Qcow if parent.is_none() => {
+            vec![option("cluster_size", "512"), option("table_entries", "64")]
+        }
+        Format::Qcow => {
+            let cluster = block.min(16 << 10);
+            vec![option("cluster_size", &cluster.to_string()), option("table_entries", "8192")]
+        }
         _ => Vec::new(),
     };
     options.extend((kind == Kind::VmdkZeroed).then(|| option("zeroed_grain", "on")));
+    let has_uuid = matches!(format, Format::Vdi | Format::Vhd | Format::Vmdk);
     let blueprint = format::blueprint(
         format,
         &NewImage {
             file_name: "top".into(),
             size_bytes: size,
             variant: None,
-            uuid: (!matches!(format, Format::Raw | Format::Parallels | Format::Qcow2)).then_some(id),
+            uuid: has_uuid.then_some(id),
             modification: id,
             parent,
             comment: None,
@@ -315,7 +348,7 @@ impl Images {
     pub fn open(&self, options: DiskOptions, marks: &Arc<AtomicU32>) -> Result<Arc<Disk>> {
         let format = self.shape.kind.format();
         let open = || open_map(&self.top.bytes(), format, FileId(0), false);
-        let paged = self.forgets.is_some() && format == Format::Vmdk;
+        let paged = self.forgets.is_some() && matches!(format, Format::Vmdk | Format::Qed | Format::Qcow);
         let map = if paged { with_paged_tables(open)? } else { open()? };
         let mut layers = self.layers(map);
         if let Some(seed) = self.forgets.filter(|_| format == Format::Vdi) {

@@ -236,8 +236,11 @@ impl Channel {
             }
             Err(Miss::NeedsRoom) => self.wait_for_room(slot, part, change),
             Err(Miss::NeedsPage(key)) => self.want_page(slot, (self.disk.chain.top().number, key)),
-            // A format that cannot mark a block as zeros gets the zeros written.
+            // A format that cannot mark a block as zeros gets the zeros written. A discard only asks for less space.
             Err(Miss::Fail(Failure::Unsupported)) if matches!(change, Change::Zero { .. }) => {
+                if matches!(self.slot(slot).job, Job::Request(Request::Discard(_))) {
+                    return self.part_done(slot, Some(part));
+                }
                 let change = Change::Write { part, beneath_zero: false };
                 self.slot(slot).work = Work::Planning { part, change };
                 Next::Again

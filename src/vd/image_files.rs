@@ -1,9 +1,9 @@
 //! The files an image consists of: the one that was named, and those it names itself.
 
-use super::references::extent_path;
+use super::references::{device_path, extent_path};
 use super::source::FileSource;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, CheckReport, Format, ImageFile, Repair};
+use crate::format::{self, CheckReport, Format, ImageFile, Reference, Repair};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile};
 use crate::limits::MAX_FILES;
 use crate::map::{FileId, ImageMap};
@@ -26,6 +26,8 @@ pub(crate) struct Further {
     pub(crate) how: OpenHow,
     /// `None`: no locks (looking only). Else how long to wait for one.
     pub(crate) lock_wait: Option<Duration>,
+    /// Disks of the host may be among them.
+    pub(crate) allow_raw_device: bool,
 }
 
 impl ImageFiles {
@@ -39,9 +41,23 @@ impl ImageFiles {
         write: bool,
         lock_wait: Option<Duration>,
     ) -> Result<Self> {
+        Self::open_with(path, stated, write, lock_wait, false)
+    }
+
+    /// The same, with disks of the host among the files if `allow_raw_device` says so.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(
+        path: &Path,
+        stated: Option<Format>,
+        write: bool,
+        lock_wait: Option<Duration>,
+        allow_raw_device: bool,
+    ) -> Result<Self> {
         let how = OpenHow { write, ..OpenHow::default() };
         let first: Arc<dyn HostFile> = Arc::new(OsFile::open(path, how)?);
-        let further = Further { how, lock_wait };
+        let further = Further { how, lock_wait, allow_raw_device };
         let lock = further.lock(&*first)?;
         let mut files = Self::around(path, first, stated, further)?;
         files.locks.extend(lock);
@@ -67,13 +83,18 @@ impl ImageFiles {
         for r in references {
             let write = further.how.write && r.writable;
             let further = Further { how: OpenHow { write, ..further.how }, ..further };
-            image.add(&r.name, further)?;
+            image.add(&r, further)?;
         }
         Ok(image)
     }
 
-    fn add(&mut self, name: &str, further: Further) -> Result<()> {
-        let path = extent_path(&self.path, name)?;
+    fn add(&mut self, reference: &Reference, further: Further) -> Result<()> {
+        let name = &reference.name;
+        let path = if reference.is_device {
+            device_path(&self.path, name, further.allow_raw_device)?
+        } else {
+            extent_path(&self.path, name)?
+        };
         let file: Arc<dyn HostFile> = Arc::new(OsFile::open(&path, further.how)?);
         let identity = file.traits().identity;
         if self.files.iter().any(|f| f.traits().identity == identity) {

@@ -59,6 +59,8 @@ pub struct OpenDisk {
     pub allow_parent_mismatch: bool,
     /// An image may be written although a diff in its folder has it as its parent.
     pub allow_write_to_parent: bool,
+    /// Images may describe disks of this host.
+    pub allow_raw_device: bool,
     /// What channels may do.
     pub options: DiskOptions,
 }
@@ -74,6 +76,7 @@ impl OpenDisk {
             lock_wait: None,
             allow_parent_mismatch: false,
             allow_write_to_parent: false,
+            allow_raw_device: false,
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
         }
     }
@@ -164,7 +167,7 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
             .hint("name its parents with --parent, base first"));
     }
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
-    let further = Further { how: open_how, lock_wait: how.lock_wait };
+    let further = Further { how: open_how, lock_wait: how.lock_wait, allow_raw_device: how.allow_raw_device };
     let lock = further.lock(&*file)?;
     refuse_if_replaced(spec, &*file)?;
     let mut image = ImageFiles::around(&spec.path, file, spec.format, further)?;

@@ -42,6 +42,20 @@ pub(super) fn extent_path(image: &Path, name: &str) -> Result<PathBuf> {
     if real.starts_with(&folder) { Ok(path) } else { Err(refused("which is not in its own folder")) }
 }
 
+/// The disk of the host that the image at `image` describes, if the operator allows that.
+///
+/// # Errors
+/// [`ErrorKind::PermissionDenied`].
+pub(super) fn device_path(image: &Path, name: &str, allowed: bool) -> Result<PathBuf> {
+    if !allowed {
+        let what = format!("describes the disk '{}' of this host", name.escape_debug());
+        return Err(Error::new(ErrorKind::PermissionDenied, what)
+            .at(image)
+            .hint("pass --allow-raw-device if that is meant"));
+    }
+    Ok(PathBuf::from(name))
+}
+
 /// `name` in `folder`, by its words alone: nothing above the folder, and no absolute name but one in it.
 fn inside(folder: &Path, name: &str) -> Option<PathBuf> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {

@@ -3,7 +3,7 @@
 
 use super::adc;
 use crate::error::Failure;
-use crate::limits::MAX_UNPACK_WINDOW;
+use crate::limits::{MAX_UNIT_BYTES, MAX_UNPACK_WINDOW};
 use crate::map::Codec;
 use bzip2::bufread::BzDecoder;
 use flate2::{Decompress, FlushDecompress, Status};
@@ -24,7 +24,8 @@ const XZ_OVERHEAD_KIB: u64 = 256;
 pub fn unpack(codec: Codec, packed: &[u8], out: &mut [u8]) -> Result<(), Failure> {
     let whole = match codec {
         Codec::Deflate => inflate(Decompress::new(false), packed, out),
-        Codec::Zlib => inflate_checked(packed, out),
+        Codec::Zlib => inflate_checked(packed, out, 0),
+        Codec::ZlibPadded => inflate_checked(packed, out, u64::from(MAX_UNIT_BYTES)),
         Codec::Zstd => unpack_zstd(packed, out),
         Codec::Adc => adc::unpack(packed, out),
         Codec::Bzip2 => whole_stream(BzDecoder::new(packed), out),
@@ -46,17 +47,20 @@ fn inflate(mut stream: Decompress, packed: &[u8], out: &mut [u8]) -> Option<()> 
     Some(())
 }
 
-/// The same of a stream with a checksum behind it, to its end.
-fn inflate_checked(packed: &[u8], out: &mut [u8]) -> Option<()> {
-    let (mut stream, mut from, mut to, mut behind) = (Decompress::new(true), 0, 0, [0]);
+/// The same of a stream with a checksum behind it, to its end: at most `most_behind` bytes more than fit.
+fn inflate_checked(packed: &[u8], out: &mut [u8], most_behind: u64) -> Option<()> {
+    let (mut stream, mut from, mut to, mut behind) = (Decompress::new(true), 0, 0, [0; 512]);
     loop {
         let full = to == out.len();
         let into = if full { &mut behind[..] } else { &mut out[to..] };
         let (read, made, status) = inflate_some(&mut stream, packed.get(from..)?, into)?;
-        (from, to) = (from + read, to + made);
+        from += read;
+        to += if full { 0 } else { made };
+        let too_much = stream.total_out() > out.len() as u64 + most_behind;
         match status {
+            _ if too_much => return None,
             Status::StreamEnd => return (to == out.len()).then_some(()),
-            _ if (full && made > 0) || (read, made) == (0, 0) => return None,
+            _ if (read, made) == (0, 0) => return None,
             _ => {}
         }
     }
@@ -100,7 +104,7 @@ mod tests {
 
     fn pack(codec: Codec, bytes: &[u8]) -> Vec<u8> {
         match codec {
-            Codec::Deflate | Codec::Zlib => deflate(codec, bytes),
+            Codec::Deflate | Codec::Zlib | Codec::ZlibPadded => deflate(codec, bytes),
             Codec::Zstd => compress_to_vec(bytes, CompressionLevel::Fastest),
             Codec::Adc => bytes.chunks(128).flat_map(|c| [&[0x7f + c.len() as u8], c].concat()).collect(),
             Codec::Bzip2 => {
@@ -125,13 +129,21 @@ mod tests {
 
     fn deflate(codec: Codec, bytes: &[u8]) -> Vec<u8> {
         let mut out = Vec::with_capacity(bytes.len() * 2 + 100);
-        let mut c = Compress::new(Compression::best(), codec == Codec::Zlib);
+        let mut c = Compress::new(Compression::best(), codec != Codec::Deflate);
         c.compress_vec(bytes, &mut out, FlushCompress::Finish).unwrap();
         out
     }
 
-    const ALL: [Codec; 7] =
-        [Codec::Deflate, Codec::Zlib, Codec::Zstd, Codec::Adc, Codec::Bzip2, Codec::Lzfse, Codec::Xz];
+    const ALL: [Codec; 8] = [
+        Codec::Deflate,
+        Codec::Zlib,
+        Codec::ZlibPadded,
+        Codec::Zstd,
+        Codec::Adc,
+        Codec::Bzip2,
+        Codec::Lzfse,
+        Codec::Xz,
+    ];
 
     /// Those with a checksum behind all they hold.
     const CHECKED: [Codec; 3] = [Codec::Zlib, Codec::Bzip2, Codec::Xz];
@@ -155,6 +167,21 @@ mod tests {
             assert!(unpack(codec, &packed, &mut out).is_err(), "{codec:?}");
             assert!(unpack(codec, &[], &mut out).is_err(), "{codec:?}");
         }
+    }
+
+    #[test]
+    fn a_unit_that_is_filled_up_is_read_to_its_checksum() {
+        let mut bytes = bytes_of(77, 700);
+        bytes.resize(70_000, 0);
+        let (mut packed, mut out) = (pack(Codec::Zlib, &bytes), vec![1; 700]);
+        assert!(unpack(Codec::Zlib, &packed, &mut out).is_err());
+        assert_eq!(unpack(Codec::ZlibPadded, &packed, &mut out), Ok(()));
+        assert!(out == bytes[..700]);
+        let last = packed.len() - 1;
+        packed[last] ^= 1;
+        assert!(unpack(Codec::ZlibPadded, &packed, &mut out).is_err());
+        let endless = pack(Codec::Zlib, &vec![0; 5 << 20]);
+        assert!(unpack(Codec::ZlibPadded, &endless, &mut out).is_err(), "more than any unit has");
     }
 
     /// A frame that asks for a window of 2 GiB.

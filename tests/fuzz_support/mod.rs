@@ -8,9 +8,9 @@ pub(crate) mod effort;
 pub(crate) mod image;
 pub(crate) mod messages;
 pub(crate) mod mutate;
+pub(crate) mod one_file;
 pub(crate) mod plain;
 pub(crate) mod sparse;
-pub(crate) mod vmdk;
 
 use crate::common::hostile::Choices;
 use std::fs::File;

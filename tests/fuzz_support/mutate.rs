@@ -194,3 +194,58 @@ pub(crate) fn vmdk(case: &mut Vec<u8>, r: &mut Random, max: usize) {
         }
     }
 }
+
+/// Changes that know where a QED or a QCOW has its numbers: the header, the first level, the tables that it names.
+pub(crate) fn levels(case: &mut Vec<u8>, r: &mut Random, max: usize) {
+    // where, and how many bytes
+    const QED: [(usize, usize); 11] =
+        [(4, 4), (8, 4), (12, 4), (16, 8), (24, 8), (32, 8), (40, 8), (48, 8), (56, 4), (60, 4), (16, 1)];
+    const QCOW: [(usize, usize); 8] = [(4, 4), (8, 8), (16, 4), (24, 8), (32, 1), (33, 1), (36, 4), (40, 8)];
+    if case.len() < 512 {
+        return bytes(case, r, max);
+    }
+    let big = case.starts_with(b"QFI");
+    let get = |case: &[u8], at: usize, n: usize| {
+        let raw = case.get(at..at + n).unwrap_or_default();
+        let shift = |(value, i): (u64, usize), b: &u8| match big {
+            true => (value << 8 | u64::from(*b), i + 1),
+            false => (value | u64::from(*b) << (8 * i), i + 1),
+        };
+        raw.iter().fold((0, 0), shift).0
+    };
+    let put = |case: &mut [u8], at: usize, n: usize, value: u64| {
+        let raw = if big { value.to_be_bytes() } else { value.to_le_bytes() };
+        let raw = if big { &raw[8 - n..] } else { &raw[..n] };
+        if let Some(to) = case.get_mut(at..at + n) {
+            to.copy_from_slice(raw);
+        }
+    };
+    for _ in 0..1 + r.below(3) {
+        let l1 = get(case, 40, 8).min(max as u64) as usize;
+        let first = get(case, l1, 8).min(max as u64) as usize;
+        let cluster = if big { 1 << (case[32] & 31) } else { get(case, 4, 4).max(1) };
+        let place = r.below(case.len() as u64 / cluster + 3).wrapping_mul(cluster);
+        match r.below(8) {
+            0 => {
+                let fields = if big { &QCOW[..] } else { &QED[..] };
+                let (at, n) = fields[r.below(fields.len() as u64) as usize];
+                let value = number(r, get(case, at, n));
+                put(case, at, n, value);
+            }
+            1 => put(case, l1 + 8 * r.below(4) as usize, 8, place),
+            2..=4 => put(case, first + 8 * r.below(32) as usize, 8, place),
+            5 => {
+                let value = number(r, place);
+                put(case, first + 8 * r.below(32) as usize, 8, value);
+            }
+            6 => (0..1 + r.below(12)).for_each(|_| case[448 + r.below(64) as usize] = r.next() as u8),
+            _ if r.below(3) == 0 => length(case, r, max),
+            _ if r.below(4) == 0 => return bytes(case, r, max),
+            _ => {}
+        }
+        if case.len() < 512 {
+            return;
+        }
+    }
+    case.truncate(max);
+}

@@ -1,6 +1,8 @@
 //! What the tests of vdimg share: running it, random disks, foreign judges.
 #![allow(dead_code)] // each test program uses its part
 
+pub(crate) mod shapes;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

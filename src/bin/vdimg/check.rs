@@ -7,10 +7,13 @@ use std::fmt::Write;
 use std::path::Path;
 use vdblk::Result;
 use vdblk::format::{CheckReport, Format, Severity};
-use vdblk::job::{Checked, Repaired, check_image, repair_image};
+use vdblk::job::{Checked, Repaired, check_image_with, repair_image_with};
 
 pub(crate) fn check(args: &Check) -> Result<u8> {
-    let Checked { format, report } = check_image(&args.image.spec(&args.file), args.lock.wait())?;
+    let Checked { format, report } = {
+        let allow_raw_device = args.image.parents.allow_raw_device;
+        check_image_with(&args.image.spec(&args.file), args.lock.wait(), allow_raw_device)?
+    };
     if report.is_none() && args.output == Output::Human {
         return nothing_to_do(format);
     }
@@ -81,7 +84,8 @@ fn json(file: &Path, format: Format, report: Option<&CheckReport>) -> String {
 pub(crate) fn repair(args: &Repair) -> Result<u8> {
     terminal::end_in_order();
     let spec = args.image.spec(&args.file);
-    let done = terminal::watched(|watch| repair_image(&spec, args.dry_run, args.lock.wait(), watch))?;
+    let (wait, allow) = (args.lock.wait(), args.image.parents.allow_raw_device);
+    let done = terminal::watched(|watch| repair_image_with(&spec, args.dry_run, wait, allow, watch))?;
     let (before, lines, after) = match done {
         Repaired::NothingToRepair(format) => return nothing_to_do(format),
         Repaired::Report { before, lines, after } => (before, lines, after),

@@ -16,6 +16,7 @@ pub(crate) fn run(args: &Compare) -> Result<u8> {
             parents: args.parents2.clone(),
             parent_dirs: args.parent_dirs2.clone(),
             allow_parent_mismatch: args.allow_parent_mismatch2,
+            allow_raw_device: args.image.parents.allow_raw_device,
         },
     };
     let a = open_disk(&args.image.open(&args.first, args.lock))?;

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
-use vdblk::job::{Inspected, human_bytes, inspect_image};
+use vdblk::job::{Inspected, human_bytes, inspect_image_with};
 use vdblk::map::ImageInfo;
 use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 
@@ -24,6 +24,10 @@ struct Json<'a> {
     modification_uuid: Option<String>,
     parent_uuid: Option<String>,
     parent_modification_uuid: Option<String>,
+    /// A VMDK's.
+    parent_content_id: Option<u32>,
+    /// What the image calls its parent's file.
+    parent_names: &'a [String],
     comment: Option<&'a str>,
     /// What is odd about it although nothing is in danger.
     notes: &'a [String],
@@ -76,7 +80,7 @@ struct Geometry {
 }
 
 pub(crate) fn run(args: &Info) -> Result<u8> {
-    let image = inspect_image(&args.image.spec(&args.file))?;
+    let image = inspect_image_with(&args.image.spec(&args.file), args.image.parents.allow_raw_device)?;
     let chain = chain(args, &image);
     let text = match args.output {
         Output::Json => json(&image, chain),
@@ -103,6 +107,8 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         modification_uuid: text(i.modification_uuid),
         parent_uuid: text(i.parent_uuid),
         parent_modification_uuid: text(i.parent_modification_uuid),
+        parent_content_id: i.parent_content_id,
+        parent_names: &i.parent_names,
         comment: i.comment.as_deref(),
         notes: &i.notes,
         geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
@@ -139,6 +145,9 @@ fn human(image: &Inspected) -> String {
             let _ = writeln!(t, "{name}: {}", u.hyphenated());
         }
     }
+    for name in &i.parent_names {
+        let _ = writeln!(t, "parent file: {}", name.escape_debug());
+    }
     for note in &i.notes {
         let _ = writeln!(t, "note: it {note}");
     }
@@ -162,6 +171,7 @@ fn chain(args: &Info, image: &Inspected) -> Result<Vec<Link>> {
         parents: args.image.parents.parents.clone(),
         parent_dirs: args.image.parents.parent_dirs.clone(),
         allow_parent_mismatch: args.image.parents.allow_parent_mismatch,
+        allow_raw_device: args.image.parents.allow_raw_device,
         lock_wait: None,
         options: DiskOptions { read_only: true, ..DiskOptions::default() },
         ..OpenDisk::new(&args.file)

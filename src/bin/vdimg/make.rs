@@ -4,7 +4,7 @@ use super::args::{Convert, Create};
 use super::terminal;
 use std::path::{Path, PathBuf};
 use vdblk::format::NewParent;
-use vdblk::job::{self, CreateImage, create_image};
+use vdblk::job::{self, CreateImage, RawDiskWish, create_image, look_at_raw_disk};
 use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
 use vdblk::{Error, ErrorKind, Result};
 
@@ -12,12 +12,21 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
     // Open until the image is made: nobody may change the parent meanwhile.
     let parent = open_parent(args)?;
     let parent_info = parent.as_ref().map(|p| p.images[0].info.clone());
-    let size = args.size.or(parent_info.as_ref().map(|p| p.virtual_size));
+    let wish = args.raw_device.as_ref().map(|device| RawDiskWish {
+        device: device.clone(),
+        partitions: args.partitions.clone(),
+        relative: args.relative,
+        read_only: args.raw_read_only,
+    });
+    let raw_disk = wish.as_ref().map(look_at_raw_disk).transpose()?;
+    let (raw_disk, raw_size) = raw_disk.unzip();
+    let size = args.size.or(raw_size).or(parent_info.as_ref().map(|p| p.virtual_size));
     let Some(size_bytes) = size else {
         return Err(Error::new(ErrorKind::InvalidArgument, "no size: give --size or --parent"));
     };
     // The geometry belongs to a size.
-    let geometry = parent_info.as_ref().filter(|p| p.virtual_size == size_bytes).and_then(|p| p.geometry);
+    let of_parent = parent_info.as_ref().filter(|p| p.virtual_size == size_bytes).and_then(|p| p.geometry);
+    let geometry = args.format.geometry_from(of_parent);
     let parent = args.parents.parents.last().zip(parent_info);
     let parent = parent.map(|(spec, info)| NewParent { info, path: named_from(&args.file, &spec.path) });
     create_image(&CreateImage {
@@ -27,6 +36,7 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
         comment: args.comment.clone(),
         geometry,
         options: args.options.clone(),
+        raw_disk,
         ..CreateImage::new(&args.file, args.format, size_bytes)
     })?;
     Ok(0)

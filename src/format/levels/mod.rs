@@ -1,11 +1,15 @@
 //! Images whose tables have two levels and know nothing but offsets: QED and the first QCOW. Entries have 64 bits; one of 0 says
 //! *nothing here*. The first level is kept whole, the second in pages.
 
+mod closing;
+pub(super) mod create;
 mod map;
 mod survey;
+mod writer;
 
-pub(super) use map::LevelMap;
+pub(super) use map::{Header, LevelMap};
 pub(super) use survey::{Extra, Survey};
+pub(super) use writer::Marking;
 
 use super::report::{CheckReport, Repair};
 use crate::error::{Error, ErrorKind, Failure, Result};
@@ -57,6 +61,13 @@ impl Dialect {
             Dialect::Qcow => u64::from_be_bytes(raw),
         }
     }
+
+    fn bytes(self, number: u64) -> [u8; 8] {
+        match self {
+            Dialect::Qed => number.to_le_bytes(),
+            Dialect::Qcow => number.to_be_bytes(),
+        }
+    }
 }
 
 impl Geometry {
@@ -68,6 +79,12 @@ impl Geometry {
     /// Entries of the first level that the disk needs.
     pub(super) fn l1_entries(&self) -> u64 {
         self.disk_bytes.div_ceil(self.span())
+    }
+
+    /// Clusters that a second-level table takes.
+    fn table_clusters(&self) -> u32 {
+        let n = self.table_bytes.div_ceil(self.cluster_bytes);
+        u32::try_from(n).expect("tables have 16 clusters at most, or 64 KiB")
     }
 
     /// Clusters of the disk.
@@ -195,12 +212,17 @@ impl Geometry {
 /// The check of an image whose header `read` reads.
 ///
 /// # Errors
-/// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], and those of reading.
+/// [`ErrorKind::NotThisFormat`], [`ErrorKind::Unsupported`], [`ErrorKind::Limit`] for tables or files too large to be looked
+/// through, and those of reading.
 pub(super) fn check(source: &dyn ByteSource, read: ReadHeader) -> Result<CheckReport> {
-    let examined = read(source).and_then(|(geometry, extra)| Survey::of(source, geometry, extra));
-    match examined {
+    let examined = read(source).map_err(|e| match e.kind() {
+        // a header that asks for too much is a wrong one
+        ErrorKind::Limit => Error::new(ErrorKind::Corrupt, e.to_string()),
+        _ => e,
+    });
+    match examined.and_then(|(geometry, extra)| Survey::of(source, geometry, extra)) {
         Ok(survey) => Ok(survey.report),
-        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Limit) => Ok(CheckReport::hopeless(&e)),
+        Err(e) if e.kind() == ErrorKind::Corrupt => Ok(CheckReport::hopeless(&e)),
         Err(e) => Err(e),
     }
 }

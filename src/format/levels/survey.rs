@@ -4,11 +4,12 @@ use super::{Cluster, Geometry};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::report::{CheckReport, Repair, RepairStep, Severity};
 use crate::limits::{MAX_CHECK_LINES, MAX_TABLE_BYTES, TABLE_PIECE_BYTES};
-use crate::map::{ByteSource, FileId, HostOffset};
-use std::collections::HashSet;
+use crate::map::{Bitmap, ByteSource, FileId, HostOffset};
 
 /// Entries a repair makes free; a crash leaves a handful.
 const MAX_MENDS: usize = 1 << 16;
+/// Clusters of a file that are told apart, a bit each.
+const MAX_CLUSTERS: u64 = 1 << 28;
 const FILE: FileId = FileId(0);
 
 /// What every format of the family says to a check besides its [`Geometry`].
@@ -20,14 +21,33 @@ pub(in super::super) struct Extra {
     pub(in super::super) mark: Option<(u64, u8)>,
 }
 
+/// Which clusters of a file are in use.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// All below this are.
+    metadata: u32,
+    /// None is from this on.
+    pub(super) end: u32,
+    used: Bitmap,
+    packed: Bitmap,
+}
+
+impl Places {
+    pub(super) fn is_used(&self, n: u32) -> bool {
+        n < self.metadata || self.used.contains(n) || self.packed.contains(n)
+    }
+}
+
 /// An image that was looked at.
 pub(in super::super) struct Survey<'a> {
     source: &'a dyn ByteSource,
     geometry: Geometry,
     extra: Extra,
     pub(in super::super) report: CheckReport,
-    /// Beginnings of clusters in use, tables included.
-    used: HashSet<u64>,
+    /// Clusters of the file in use, tables included.
+    used: Bitmap,
+    /// Those that packed ones touch.
+    packed: Bitmap,
     /// Where the last of them ends.
     end: u64,
     /// Entries that name nothing that could be read: where they are, and a line about each.
@@ -40,12 +60,13 @@ impl<'a> Survey<'a> {
     /// Looks at everything.
     ///
     /// # Errors
-    /// Those of reading, and [`ErrorKind::Limit`] for tables of more than [`MAX_TABLE_BYTES`].
+    /// Those of reading; [`ErrorKind::Limit`] for tables of more than [`MAX_TABLE_BYTES`], or more than [`MAX_CLUSTERS`];
+    /// [`ErrorKind::Corrupt`] for more than [`MAX_MENDS`] wrong entries.
     pub(in super::super) fn of(source: &'a dyn ByteSource, geometry: Geometry, extra: Extra) -> Result<Self> {
         let report = CheckReport { blocks: geometry.blocks(), ..CheckReport::default() };
-        let (used, mends) = (HashSet::new(), Vec::new());
-        let mut survey =
-            Survey { source, geometry, extra, report, used, end: extra.metadata_end, mends, seen: 0 };
+        let (used, packed, mends) = (Bitmap::new(), Bitmap::new(), Vec::new());
+        let end = extra.metadata_end;
+        let mut survey = Survey { source, geometry, extra, report, used, packed, end, mends, seen: 0 };
         for (index, entry) in (0u64..).zip(geometry.load_l1(source)?) {
             survey.table(index, entry)?;
         }
@@ -72,7 +93,7 @@ impl<'a> Survey<'a> {
     /// An entry that can be made free without losing what can be read.
     fn wrong(&mut self, at: u64, what: String) -> Result<()> {
         if self.mends.len() == MAX_MENDS {
-            return Err(Error::new(ErrorKind::Limit, "more entries are wrong than any crash explains"));
+            return Err(Error::new(ErrorKind::Corrupt, "more entries are wrong than any crash explains"));
         }
         self.mends.push((at, what.clone()));
         self.report.add(Severity::Corruption, true, what);
@@ -91,7 +112,7 @@ impl<'a> Survey<'a> {
             return self.wrong(g.l1_at + index * 8, what);
         };
         let Some(at) = table else { return Ok(()) };
-        if !self.take(at, g.table_bytes) {
+        if !self.take(at, g.table_bytes)? {
             let what = format!("table {index} lies at byte {at}, where something else lies already");
             self.report.add(Severity::Corruption, false, what);
             return Ok(());
@@ -128,7 +149,7 @@ impl<'a> Survey<'a> {
             }
             Ok(Cluster::At(place)) => {
                 self.report.allocated += 1;
-                if !self.take(place.0, self.geometry.cluster_bytes) {
+                if !self.take(place.0, self.geometry.cluster_bytes)? {
                     let what = format!("cluster {block} lies at {place}, where something else lies already");
                     self.report.add(Severity::Corruption, false, what);
                 }
@@ -138,21 +159,59 @@ impl<'a> Survey<'a> {
             Ok(Cluster::Packed { at, len }) => {
                 self.report.allocated += 1;
                 self.end = self.end.max(at.0 + u64::from(len));
+                let mut shared = false;
+                for n in self.clusters(at.0, u64::from(len))? {
+                    self.packed.insert(n);
+                    shared |= self.used.contains(n);
+                }
+                if shared {
+                    let what =
+                        format!("packed cluster {block} lies at {at}, where something else lies already");
+                    self.report.add(Severity::Corruption, false, what);
+                }
                 Ok(())
             }
             Ok(Cluster::Free | Cluster::Zero) => Ok(()),
         }
     }
 
-    /// False if a part of it is in use already.
-    fn take(&mut self, at: u64, bytes: u64) -> bool {
-        self.end = self.end.max(at + bytes);
-        let step = usize::try_from(self.geometry.cluster_bytes).unwrap_or(usize::MAX);
-        let mut new = true;
-        for cluster in (at..at + bytes).step_by(step) {
-            new &= self.used.insert(cluster);
+    /// The clusters of the file that a part of it lies in.
+    fn clusters(&self, at: u64, bytes: u64) -> Result<std::ops::Range<u32>> {
+        let (first, end) =
+            (at / self.geometry.cluster_bytes, (at + bytes).div_ceil(self.geometry.cluster_bytes));
+        match (u32::try_from(first), u32::try_from(end)) {
+            (Ok(first), Ok(end)) if u64::from(end) <= MAX_CLUSTERS => Ok(first..end),
+            _ => {
+                let what = format!("it has more than {MAX_CLUSTERS} clusters, too many to be told apart");
+                Err(Error::new(ErrorKind::Limit, what))
+            }
         }
-        new
+    }
+
+    /// False if a part of it is in use already.
+    fn take(&mut self, at: u64, bytes: u64) -> Result<bool> {
+        self.end = self.end.max(at + bytes);
+        let mut new = true;
+        for n in self.clusters(at, bytes)? {
+            new &= self.used.insert(n) && !self.packed.contains(n);
+        }
+        Ok(new)
+    }
+
+    /// Where new clusters may go, for whoever is to write.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where something is wrong that a change could make worse.
+    pub(super) fn places(self) -> Result<Places> {
+        if let Some(f) = self.report.findings.iter().find(|f| f.severity == Severity::Corruption) {
+            let e = Error::new(ErrorKind::Corrupt, format!("{}, so it is not written", f.text));
+            return Err(e.hint("vdimg check tells everything that is wrong, vdimg repair may put it right"));
+        }
+        let cluster = self.geometry.cluster_bytes;
+        let end = self.clusters(0, self.kept_end())?.end;
+        let metadata = self.clusters(0, self.extra.metadata_end)?.end;
+        debug_assert_eq!(u64::from(end) * cluster, self.kept_end());
+        Ok(Places { metadata, end, used: self.used, packed: self.packed })
     }
 
     /// Entries that name nothing become free, the end is cut off, and the mark is taken off last.

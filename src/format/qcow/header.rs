@@ -7,11 +7,11 @@ use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset, ImageInfo};
 
 /// The first four bytes, of QCOW2 as well.
-const MAGIC: u32 = 0x5146_49fb;
+pub(super) const MAGIC: u32 = 0x5146_49fb;
 /// Bytes of the fields.
-const FIELD_BYTES: usize = 48;
+pub(super) const FIELD_BYTES: usize = 48;
 /// Largest first-level table: enough for 2 TiB in the smallest clusters QEMU makes.
-const MAX_L1_BYTES: u64 = 16 << 20;
+pub(super) const MAX_L1_BYTES: u64 = 16 << 20;
 
 /// The header, as far as it is used.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! QEMU's first copy-on-write format. docs/formats/qcow.md says what its bytes mean.
 
+mod create;
 mod header;
 
 use super::levels::{self, Extra, Geometry, LevelMap};
@@ -13,12 +14,18 @@ pub(super) const DRIVER: Driver = Driver {
         let ImageFile { id, source } = only(files);
         let header = header::Header::read(source)?;
         let geometry = header.geometry(source.len())?;
-        Ok(Box::new(LevelMap::open(source, id, how, geometry, header.info())?))
+        let (extra, info) = (header.extra(&geometry), header.info());
+        Ok(Box::new(LevelMap::open(
+            source,
+            id,
+            how,
+            levels::Header { geometry, extra, info, zeros: None, marking: None },
+        )?))
     },
     references: None,
     check: Some(|files| levels::check(only(files).source, examine)),
     repair: Some(|files| levels::repair(only(files).source, examine)),
-    blueprint: None,
+    blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };

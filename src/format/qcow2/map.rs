@@ -90,7 +90,9 @@ impl Qcow2Map {
     ) -> Result<Self> {
         let l1 = if how.info_only { Box::default() } else { load_l1(source, &layout)? };
         let l2_pages = layout.l1_needed() * (layout.cluster_bytes() / layout.page_bytes());
-        let pages = PageCache::new(layout.page_bytes(), l2_pages, TABLE_CACHE_BYTES);
+        let first = layout.l1_needed() * 8;
+        let most = TABLE_CACHE_BYTES.saturating_sub(first).max(TABLE_CACHE_BYTES / 4);
+        let pages = PageCache::new(layout.page_bytes(), l2_pages, most);
         let codec = if header.compression() == 1 { Codec::Zstd } else { Codec::Deflate };
         let fixed = fixed_ranges(&header, &layout);
         let is_diff = header.backing.is_some();

@@ -1,24 +1,26 @@
 //! The header: 64 bytes, little endian. Offsets in docs/formats/qed.md.
 
-use super::super::levels::{Dialect, Extra, Geometry, read_name};
+use super::super::levels::{Dialect, Extra, Geometry, Marking, read_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_DISK_BYTES, MAX_TABLE_BYTES, SECTOR_BYTES};
 use crate::map::{ByteSource, HostOffset, ImageInfo};
 
 /// The first four bytes.
-const MAGIC: &[u8; 4] = b"QED\0";
+pub(super) const MAGIC: &[u8; 4] = b"QED\0";
 /// Bytes of the fields.
-const FIELD_BYTES: usize = 64;
+pub(super) const FIELD_BYTES: usize = 64;
 /// Where the features are.
 const FEATURES_AT: u64 = 16;
+/// Features that whoever writes has to clear if he does not know them, and we know none.
+const AUTOCLEAR: std::ops::Range<usize> = 32..40;
 /// There is a backing file.
-const BACKING: u64 = 1;
+pub(super) const BACKING: u64 = 1;
 /// The tables may not be right: the last writer did not close the image.
 const NEED_CHECK: u64 = 1 << 1;
 /// The backing file is raw, whatever it looks like.
-const BACKING_RAW: u64 = 1 << 2;
+pub(super) const BACKING_RAW: u64 = 1 << 2;
 /// Sizes of clusters.
-const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 4096..=64 << 20;
+pub(super) const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 4096..=64 << 20;
 
 /// The header, as far as it is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,6 +131,29 @@ impl Header {
         let byte = u8::try_from(self.features & !NEED_CHECK).expect("no other features are known");
         let mark = (self.features & NEED_CHECK != 0).then_some((FEATURES_AT, byte));
         Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end), mark }
+    }
+
+    /// The entry of a cluster of zeros. VirtualBox knows none: it shows what is at byte 1 of the file, and writes there. So diffs of
+    /// its own get none, which are told by their parents' names: nobody else puts those where QEMU refuses them.
+    pub(super) fn zeros(&self) -> Option<u64> {
+        let header_bytes = u64::from(self.header_clusters) * u64::from(self.cluster_bytes);
+        (self.name_end <= header_bytes).then_some(1)
+    }
+
+    /// How a writer leaves its mark. Whatever others have added that a writer has to know goes with it.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub(super) fn marking(&self, source: &dyn ByteSource) -> Result<Marking> {
+        let mut sector = [0; SECTOR_BYTES as usize];
+        source.read_at(HostOffset(0), &mut sector)?;
+        let mark = |sector: &mut [u8; SECTOR_BYTES as usize], in_use| {
+            let bit = u8::try_from(NEED_CHECK).expect("one of the low bits");
+            let features = &mut sector[FEATURES_AT as usize];
+            *features = if in_use { *features | bit } else { *features & !bit };
+            sector[AUTOCLEAR].fill(0);
+        };
+        Ok(Marking { sector, mark })
     }
 
     pub(super) fn info(&self) -> ImageInfo {

@@ -1,5 +1,6 @@
 //! QEMU's enhanced disk. docs/formats/qed.md says what its bytes mean.
 
+mod create;
 mod header;
 
 use super::levels::{self, Extra, Geometry, LevelMap};
@@ -13,12 +14,19 @@ pub(super) const DRIVER: Driver = Driver {
         let ImageFile { id, source } = only(files);
         let header = header::Header::read(source)?;
         let geometry = header.geometry(source.len())?;
-        Ok(Box::new(LevelMap::open(source, id, how, geometry, header.info())?))
+        let header = levels::Header {
+            geometry,
+            extra: header.extra(&geometry),
+            info: header.info(),
+            zeros: header.zeros(),
+            marking: Some(header.marking(source)?),
+        };
+        Ok(Box::new(LevelMap::open(source, id, how, header)?))
     },
     references: None,
     check: Some(|files| levels::check(only(files).source, examine)),
     repair: Some(|files| levels::repair(only(files).source, examine)),
-    blueprint: None,
+    blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };

@@ -183,8 +183,8 @@ impl Layout {
         match entry {
             Entry::Free => 0,
             Entry::Zero => 2,
-            Entry::At(at) => at / MIB << 20 | 6,
-            Entry::Partly(at) => at / MIB << 20 | 7,
+            Entry::At(at) => at | 6,
+            Entry::Partly(at) => at | 7,
         }
     }
 

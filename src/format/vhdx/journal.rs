@@ -80,7 +80,7 @@ impl Journal {
     /// failed is written over by one that is as long.
     fn fits(&self, s: &State, changes: u64) -> bool {
         let used = s.head + s.flight.map_or(0, |(len, _)| len);
-        changes <= self.most_changes && used + 2 * changes + 1 <= self.ring
+        changes <= self.most_changes && used + 2 * changes < self.ring
     }
 
     /// Room for one change; [`Self::release`] gives it back.

@@ -17,6 +17,7 @@ use crate::map::{
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan,
     PlanToken, Settled,
 };
+use crate::probe::small::SIMULATED;
 use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
 
@@ -89,9 +90,13 @@ impl VhdxMap {
     /// Opens the image. Its log is replayed in memory; it goes to the file before the first change, not before.
     ///
     /// # Errors
-    /// As [`super::super::open`].
+    /// As [`super::super::open`]; [`crate::ErrorKind::Unsupported`] for writing outside of the simulator.
     pub(super) fn open(source: &dyn ByteSource, file: FileId, how: OpenHow) -> Result<Self> {
         let parts = Parts::read(source)?;
+        if !how.read_only && !SIMULATED {
+            return Err(unsupported("VHDX images are only read so far, not written")
+                .hint("open it read-only, or convert it to vdi or vhd"));
+        }
         let table = parts.table(source)?;
         let has_place =
             |raw: &&u64| matches!(parts.layout.entry(**raw), Some(Entry::At(_) | Entry::Partly(_)));
@@ -283,10 +288,15 @@ impl ImageMap for VhdxMap {
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table: BITMAPS, number } = key else { return Err(Failure::Corrupt) };
         let layout = &self.parts.layout;
-        let raw = self.raw(layout.bitmap_index(number / BITMAP_PAGES)).ok_or(Failure::Corrupt)?;
+        let chunk = number / BITMAP_PAGES;
+        let raw = self.raw(layout.bitmap_index(chunk)).ok_or(Failure::Corrupt)?;
         let at = HostOffset(layout.bitmap(raw).ok_or(Failure::Corrupt)?);
         let len = usize::try_from(META_PAGE_BYTES).expect("small");
-        Ok(PagePlace { file: self.file, off: at.plus(number % BITMAP_PAGES * META_PAGE_BYTES), len })
+        Ok(PagePlace {
+            file: self.file,
+            off: at.plus((number - chunk * BITMAP_PAGES) * META_PAGE_BYTES),
+            len,
+        })
     }
 
     fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {

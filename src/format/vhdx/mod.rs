@@ -1,5 +1,6 @@
 //! VHDX, Hyper-V's disk image of the second generation: two headers, a log, two copies of a table of regions, metadata by
-//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes.
+//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes, which only
+//! the simulator may make yet.
 
 mod bat;
 mod check;
@@ -17,6 +18,7 @@ mod replayed;
 mod writer;
 
 use super::{Driver, ImageFile, only};
+use crate::probe::small::SIMULATED;
 use map::VhdxMap;
 
 /// VHDX as one of the formats.
@@ -28,7 +30,7 @@ pub(super) const DRIVER: Driver = Driver {
     references: None,
     check: Some(|files| check::check(only(files).source)),
     repair: Some(|files| repair::repair(only(files).source)),
-    blueprint: Some(create::blueprint),
+    blueprint: if SIMULATED { Some(create::blueprint) } else { None },
     keeps_comment: false,
     keeps_geometry: false,
 };

@@ -7,9 +7,10 @@ use super::descriptor::{Access, Keep};
 use super::layout::{Entry, Layout, MARKER_BYTES};
 use super::open::{Placed, find_descriptor, of_extent, placed};
 use super::places::Dense;
+use super::sesparse::SeSparse;
 use super::sparse::{layout_of, tables_of, whole};
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES};
 use crate::map::HostOffset;
 
 /// Tables of one extent that a check holds: those of 4 TiB, more than entries can name places.
@@ -70,6 +71,14 @@ impl<'a> Examined<'a> {
                 let extent = Extent::read(file, p)?;
                 extent.judge(&mut self.report);
                 self.extents.push(extent);
+            }
+            (Keep::SeSparse, Some(file)) => {
+                let (id, report) = (file.id, &mut self.report);
+                let extent = SeSparse::open(file.source, id, 0, p.range, META_PAGE_BYTES)?;
+                let mut wrong = |what| report.add(Severity::Corruption, false, what);
+                let (blocks, allocated) = extent.check(file.source, &mut wrong)?;
+                report.blocks += blocks;
+                report.allocated += allocated;
             }
             (Keep::Flat, Some(file)) => {
                 let end = HostOffset(p.line.offset * SECTOR_BYTES).checked_add(p.range.len());

@@ -1,9 +1,10 @@
 //! New VMDKs, laid out as VirtualBox and QEMU do: descriptor at sector 1, the redundant directory and its tables, then the
 //! other, then grains from a whole grain on.
 
-use super::super::blueprint::refused;
-use super::super::{Blueprint, NewFile, NewImage};
+use super::super::blueprint::{Sequential, refused};
+use super::super::{Blueprint, NewFile, NewImage, RawArea, RawAreaKind, RawDisk};
 use super::header::{FLAG_NEWLINE, FLAG_REDUNDANT, FLAG_ZEROED, KDMV, RawKdmv};
+use super::stream::Stream;
 use super::table::ENTRY_BYTES;
 use super::text::cid_of;
 use crate::error::{Error, Result};
@@ -32,6 +33,8 @@ enum Variant {
     Split,
     SplitFlat,
     Esx,
+    Stream,
+    RawDisk,
 }
 
 impl std::str::FromStr for Variant {
@@ -44,15 +47,19 @@ impl std::str::FromStr for Variant {
             "split2g" => Ok(Variant::Split),
             "split2g-flat" => Ok(Variant::SplitFlat),
             "esx" => Ok(Variant::Esx),
-            "stream" => Err(refused("streamOptimized VMDKs cannot be created yet")),
-            "rawdisk" => Err(refused("VMDKs of raw disks cannot be created")),
+            "stream" => Ok(Variant::Stream),
+            "rawdisk" => Ok(Variant::RawDisk),
             _ => Err(refused(format!("unknown variant '{name}' of VMDK"))
-                .hint("sparse, flat, split2g, split2g-flat or esx")),
+                .hint("sparse, flat, split2g, split2g-flat, stream, rawdisk or esx")),
         }
     }
 }
 
 impl Variant {
+    fn of(new: &NewImage) -> Result<Self> {
+        new.variant.as_deref().map_or(Ok(Variant::default()), str::parse)
+    }
+
     fn create_type(self) -> &'static str {
         match self {
             Variant::Sparse => "monolithicSparse",
@@ -60,6 +67,8 @@ impl Variant {
             Variant::Split => "twoGbMaxExtentSparse",
             Variant::SplitFlat => "twoGbMaxExtentFlat",
             Variant::Esx => "vmfs",
+            Variant::Stream => "streamOptimized",
+            Variant::RawDisk => "partitionedDevice",
         }
     }
 
@@ -70,10 +79,15 @@ impl Variant {
     /// The word and the end of an extent's line.
     fn words(self) -> (&'static str, &'static str) {
         match self {
-            Variant::Sparse | Variant::Split => ("SPARSE", ""),
-            Variant::Flat | Variant::SplitFlat => ("FLAT", " 0"),
+            Variant::Sparse | Variant::Split | Variant::Stream => ("SPARSE", ""),
+            Variant::Flat | Variant::SplitFlat | Variant::RawDisk => ("FLAT", " 0"),
             Variant::Esx => ("VMFS", ""),
         }
+    }
+
+    fn lines(self, extents: &[NewExtent]) -> Vec<String> {
+        let (word, end) = self.words();
+        extents.iter().map(|e| format!("RW {} {word} \"{}\"{end}", e.sectors, e.name)).collect()
     }
 }
 
@@ -89,7 +103,14 @@ struct NewExtent {
 /// As [`super::super::blueprint`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     new.only_options(&["grain_size", "zeroed_grain"])?;
-    let variant: Variant = new.variant.as_deref().map_or(Ok(Variant::default()), str::parse)?;
+    let variant = Variant::of(new)?;
+    if variant == Variant::Stream {
+        return Err(refused("a streamOptimized VMDK is written once, with all its disk holds")
+            .hint("vdimg convert --output-format vmdk --variant stream makes one"));
+    }
+    if variant == Variant::RawDisk {
+        return Err(refused("no raw disk was named").hint("--raw-device DEV"));
+    }
     if new.parent.is_some() && !variant.is_sparse() {
         return Err(refused("a differencing image cannot be flat").hint("sparse or split2g"));
     }
@@ -98,7 +119,7 @@ pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
         return Err(refused("a flat VMDK has no grains"));
     }
     let extents = extents(new, variant)?;
-    let text = descriptor(new, variant, &extents)?;
+    let text = descriptor(new, variant, variant.create_type(), &variant.lines(&extents))?;
     if variant == Variant::Sparse {
         let file = sparse.file(None, extents[0].sectors, Some(&text))?;
         return Ok(Blueprint { files: vec![file] });
@@ -118,26 +139,98 @@ pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     Ok(Blueprint { files })
 }
 
+/// A new stream; `None` for the variants that are made empty.
+///
+/// # Errors
+/// As [`super::super::sequential`].
+pub(in super::super) fn sequential(new: &NewImage) -> Result<Option<Box<dyn Sequential>>> {
+    if Variant::of(new)? != Variant::Stream {
+        return Ok(None);
+    }
+    new.only_options(&[])?;
+    if new.parent.is_some() {
+        return Err(refused("a differencing image cannot be a stream").hint("sparse or split2g"));
+    }
+    let extents = extents(new, Variant::Stream)?;
+    let kind = Variant::Stream;
+    let text = descriptor(new, kind, kind.create_type(), &kind.lines(&extents))?;
+    Ok(Some(Box::new(Stream::new(extents[0].sectors, text)?)))
+}
+
 /// Bytes in pieces of bounded size.
 fn pieces_of(at: HostOffset, bytes: Vec<u8>) -> Vec<(HostOffset, Vec<u8>)> {
     let offsets = (0u64..).step_by(TABLE_PIECE_BYTES);
     offsets.zip(bytes.chunks(TABLE_PIECE_BYTES)).map(|(off, piece)| (at.plus(off), piece.to_vec())).collect()
 }
 
-fn extents(new: &NewImage, variant: Variant) -> Result<Vec<NewExtent>> {
-    let name = &new.file_name;
-    if name.chars().any(|c| c.is_control() || matches!(c, '"' | '\u{fffd}')) {
+/// A new image of a disk of the host: the areas as extents, the copies of its partition table in a file of their own.
+///
+/// # Errors
+/// As [`super::super::raw_disk`].
+pub(in super::super) fn raw_disk(new: &NewImage, disk: &RawDisk) -> Result<Blueprint> {
+    new.only_options(&[])?;
+    if new.variant.is_some() && Variant::of(new)? != Variant::RawDisk {
+        return Err(refused("a raw disk was named, but another variant").hint("--variant rawdisk"));
+    }
+    if new.parent.is_some() {
+        return Err(refused("a differencing image cannot be of a raw disk").hint("make one over it"));
+    }
+    let table = format!("{}-pt.vmdk", stem(&new.file_name)?);
+    let (mut lines, mut copied) = (Vec::new(), Vec::new());
+    for RawArea { sectors, kind } in &disk.areas {
+        lines.push(match kind {
+            RawAreaKind::Device { name, .. } if is_unspeakable(name) => {
+                return Err(refused("a descriptor cannot hold the device's name"));
+            }
+            RawAreaKind::Device { name, offset, read_only } => {
+                let access = if *read_only { "RDONLY" } else { "RW" };
+                format!("{access} {sectors} FLAT \"{name}\" {offset}")
+            }
+            RawAreaKind::Copy(bytes) => {
+                let at = copied.len() as u64 / SECTOR_BYTES;
+                copied.extend(bytes);
+                format!("RW {sectors} FLAT \"{table}\" {at}")
+            }
+            RawAreaKind::Hidden => format!("RW {sectors} ZERO"),
+        });
+    }
+    let kind = if disk.is_whole { "fullDevice" } else { Variant::RawDisk.create_type() };
+    let text = descriptor(new, Variant::RawDisk, kind, &lines)?;
+    let mut files = Vec::new();
+    if !copied.is_empty() {
+        let len = copied.len() as u64;
+        let pieces = Box::new(pieces_of(HostOffset(0), copied).into_iter());
+        files.push(NewFile { name: Some(table), len, preallocate: None, pieces });
+    }
+    let len = text.len() as u64;
+    files.extend(Blueprint::single(len, None, pieces_of(HostOffset(0), text.into_bytes())).files);
+    Ok(Blueprint { files })
+}
+
+/// A name that cannot stand in a descriptor.
+fn is_unspeakable(name: &str) -> bool {
+    name.chars().any(|c| c.is_control() || matches!(c, '"' | '\u{fffd}'))
+}
+
+/// The image's name without its extension.
+fn stem(name: &str) -> Result<&str> {
+    if is_unspeakable(name) {
         return Err(refused("a descriptor cannot hold that file name").hint("choose a name without quotes"));
     }
     let cut = name
         .len()
         .checked_sub(5)
         .filter(|n| name.is_char_boundary(*n) && name[*n..].eq_ignore_ascii_case(".vmdk"));
-    let stem = &name[..cut.unwrap_or(name.len())];
+    Ok(&name[..cut.unwrap_or(name.len())])
+}
+
+fn extents(new: &NewImage, variant: Variant) -> Result<Vec<NewExtent>> {
+    let name = &new.file_name;
+    let stem = stem(name)?;
     let all = new.size_bytes / SECTOR_BYTES;
     let letter = match variant {
-        Variant::Sparse => return Ok(vec![NewExtent { sectors: all, name: name.clone() }]),
-        Variant::Flat | Variant::Esx => {
+        Variant::Sparse | Variant::Stream => return Ok(vec![NewExtent { sectors: all, name: name.clone() }]),
+        Variant::Flat | Variant::Esx | Variant::RawDisk => {
             return Ok(vec![NewExtent { sectors: all, name: format!("{stem}-flat.vmdk") }]);
         }
         Variant::Split => 's',
@@ -239,7 +332,7 @@ fn escaped(comment: &str) -> String {
     comment.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r")
 }
 
-fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result<String> {
+fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) -> Result<String> {
     let nil = Uuid::nil();
     let parent = new.parent.as_ref();
     let uuid = new.uuid.unwrap_or_else(Uuid::new_v4);
@@ -249,7 +342,7 @@ fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result
     let mut t = String::from("# Disk DescriptorFile\nversion=1\n");
     t += &format!("CID={:08x}\n", cid_of(new.modification));
     let parent_cid = parent.and_then(|p| p.info.content_id).unwrap_or(u32::MAX);
-    t += &format!("parentCID={parent_cid:08x}\ncreateType=\"{}\"\n", variant.create_type());
+    t += &format!("parentCID={parent_cid:08x}\ncreateType=\"{kind}\"\n");
     if let Some(path) = parent.and_then(|p| p.path.as_deref()) {
         if path.chars().any(|c| c.is_control() || c == '"') {
             return Err(refused("a descriptor cannot hold the parent's file name"));
@@ -257,10 +350,7 @@ fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result
         t += &format!("parentFileNameHint=\"{path}\"\n");
     }
     t += "\n# Extent description\n";
-    let (word, end) = variant.words();
-    for e in extents {
-        t += &format!("RW {} {word} \"{}\"{end}\n", e.sectors, e.name);
-    }
+    extents.iter().for_each(|line| t += &format!("{line}\n"));
     let adapter = if variant == Variant::Esx { "lsilogic" } else { "ide" };
     t += "\n# The disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"4\"\n";
     t += &format!("ddb.adapterType=\"{adapter}\"\n");
@@ -268,19 +358,15 @@ fn descriptor(new: &NewImage, variant: Variant, extents: &[NewExtent]) -> Result
     t += &format!(
         "ddb.geometry.cylinders=\"{c}\"\nddb.geometry.heads=\"{h}\"\nddb.geometry.sectors=\"{s}\"\n"
     );
-    // A raw file has no UUID to name; a diff names it by content id or file name.
-    let of_parent = |u: Option<Uuid>| u.unwrap_or(nil);
+    // Without a content ID only the parent's UUID says that there is a parent; one of a format that has no UUIDs gets one
+    // that nobody has, and is found by its name.
+    let unnamed = parent.filter(|_| parent_cid == u32::MAX).map(|_| Uuid::new_v4());
+    let of_parent = parent.and_then(|p| p.info.uuid).or(unnamed).unwrap_or(nil);
     t += &format!("ddb.uuid.image=\"{uuid}\"\n");
-    t += &format!("ddb.uuid.parent=\"{}\"\n", of_parent(parent.and_then(|p| p.info.uuid)));
+    t += &format!("ddb.uuid.parent=\"{of_parent}\"\n");
     t += &format!("ddb.uuid.modification=\"{}\"\n", new.modification);
-    let modification = of_parent(parent.and_then(|p| p.info.modification_uuid));
+    let modification = parent.and_then(|p| p.info.modification_uuid).unwrap_or(nil);
     t += &format!("ddb.uuid.parentmodification=\"{modification}\"\n");
-    if let Some(p) = parent
-        && p.info.uuid.is_none()
-        && parent_cid == u32::MAX
-    {
-        return Err(refused("the parent has neither a UUID nor a content ID, so no VMDK can name it"));
-    }
     if let Some(comment) = new.comment.as_deref().filter(|c| !c.is_empty()) {
         let comment = escaped(comment);
         if comment.len() > MAX_COMMENT || comment.contains('\0') {

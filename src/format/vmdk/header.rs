@@ -16,7 +16,7 @@ pub(super) const UNCLEAN_AT: usize = 72;
 /// A directory offset that says: look into the footer.
 const IN_FOOTER: u64 = u64::MAX;
 /// Largest directory: 2 TiB of COWD's smallest grains, 32 TiB of the usual ones.
-const MAX_DIRECTORY_BYTES: u64 = 4 << 20;
+pub(super) const MAX_DIRECTORY_BYTES: u64 = 4 << 20;
 /// Entries of a table of COWD.
 const COWD_ENTRIES: u32 = 4096;
 

@@ -3,6 +3,7 @@
 use super::super::blocks::Steps;
 use super::header::UNCLEAN_AT;
 use super::layout::Entry;
+use super::sesparse::{self, SeSparse};
 use super::sparse::{COPY, MAIN, MARK, Sparse, of_key};
 use super::text::{TEXT, Text};
 use crate::error::{Error, ErrorKind, Failure, Result};
@@ -25,6 +26,7 @@ pub(super) enum Body {
     Zero,
     Flat { file: FileId, off: HostOffset },
     Sparse(Box<Sparse>),
+    SeSparse(Box<SeSparse>),
 }
 
 /// A part of the disk.
@@ -34,6 +36,8 @@ pub(super) struct Part {
     /// The number of its first unit among those of the disk.
     pub(super) first_unit: u64,
     pub(super) writable: bool,
+    /// Zeros that take writes and forget them: what a raw disk hides.
+    pub(super) ignores: bool,
     pub(super) body: Body,
 }
 
@@ -61,7 +65,7 @@ impl Part {
     fn sparse(&self) -> Option<&Sparse> {
         match &self.body {
             Body::Sparse(s) => Some(s),
-            Body::Zero | Body::Flat { .. } => None,
+            Body::Zero | Body::Flat { .. } | Body::SeSparse(_) => None,
         }
     }
 
@@ -73,6 +77,18 @@ impl Part {
             Body::Flat { file, off } => {
                 let off = off.plus(r.start().since(self.range.start()));
                 Extent { len: r.len(), kind: ExtentKind::Data { file: *file, off } }
+            }
+            Body::SeSparse(s) => {
+                let grain = s.grain_at(r.start());
+                let unit = s.unit_of(grain);
+                let kind = match s.entry(grain)? {
+                    Entry::Free => ExtentKind::Parent,
+                    Entry::Zero => ExtentKind::Zero,
+                    Entry::At(at) => {
+                        ExtentKind::Data { file: s.file(), off: at.plus(r.start().since(unit.start())) }
+                    }
+                };
+                Extent { len: unit.intersect(r).len(), kind }
             }
             Body::Sparse(s) => {
                 let grain = s.grain_at(r.start());
@@ -228,16 +244,20 @@ impl VmdkMap {
 
 impl ImageMap for VmdkMap {
     fn limits(&self) -> Limits {
-        let block_bytes = self.sparse_parts().next().map_or(0, |(_, s)| s.layout.header.grain_bytes);
+        let block_bytes = self.parts.iter().find_map(|p| match &p.body {
+            Body::Sparse(s) => Some(s.layout.header.grain_bytes),
+            Body::SeSparse(_) => Some(sesparse::GRAIN_BYTES),
+            Body::Zero | Body::Flat { .. } => None,
+        });
         let flat = self.parts.iter().filter_map(|p| match p.body {
             Body::Flat { off, .. } => Some(1 << off.0.trailing_zeros().min(63)),
-            _ => None,
+            // directories and tables lie at any sector
+            Body::Sparse(_) | Body::SeSparse(_) => Some(crate::limits::SECTOR_BYTES),
+            Body::Zero => None,
         });
-        // directories and tables lie at any sector
-        let sparse = self.sparse_parts().map(|_| crate::limits::SECTOR_BYTES);
-        let data_alignment = flat.chain(sparse).min().unwrap_or(1 << 63);
+        let data_alignment = flat.min().unwrap_or(1 << 63);
         let is_diff = self.info.lock().expect("info lock").variant == "diff";
-        Limits { size_bytes: self.size(), block_bytes, is_diff, data_alignment }
+        Limits { size_bytes: self.size(), block_bytes: block_bytes.unwrap_or(0), is_diff, data_alignment }
     }
 
     fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
@@ -282,6 +302,7 @@ impl ImageMap for VmdkMap {
         let (i, part) = self.part_at(at).ok_or(Miss::Fail(Failure::OutOfRange))?;
         match &part.body {
             Body::Sparse(s) if part.writable => self.plan_sparse(i, s, change),
+            _ if part.ignores && !self.read_only => Ok(Plan::default()),
             // zeros cannot become anything else, nor may what is only to be read
             _ => Err(Miss::Fail(Failure::ReadOnly)),
         }
@@ -314,18 +335,29 @@ impl ImageMap for VmdkMap {
     fn has_page(&self, key: MetaKey) -> bool {
         let MetaKey::Page { table: MAIN, number } = key else { return false };
         let (part, page) = of_key(number);
-        self.sparse(part).is_some_and(|s| s.table.contains(page))
+        match self.parts.get(part).map(|p| &p.body) {
+            Some(Body::Sparse(s)) => s.table.contains(page),
+            Some(Body::SeSparse(s)) => s.contains(page),
+            _ => false,
+        }
     }
 
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table: MAIN, number } = key else { return Err(Failure::Corrupt) };
         let (part, page) = of_key(number);
-        self.sparse(part).ok_or(Failure::Corrupt)?.page_place(page)
+        match self.parts.get(part).map(|p| &p.body) {
+            Some(Body::Sparse(s)) => s.page_place(page),
+            Some(Body::SeSparse(s)) => s.page_place(page),
+            _ => Err(Failure::Corrupt),
+        }
     }
 
     fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {
         let MetaKey::Page { table: MAIN, number } = key else { return Err(Failure::Corrupt) };
         let (part, page) = of_key(number);
+        if let Some(Body::SeSparse(s)) = self.parts.get(part).map(|p| &p.body) {
+            return s.insert(page, bytes);
+        }
         let s = self.sparse(part).ok_or(Failure::Corrupt)?;
         if bytes.len() != s.table.page_bytes() {
             return Err(Failure::Corrupt);

@@ -10,11 +10,14 @@ mod map;
 mod open;
 mod places;
 mod repair;
+mod sesparse;
 mod sparse;
+mod stream;
 mod table;
 mod text;
 mod writer;
 
+pub(super) use create::{raw_disk, sequential};
 pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
 

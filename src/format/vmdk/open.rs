@@ -5,6 +5,7 @@ use super::descriptor::{Access, Descriptor, ExtentLine, Keep, MAX_BYTES};
 use super::header::{COWD, KDMV, SparseHeader};
 use super::layout::Layout;
 use super::map::{Body, Part, Session, VmdkMap};
+use super::sesparse::{self, SeSparse};
 use super::sparse::{CACHE_BYTES, Sparse, Wanted, layout_of, whole_bytes};
 use super::text::Text;
 use crate::error::{Error, ErrorKind, Result};
@@ -60,7 +61,7 @@ pub(super) fn find_descriptor(source: &dyn ByteSource) -> Result<Found> {
         (ErrorKind::NotThisFormat, true) => Error::new(ErrorKind::Corrupt, "its descriptor is damaged"),
         _ => e,
     })?;
-    refuse_raw_disks(&descriptor)?;
+    refuse_raw_maps(&descriptor)?;
     if embedded && descriptor.extents().len() != 1 {
         let what =
             format!("its descriptor lists {} extents, but is a part of one", descriptor.extents().len());
@@ -75,10 +76,16 @@ fn alone() -> Error {
         .hint("name the file that lists the extents")
 }
 
-fn refuse_raw_disks(d: &Descriptor) -> Result<()> {
+/// The image describes a disk of the host: extents may be devices.
+pub(super) fn is_raw_disk(d: &Descriptor) -> bool {
     let kind = d.get("createType").unwrap_or_default();
-    let raw =
-        ["fullDevice", "partitionedDevice", "vmfsRaw", "vmfsRawDeviceMap", "vmfsPassthroughRawDeviceMap"];
+    ["fullDevice", "partitionedDevice"].iter().any(|k| k.eq_ignore_ascii_case(kind))
+}
+
+/// What ESX calls a raw disk is one of ESX.
+fn refuse_raw_maps(d: &Descriptor) -> Result<()> {
+    let kind = d.get("createType").unwrap_or_default();
+    let raw = ["vmfsRaw", "vmfsRawDeviceMap", "vmfsPassthroughRawDeviceMap"];
     if raw.iter().any(|k| k.eq_ignore_ascii_case(kind)) {
         let what = format!("VMDKs of raw disks ({kind}) are not supported");
         return Err(Error::new(ErrorKind::Unsupported, what));
@@ -108,7 +115,14 @@ pub(super) fn references(source: &dyn ByteSource) -> Result<Vec<Reference>> {
     let lines = found.descriptor.extents();
     let writable =
         |name: &str| lines.iter().any(|l| l.file.as_deref() == Some(name) && l.access == Access::ReadWrite);
-    Ok(names(&found).into_iter().map(|n| Reference { name: n.to_string(), writable: writable(n) }).collect())
+    // The table of partitions lies beside the image, the disk elsewhere.
+    let is_device = |name: &str| is_raw_disk(&found.descriptor) && name.starts_with('/');
+    let one = |name: &str| Reference {
+        name: name.to_string(),
+        writable: writable(name),
+        is_device: is_device(name),
+    };
+    Ok(names(&found).into_iter().map(one).collect())
 }
 
 /// The extents of an image in the order of the disk, each with its file.
@@ -174,7 +188,8 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
         placed.iter().map(|p| layout(p).map_err(|e| of_extent(e, p))).collect::<Result<Vec<_>>>()?;
     let mut budget = whole_bytes();
     let (mut parts, mut first_unit) = (Vec::new(), 0);
-    let large = paged(&layouts, budget);
+    let se_sparse = placed.iter().filter(|p| p.line.keep == Keep::SeSparse).count() as u64;
+    let large = (paged(&layouts, budget) + se_sparse).max(1);
     for ((extent, p), layout) in (0u16..).zip(&placed).zip(layouts) {
         let grains = layout.as_ref().map_or(1, Layout::grains);
         let cache = layout.as_ref().and_then(|l| match budget.checked_sub(l.tables_bytes()) {
@@ -192,10 +207,23 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
                 let sparse = Sparse::open(source, layout, &wanted).map_err(|e| of_extent(e, p))?;
                 Body::Sparse(Box::new(sparse))
             }
+            (None, Some(ImageFile { id, source })) if p.line.keep == Keep::SeSparse => {
+                if write && writable {
+                    let what = "seSparse VMDKs of ESX are only read";
+                    return Err(
+                        Error::new(ErrorKind::Unsupported, what).hint("pass --read-only, or convert it")
+                    );
+                }
+                let pages = CACHE_BYTES / large;
+                let extent =
+                    SeSparse::open(source, id, extent, p.range, pages).map_err(|e| of_extent(e, p))?;
+                Body::SeSparse(Box::new(extent))
+            }
             (None, Some(ImageFile { id, source })) => flat(p, id, source)?,
             (_, None) => Body::Zero,
         };
-        parts.push(Part { range: p.range, first_unit, writable, body });
+        let ignores = writable && p.line.keep == Keep::Zero && is_raw_disk(&found.descriptor);
+        parts.push(Part { range: p.range, first_unit, writable, ignores, body });
         first_unit += grains;
     }
     let info = info(&found.descriptor, &parts);
@@ -209,7 +237,7 @@ pub(super) fn open(files: &[ImageFile<'_>], how: OpenHow) -> Result<VmdkMap> {
     })
 }
 
-/// Extents of which the tables are not kept whole, at least one.
+/// Extents of which the tables are not kept whole.
 fn paged(layouts: &[Option<Layout>], mut budget: u64) -> u64 {
     let mut count = 0;
     for l in layouts.iter().flatten() {
@@ -218,16 +246,13 @@ fn paged(layouts: &[Option<Layout>], mut budget: u64) -> u64 {
             None => count += 1,
         }
     }
-    count.max(1)
+    count
 }
 
 /// The layout of a sparse extent; `None` for the other kinds.
 fn layout(p: &Placed<'_>) -> Result<Option<Layout>> {
     match (p.line.keep, p.file) {
         (Keep::Sparse, Some(f)) => layout_of(f.source).map(Some),
-        (Keep::SeSparse, _) => {
-            Err(Error::new(ErrorKind::Unsupported, "SESPARSE extents are not supported yet"))
-        }
         _ => Ok(None),
     }
 }
@@ -261,6 +286,8 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         ("twoGbMaxExtentFlat", "split2g-flat"),
         ("streamOptimized", "stream"),
         ("vmfs", "esx"),
+        ("fullDevice", "rawdisk"),
+        ("partitionedDevice", "rawdisk"),
         ("vmfsSparse", "vmfs-sparse"),
         ("seSparse", "se-sparse"),
     ];
@@ -270,11 +297,13 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         _ => None,
     });
     let is_diff = is_diff(d);
+    let se_sparse = parts.iter().any(|p| matches!(p.body, Body::SeSparse(_)));
+    let kind = |h: &SparseHeader| h.kdmv_version.map_or("COWD".to_string(), |v| v.to_string());
     ImageInfo {
         format: "vmdk",
         variant: if is_diff { "diff" } else { known.map_or("other", |(_, v)| v) },
         virtual_size: parts.last().map_or(0, |p| p.range.end().0),
-        block_size: header.map(|h| h.grain_bytes),
+        block_size: header.map(|h| h.grain_bytes).or(se_sparse.then_some(sesparse::GRAIN_BYTES)),
         allocated_blocks: None,
         uuid: d.uuid("ddb.uuid.image"),
         modification_uuid: d.uuid("ddb.uuid.modification"),
@@ -286,7 +315,7 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         parent_format: None,
         comment: d.comment(),
         geometry: d.geometry(""),
-        version: header.map(|h| h.kdmv_version.map_or("COWD".to_string(), |v| v.to_string())),
+        version: header.map(kind).or(se_sparse.then(|| "seSparse 2.1".to_string())),
         notes: Vec::new(),
     }
 }

@@ -194,11 +194,13 @@ impl Sparse {
     /// compression makes more of it, if the file has them.
     pub(super) fn packed(&self, grain: u64, at: HostOffset) -> Packed {
         let off = at.plus(MARKER_BYTES);
-        let unit = self.layout.bytes_of(grain);
-        let most = unit + unit / 64 + SECTOR_BYTES;
+        let (unit, whole) = (self.layout.bytes_of(grain), self.layout.header.grain_bytes);
+        let most = whole + whole / 64 + SECTOR_BYTES;
         let len = (self.opened_bytes - off.0).min(most);
         let small = |n: u64| u32::try_from(n).expect("at most MAX_UNIT_BYTES and a bit");
-        Packed { off, len: small(len), unit: small(unit), file: self.file, codec: Codec::Zlib }
+        // The disk's last grain is whole in VirtualBox's streams and ours, cut in QEMU's.
+        let codec = if unit < whole { Codec::ZlibPadded } else { Codec::Zlib };
+        Packed { off, len: small(len), unit: small(unit), file: self.file, codec }
     }
 
     /// Where a page of the tables lies.

@@ -120,7 +120,8 @@ impl Case<'_> {
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
             Kind::Vhdx | Kind::VhdxDiff => op.off.0 >= 4 << 20,
             // tables lie between the data, and the offset does not tell
-            Kind::Qcow2 | Kind::Qcow2Diff => false,
+            Kind::Qcow2 | Kind::Qcow2Diff | Kind::Qcow | Kind::QcowDiff => false,
+            Kind::Qed | Kind::QedDiff => false,
             _ => op.off.0 >= DATA,
         };
         let moves = matches!(op.kind, IoKind::Read | IoKind::Write | IoKind::Punch | IoKind::ZeroRange);
@@ -235,11 +236,13 @@ fn every_operation_may_fail_qcow2_diff() {
 }
 
 #[test]
-fn every_operation_of_a_vhdx_may_fail() {
-    every_fault(Kind::Vhdx);
+fn every_operation_may_fail_qed() {
+    every_fault(Kind::Qed);
+    every_fault(Kind::QedDiff);
 }
 
 #[test]
-fn every_operation_of_a_vhdx_diff_may_fail() {
-    every_fault(Kind::VhdxDiff);
+fn every_operation_may_fail_qcow() {
+    every_fault(Kind::Qcow);
+    every_fault(Kind::QcowDiff);
 }

@@ -86,13 +86,23 @@ fn powercut_in_small_workloads_qcow2_diff() {
 }
 
 #[test]
-fn powercut_in_small_workloads_vhdx() {
-    workloads(Kind::Vhdx);
+fn powercut_in_small_workloads_qed() {
+    workloads(Kind::Qed);
 }
 
 #[test]
-fn powercut_in_small_workloads_vhdx_diff() {
-    workloads(Kind::VhdxDiff);
+fn powercut_in_small_workloads_qed_diff() {
+    workloads(Kind::QedDiff);
+}
+
+#[test]
+fn powercut_in_small_workloads_qcow() {
+    workloads(Kind::Qcow);
+}
+
+#[test]
+fn powercut_in_small_workloads_qcow_diff() {
+    workloads(Kind::QcowDiff);
 }
 
 /// Every workload, its process killed at moments of it, some of them twice; what it had under way lands or does not.
@@ -186,6 +196,26 @@ fn powercut_after_kills_vhdx() {
 #[test]
 fn powercut_after_kills_vhdx_diff() {
     killed(Kind::VhdxDiff);
+}
+
+#[test]
+fn powercut_after_kills_qed() {
+    killed(Kind::Qed);
+}
+
+#[test]
+fn powercut_after_kills_qed_diff() {
+    killed(Kind::QedDiff);
+}
+
+#[test]
+fn powercut_after_kills_qcow() {
+    killed(Kind::Qcow);
+}
+
+#[test]
+fn powercut_after_kills_qcow_diff() {
+    killed(Kind::QcowDiff);
 }
 
 #[test]

@@ -75,7 +75,7 @@ fn simulations_find_nothing_3() {
     find_nothing(3);
 }
 
-/// The same on QCOW2 images, of which the seeds above know nothing.
+/// The same on images of which the seeds above know little or nothing.
 fn find_nothing_on(kind: Kind) {
     for seed in 0..seeds() / 25 {
         let p = play(&Play { kind: Some(kind), ..Play::seed(seed) });
@@ -92,4 +92,16 @@ fn simulations_find_nothing_on_qcow2() {
 #[test]
 fn simulations_find_nothing_on_qcow2_diff() {
     find_nothing_on(Kind::Qcow2Diff);
+}
+
+#[test]
+fn simulations_find_nothing_on_qed() {
+    find_nothing_on(Kind::Qed);
+    find_nothing_on(Kind::QedDiff);
+}
+
+#[test]
+fn simulations_find_nothing_on_qcow() {
+    find_nothing_on(Kind::Qcow);
+    find_nothing_on(Kind::QcowDiff);
 }

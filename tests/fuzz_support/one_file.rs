@@ -1,6 +1,6 @@
-//! The bytes of a VMDK of one file: opened, mapped, changed, closed, checked, repaired.
+//! The bytes of an image of one file (VMDK, QED, QCOW): opened, mapped, changed, closed, checked, repaired.
 //!
-//! The case is the file itself. Some bytes of the header that readers ignore say what is done with it, four for each
+//! The case is the file itself. Some bytes near its start that readers ignore say what is done with it, four for each
 //! request.
 
 use super::Input;
@@ -21,31 +21,46 @@ pub(crate) const MAX_BYTES: usize = 1 << 20;
 const SCRIPT: std::ops::Range<usize> = 448..512;
 /// Bytes of the disk that are looked at, from each end.
 const LOOK_BYTES: u64 = 256 << 10;
-/// Where the grain size is.
-const GRAIN_AT: usize = 20;
+/// Bytes that are looked at at once.
+const PIECE_BYTES: u64 = 32 << 10;
+/// A first write to a unit writes all of it, and one may have 256 MiB: larger ones are not written to.
+const MOST_UNIT_BYTES: u64 = 1 << 20;
 
 /// Runs a case.
 ///
 /// # Panics
 /// Where a promise is broken.
-pub(crate) fn run(case: &[u8]) {
+pub(crate) fn vmdk(case: &[u8]) {
+    run(Format::Vmdk, case);
+}
+
+/// The same of a QED or a QCOW, which the case says itself.
+///
+/// # Panics
+/// Where a promise is broken.
+pub(crate) fn levels(case: &[u8]) {
+    let format = if case.starts_with(b"QFI") { Format::Qcow } else { Format::Qed };
+    run(format, case);
+}
+
+fn run(format: Format, case: &[u8]) {
     if case.len() > MAX_BYTES {
         return;
     }
     let effort = Effort::begin();
-    let served = judge_opening(case);
+    let served = judge_opening(format, case);
     effort.judge("opening and checking");
     if let Some(report) = served {
-        serve(case, &report);
+        serve(format, case, &report);
     }
     effort.judge("serving");
-    repair(case);
+    repair(format, case);
     effort.judge("repairing");
 }
 
-fn check(source: &dyn vdblk::map::ByteSource) -> Result<CheckReport> {
+fn check(format: Format, source: &dyn vdblk::map::ByteSource) -> Result<CheckReport> {
     let file = ImageFile { id: FileId(0), source };
-    format::check(Format::Vmdk, &[file]).map(|r| r.expect("a VMDK can be wrong"))
+    format::check(format, &[file]).map(|r| r.expect("something can be wrong"))
 }
 
 fn assert_refusal(e: &Error) {
@@ -56,17 +71,17 @@ fn assert_refusal(e: &Error) {
 }
 
 /// Opening in each way and checking agree with each other. The report, if the image can be served for writing.
-fn judge_opening(case: &[u8]) -> Option<CheckReport> {
+fn judge_opening(format: Format, case: &[u8]) -> Option<CheckReport> {
     // what names further files is not for this target
-    if format::references(Format::Vmdk, &case).is_ok_and(|r| !r.is_empty()) {
+    if format::references(format, &case).is_ok_and(|r| !r.is_empty()) {
         return None;
     }
     let open = |read_only, info_only| {
-        let opened = open_single(Format::Vmdk, &case, FileId(0), OpenHow { read_only, info_only });
+        let opened = open_single(format, &case, FileId(0), OpenHow { read_only, info_only });
         opened.inspect_err(assert_refusal)
     };
     let (write, read, info) = (open(false, false), open(true, false), open(true, true));
-    let checked = check(&case).inspect_err(assert_refusal);
+    let checked = check(format, &case).inspect_err(assert_refusal);
     assert!(write.is_err() || read.is_ok(), "can be written, but not read");
     assert_eq!(read.is_ok(), info.is_ok(), "what can be served can be told of");
     if let (Ok(a), Ok(b)) = (&read, &info) {
@@ -86,7 +101,8 @@ fn judge_opening(case: &[u8]) -> Option<CheckReport> {
         }
         for e in list.as_slice() {
             if let ExtentKind::Data { off, .. } = e.kind {
-                assert!(off.0 >= 512 && off.0 + e.len <= case.len() as u64, "{e:?}");
+                // the last sector may be there in part
+                assert!(off.0 >= 512 && off.0 + e.len <= (case.len() as u64).next_multiple_of(512), "{e:?}");
             }
             rest = rest.skip(e.len);
         }
@@ -94,22 +110,27 @@ fn judge_opening(case: &[u8]) -> Option<CheckReport> {
     Some(report)
 }
 
+/// A part of the disk and its bytes, if they can be read.
+type Piece = (GuestRange, Option<Vec<u8>>);
+
 struct Served {
     channel: Channel,
     disk: Arc<Disk>,
+    unit_bytes: u64,
 }
 
 impl Served {
-    fn over(file: &Arc<SparseFile>, read_only: bool) -> Result<Self> {
+    fn over(format: Format, file: &Arc<SparseFile>, read_only: bool) -> Result<Self> {
         let how = OpenHow { read_only, info_only: false };
-        let map = open_single(Format::Vmdk, &FileSource::new(&**file)?, FileId(0), how)?;
+        let map = open_single(format, &FileSource::new(&**file)?, FileId(0), how)?;
+        let unit_bytes = map.limits().block_bytes;
         let hosts = vec![file.clone() as Arc<dyn HostFile>];
         let options = DiskOptions { read_only, ..DiskOptions::default() };
         let chain = Chain::new(vec![Layer { number: 0, map: map.into() }]);
         let no_failure = Box::new(|| panic!("no sync fails here"));
         let disk = Disk::new(chain, hosts, options, Arc::new(OsHost), no_failure);
         let channel = Channel::new(disk.clone(), Box::new(SteadyEngine::new(vec![file.clone()])), 1)?;
-        Ok(Served { channel, disk })
+        Ok(Served { channel, disk, unit_bytes })
     }
 
     fn request(&mut self, request: Request, bytes: &mut [u8]) -> Outcome {
@@ -129,14 +150,20 @@ impl Served {
         panic!("{request:?} does not end");
     }
 
-    /// What is looked at: both ends of the disk. Sectors of grains that cannot be (in tables too large to be verified at
-    /// open) are `None`.
-    fn look(&mut self) -> Vec<(GuestRange, Option<Vec<u8>>)> {
+    /// What is looked at: both ends of the disk, in pieces. Those that cannot be read are `None`.
+    fn look(&mut self) -> Vec<Piece> {
         let size = self.disk.size_bytes();
         let tail = size.saturating_sub(LOOK_BYTES) / 512 * 512;
         let ends = [(0, size.min(LOOK_BYTES)), (tail, size - tail)];
-        let ranges = ends.map(|(start, len)| GuestRange::new(GuestOffset(start), len).unwrap());
-        ranges.map(|r| (r, self.bytes(r))).into()
+        let mut all = Vec::new();
+        for mut rest in ends.map(|(start, len)| GuestRange::new(GuestOffset(start), len).unwrap()) {
+            while !rest.is_empty() {
+                let piece = rest.take(PIECE_BYTES);
+                all.push((piece, self.bytes(piece)));
+                rest = rest.skip(piece.len());
+            }
+        }
+        all
     }
 
     fn bytes(&mut self, r: GuestRange) -> Option<Vec<u8>> {
@@ -146,16 +173,15 @@ impl Served {
 }
 
 /// Serves an image that opens, and closes it: what it shows is what it showed, with the requests over it.
-fn serve(case: &[u8], before: &CheckReport) {
-    let file = SparseFile::new("case.vmdk", case);
-    let mut served = Served::over(&file, false).expect("an image that was opened before");
+fn serve(format: Format, case: &[u8], before: &CheckReport) {
+    let file = SparseFile::new("case", case);
+    let mut served = Served::over(format, &file, false).expect("an image that was opened before");
     let mut model = served.look();
     let size = served.disk.size_bytes();
-    // A first write to a grain writes all of it, and one may have 256 MiB.
-    let small = case.get(GRAIN_AT..GRAIN_AT + 8).is_some_and(|b| b[2..].iter().all(|b| *b == 0) && b[1] < 8);
+    let small = served.unit_bytes <= MOST_UNIT_BYTES;
     let mut script = Input::new(&case[SCRIPT.start.min(case.len())..SCRIPT.end.min(case.len())]);
     let mut wrote = false;
-    while small && !script.is_empty() {
+    while small && size > 0 && !script.is_empty() {
         let (what, at) = (script.u8(), u64::from(script.u16()) * 512 % size);
         let len = (u64::from(script.u8() % 24 + 1) * 512).min(size - at);
         let range = GuestRange::new(GuestOffset(at), len).unwrap();
@@ -165,30 +191,45 @@ fn serve(case: &[u8], before: &CheckReport) {
             1 => (Request::WriteZeroes { range, unmap: what > 128 }, vec![], Some(0)),
             _ => (Request::Write(range), vec![stamp; len as usize], Some(stamp)),
         };
-        assert_eq!(served.request(request, &mut bytes), Ok(()), "{request:?}");
+        let outcome = served.request(request, &mut bytes);
         wrote |= value.is_some_and(|v| v > 0);
-        for (r, known) in &mut model {
+        let Some(value) = value else {
+            assert_eq!(outcome, Ok(()), "{request:?}");
+            continue;
+        };
+        let touched = || model.iter().filter(|(r, _)| !r.intersect(range).is_empty());
+        let unreadable = touched().any(|(_, known)| known.is_none());
+        assert!(outcome.is_ok() || unreadable, "{request:?}: {outcome:?}");
+        for (r, known) in model.iter_mut().filter(|(r, _)| !r.intersect(range).is_empty()) {
             let part = range.intersect(*r);
-            if let (Some(value), Some(known), false) = (value, known.as_mut(), part.is_empty()) {
-                let from = part.start().since(r.start()) as usize;
-                known[from..from + part.len() as usize].fill(value);
+            let from = part.start().since(r.start()) as usize;
+            match known {
+                Some(known) if outcome.is_ok() => known[from..from + part.len() as usize].fill(value),
+                // it may have got so far
+                _ => *known = None,
             }
         }
     }
-    assert!(served.look() == model, "what was written, or was there, is not there");
+    assert_shown(&model, &served.look(), "while it is served");
     served.channel.close_disk(true).expect("a disk that took every request");
     drop(served);
-    let after = check(&FileSource::new(&*file).unwrap()).unwrap();
+    let after = check(format, &FileSource::new(&*file).unwrap()).unwrap();
     assert_eq!(after.corruptions, 0, "after a close: {after:?}");
     assert!(after.is_clean() || !(wrote && before.is_clean()), "after a clean close: {after:?}");
-    let mut again = Served::over(&file, true).expect("an image that was closed");
-    assert!(again.look() == model, "after a close it shows something else");
+    let mut again = Served::over(format, &file, true).expect("an image that was closed");
+    assert_shown(&model, &again.look(), "after a close");
 }
 
-fn repair_file(file: &Arc<SparseFile>) -> Result<bool> {
+/// What is known is shown. What could not be read before may be: some changes mend it.
+fn assert_shown(known: &[Piece], shown: &[Piece], when: &str) {
+    for ((r, known), (_, shown)) in known.iter().zip(shown) {
+        assert!(known.is_none() || shown == known, "{when} it shows something else at {r:?}");
+    }
+}
+
+fn repair_file(format: Format, file: &Arc<SparseFile>) -> Result<bool> {
     let source = FileSource::new(&**file)?;
-    let plan =
-        format::repair(Format::Vmdk, &[ImageFile { id: FileId(0), source: &source }])?.expect("a plan");
+    let plan = format::repair(format, &[ImageFile { id: FileId(0), source: &source }])?.expect("a plan");
     plan.lines.iter().for_each(|l| assert!(!l.is_empty() && !l.contains('\n'), "{l:?}"));
     let changes = !plan.steps.is_empty();
     let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
@@ -197,10 +238,10 @@ fn repair_file(file: &Arc<SparseFile>) -> Result<bool> {
 }
 
 /// A repair leaves an image clean that shows what it showed, or is refused with nothing changed.
-fn repair(case: &[u8]) {
-    let file = SparseFile::new("case.vmdk", case);
-    let shown = Served::over(&file, true).ok().map(|mut s| s.look());
-    match repair_file(&file) {
+fn repair(format: Format, case: &[u8]) {
+    let file = SparseFile::new("case", case);
+    let shown = Served::over(format, &file, true).ok().map(|mut s| s.look());
+    match repair_file(format, &file) {
         Ok(_) => {}
         Err(e) => {
             assert_refusal(&e);
@@ -211,9 +252,9 @@ fn repair(case: &[u8]) {
         }
     }
     let source = FileSource::new(&*file).unwrap();
-    let after = check(&source).unwrap();
+    let after = check(format, &source).unwrap();
     assert_eq!(after.corruptions, 0, "after a repair: {after:?}");
     let Some(shown) = shown else { return };
-    let mut served = Served::over(&file, true).expect("a repaired image opens");
-    assert!(served.look() == shown, "a repair changed what is shown");
+    let mut served = Served::over(format, &file, true).expect("a repaired image opens");
+    assert_shown(&shown, &served.look(), "after a repair");
 }

@@ -1,0 +1,38 @@
+//! New images: the header, the parent's name, and at the next cluster a first level without entries.
+
+use super::super::bytes::{put_be32, put_be64};
+use super::super::levels::create::{backing_name, check, image, power};
+use super::super::{Blueprint, Format, NewImage, blueprint::refused};
+use super::header::{FIELD_BYTES, MAGIC, MAX_L1_BYTES};
+use crate::error::Result;
+
+/// What QEMU and VirtualBox take for images without a parent, and VirtualBox for others as well.
+const DEFAULT_CLUSTER_BYTES: u64 = 4096;
+const DEFAULT_TABLE_ENTRIES: u64 = 512;
+
+pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
+    check(Format::Qcow, new, &["cluster_size", "table_entries"])?;
+    let cluster = power(new, "cluster_size", 512..=64 << 10, DEFAULT_CLUSTER_BYTES)?;
+    let entries = power(new, "table_entries", 64..=8192, DEFAULT_TABLE_ENTRIES)?;
+    let l1_bytes = new.size_bytes.div_ceil(entries * cluster) * 8;
+    if l1_bytes > MAX_L1_BYTES {
+        let what = format!("the first-level table would have {l1_bytes} bytes; {MAX_L1_BYTES} are possible");
+        return Err(refused(what).hint("choose a larger cluster_size or table_entries"));
+    }
+    let mut head = vec![0; FIELD_BYTES];
+    put_be32(&mut head, 0, MAGIC);
+    put_be32(&mut head, 4, 1);
+    put_be64(&mut head, 24, new.size_bytes);
+    let bits = |n: u64| u8::try_from(n.trailing_zeros()).expect("64 bits");
+    (head[32], head[33]) = (bits(cluster), bits(entries));
+    if let Some(parent) = &new.parent {
+        let name = backing_name(parent)?;
+        put_be64(&mut head, 8, FIELD_BYTES as u64);
+        put_be32(&mut head, 16, u32::try_from(name.len()).expect("a short name"));
+        head.extend(name.as_bytes());
+    }
+    // Anywhere behind the name would do. At a cluster it shares no device sector with what is in front of it.
+    let l1_at = (head.len() as u64).next_multiple_of(cluster);
+    put_be64(&mut head, 40, l1_at);
+    Ok(image(head, (l1_at + l1_bytes).next_multiple_of(cluster)))
+}
