@@ -28,6 +28,10 @@ pub enum Sabotage {
     LateJoin,
     /// O6: a write does not make its file one that has to be synced.
     ForgottenWrite,
+    /// A VHDX's log: entries count as written to their places before they durably are.
+    LogBeforeTable,
+    /// A VHDX's log: it begins anew although something was logged since the checkpoint began.
+    LogReused,
     /// A chain is not marked as in flight before it is started.
     UnmarkedChain,
     /// The mark of a chain is cleared before its answer is visible.
@@ -54,6 +58,9 @@ impl Sabotage {
         Sabotage::LateJoin,
         Sabotage::ForgottenWrite,
     ];
+
+    /// Those of a log, which only a VHDX has.
+    pub const LOG: [Sabotage; 2] = [Sabotage::LogBeforeTable, Sabotage::LogReused];
 
     /// Those that only a queue worker can break.
     pub const RINGS: [Sabotage; 4] =

@@ -5,6 +5,7 @@ mod levels;
 mod parallels;
 mod qcow2;
 pub(super) mod vhd;
+pub(super) mod vhdx;
 pub(super) mod vmdk;
 
 use super::bytes::Bytes;
@@ -49,6 +50,11 @@ pub(super) fn program(format: Format) -> Option<Program> {
             free_blocks: vhd::free_blocks,
             block_bytes: vhd::block_bytes,
             append: vhd::append,
+        }),
+        Format::Vhdx => Some(Program {
+            free_blocks: vhdx::free_blocks,
+            block_bytes: vhdx::block_bytes,
+            append: vhdx::append,
         }),
         Format::Vmdk => Some(Program {
             free_blocks: vmdk::free_blocks,

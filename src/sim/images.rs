@@ -1,7 +1,7 @@
 //! The images a simulation works on.
 
 use super::bytes::Bytes;
-use super::foreign::{vhd, vmdk};
+use super::foreign::{vhd, vhdx, vmdk};
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
@@ -32,6 +32,10 @@ pub enum Kind {
     Vhd,
     /// A differencing VHD over a VDI full of data. In both some blocks may be there in parts.
     VhdDiff,
+    /// A VHDX without a parent; blocks and log are smaller than anywhere else.
+    Vhdx,
+    /// A differencing VHDX over a VDI full of data. Some blocks may be there in parts.
+    VhdxDiff,
     /// A Parallels image without a parent.
     Parallels,
     /// One over a VDI full of data.
@@ -61,7 +65,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them.
+    /// All of them that are written outside of the simulator.
     pub const ALL: [Kind; 19] = [
         Kind::Raw,
         Kind::Vdi,
@@ -93,6 +97,8 @@ impl Kind {
             Kind::DiffDiscard => "diff+discard",
             Kind::Vhd => "vhd",
             Kind::VhdDiff => "vhd-diff",
+            Kind::Vhdx => "vhdx",
+            Kind::VhdxDiff => "vhdx-diff",
             Kind::Parallels => "parallels",
             Kind::ParallelsDiff => "parallels-diff",
             Kind::Vmdk => "vmdk",
@@ -116,6 +122,7 @@ impl Kind {
             Kind::Diff
                 | Kind::DiffDiscard
                 | Kind::VhdDiff
+                | Kind::VhdxDiff
                 | Kind::ParallelsDiff
                 | Kind::VmdkDiff
                 | Kind::VmdkZeroed
@@ -130,6 +137,8 @@ impl Kind {
         match self.format() {
             Format::Vhd => 512..4096,
             Format::Parallels => 0..4096,
+            // the log, through which all entries go
+            Format::Vhdx => 1 << 20..2 << 20,
             // directories and tables of one table's worth of grains
             Format::Vmdk if self == Kind::VmdkSplit => 512..11 * 512,
             Format::Vmdk => 21 * 512..31 * 512,
@@ -151,6 +160,7 @@ impl Kind {
             Kind::Raw => Format::Raw,
             Kind::Vdi | Kind::Diff | Kind::DiffDiscard => Format::Vdi,
             Kind::Vhd | Kind::VhdDiff => Format::Vhd,
+            Kind::Vhdx | Kind::VhdxDiff => Format::Vhdx,
             Kind::Parallels | Kind::ParallelsDiff => Format::Parallels,
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed | Kind::VmdkBare | Kind::VmdkSplit => Format::Vmdk,
             Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
@@ -184,7 +194,8 @@ pub struct Images {
     pub forgets: Option<u64>,
 }
 
-/// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order.
+/// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order: from another one on in each process, as far as
+/// the headers of its image (which is where a VHDX has them) have changed since the last.
 #[derive(Debug)]
 pub(super) struct SimHost {
     start: Instant,
@@ -192,9 +203,14 @@ pub(super) struct SimHost {
     uuids: AtomicU64,
 }
 
-impl Default for SimHost {
-    fn default() -> Self {
-        SimHost { start: Instant::now(), looks: AtomicU64::new(0), uuids: AtomicU64::new(0) }
+impl SimHost {
+    pub(super) fn of(image: &Bytes) -> Self {
+        let mut headers = vec![0; 72 << 10];
+        image.read(64 << 10, &mut headers);
+        let hash = headers
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+        SimHost { start: Instant::now(), looks: AtomicU64::new(0), uuids: AtomicU64::new(hash << 16) }
     }
 }
 
@@ -221,6 +237,7 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
     let mut options = match format {
         Format::Vdi => vec![option("AllocationBlockSize", &block.to_string())],
         Format::Vhd => vec![option("block_size", &block.to_string())],
+        Format::Vhdx => vec![option("block_size", &block.to_string()), option("log_size", "65536")],
         Format::Parallels => vec![option("cluster_size", &block.to_string())],
         Format::Vmdk => vec![option("grain_size", &block.to_string())],
         Format::Qcow2 if parent.is_none() => {
@@ -339,6 +356,9 @@ impl Images {
         if kind.format() == Format::Vhd && rng.chance(50) {
             vhd::add_parts(&mut bytes, &mut past, rng);
         }
+        if kind == Kind::VhdxDiff && rng.chance(50) {
+            vhdx::add_parts(&mut bytes, &mut past, rng);
+        }
         let first = 1 + bytes.further().len();
         (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below, first), forgets: None }, past)
     }
@@ -378,7 +398,7 @@ impl Images {
         let on_failure = Box::new(move || {
             marks.fetch_add(1, Ordering::SeqCst);
         });
-        Ok(Disk::new(chain, files, options, Arc::new(SimHost::default()), on_failure))
+        Ok(Disk::new(chain, files, options, Arc::new(SimHost::of(&self.top.bytes())), on_failure))
     }
 
     fn layers(&self, top: Arc<dyn ImageMap>) -> Vec<Layer> {

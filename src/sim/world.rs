@@ -171,7 +171,7 @@ impl World {
             Some(g) => (g.drivers.len(), ENTRIES),
             None => (1 + rng.index(3), 1 + u16::try_from(rng.below(10)).expect("few")),
         };
-        let host: Arc<dyn Host> = Arc::new(SimHost::default());
+        let host: Arc<dyn Host> = Arc::new(SimHost::of(&images.top.bytes()));
         let mut port = |queue| -> crate::Result<Port> {
             let mut e = engine_for(images, &faults, &trace, &mut rng);
             e.belong_to(&life);

@@ -5,11 +5,15 @@ use super::header::MIB;
 use super::metadata::Metadata;
 use super::region::Region;
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{MAX_TABLE_BYTES, TABLE_PIECE_BYTES};
+use crate::limits::{MAX_TABLE_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
+use crate::probe::small::unit;
 
 /// Sectors that one bitmap block speaks of.
-const CHUNK_SECTORS: u64 = 1 << 23;
+pub(super) const CHUNK_SECTORS: u64 = unit(MIB) * 8;
+
+/// Entries of a page.
+const PAGE_ENTRIES: u64 = META_PAGE_BYTES / 8;
 
 /// What an entry says of a payload block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +39,8 @@ pub(super) struct Layout {
     pub(super) blocks: u64,
     /// Entries of the table that mean something.
     pub(super) entries: u64,
+    /// From one block's place to the next one's.
+    pub(super) stride: u64,
     pub(super) is_diff: bool,
     table: Region,
 }
@@ -43,10 +49,9 @@ impl Layout {
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the table is too short, [`ErrorKind::Limit`] if it is too long.
     pub(super) fn new(m: &Metadata, table: Region) -> Result<Self> {
-        let ratio = CHUNK_SECTORS * m.sector_bytes / m.block_bytes;
+        let ratio = Self::ratio(m);
         let blocks = m.disk_bytes.div_ceil(m.block_bytes);
-        let chunks = blocks.div_ceil(ratio);
-        let entries = if m.is_diff { chunks * (ratio + 1) } else { blocks + (blocks - 1) / ratio };
+        let entries = Self::table_bytes(m) / 8;
         if entries * 8 > table.len {
             let what = format!("the block table has {} bytes; the disk needs {}", table.len, entries * 8);
             return Err(corrupt(what));
@@ -63,9 +68,23 @@ impl Layout {
             chunk_shift: ratio.trailing_zeros(),
             blocks,
             entries,
+            stride: m.block_bytes.max(MIB),
             is_diff: m.is_diff,
             table,
         })
+    }
+
+    /// Payload blocks of a chunk.
+    fn ratio(m: &Metadata) -> u64 {
+        (CHUNK_SECTORS * m.sector_bytes / m.block_bytes).max(1)
+    }
+
+    /// Bytes of the table's entries that mean something.
+    pub(super) fn table_bytes(m: &Metadata) -> u64 {
+        let (ratio, blocks) = (Self::ratio(m), m.disk_bytes.div_ceil(m.block_bytes));
+        let entries =
+            if m.is_diff { blocks.div_ceil(ratio) * (ratio + 1) } else { blocks + (blocks - 1) / ratio };
+        entries * 8
     }
 
     pub(super) fn disk(&self) -> GuestRange {
@@ -75,6 +94,33 @@ impl Layout {
     /// Where a payload block's entry is in the table.
     pub(super) fn index_of(&self, block: u64) -> u64 {
         block + (block >> self.chunk_shift)
+    }
+
+    /// The page of the table that an entry is in.
+    pub(super) fn page_of(index: u64) -> u64 {
+        index / PAGE_ENTRIES
+    }
+
+    /// The entries of a page, whether they mean something or not.
+    pub(super) fn entries_of(page: u64) -> std::ops::Range<u64> {
+        page * PAGE_ENTRIES..(page + 1) * PAGE_ENTRIES
+    }
+
+    /// Where a page of the table is.
+    pub(super) fn page_at(&self, page: u64) -> HostOffset {
+        HostOffset(self.table.at).plus(page * PAGE_ENTRIES * 8)
+    }
+
+    /// The block around an offset; `None` behind the disk.
+    pub(super) fn block_of_offset(&self, at: GuestOffset) -> Option<u64> {
+        (at.0 < self.disk_bytes).then_some(at.0 >> self.block_shift)
+    }
+
+    /// The guest range of a block, clipped to the disk.
+    pub(super) fn unit(&self, block: u64) -> GuestRange {
+        let start = block.saturating_mul(self.block_bytes).min(self.disk_bytes);
+        let end = start.saturating_add(self.block_bytes).min(self.disk_bytes);
+        GuestRange::between(GuestOffset(start), GuestOffset(end))
     }
 
     /// The chunk a block is in.
@@ -93,20 +139,21 @@ impl Layout {
     }
 
     /// The payload block of an entry; `None` for a bitmap's.
-    fn block_of(&self, index: u64) -> Option<u64> {
+    pub(super) fn block_of(&self, index: u64) -> Option<u64> {
         let per_chunk = (1 << self.chunk_shift) + 1;
         let (chunk, into) = (index / per_chunk, index % per_chunk);
         let block = (chunk << self.chunk_shift) + into;
         (into + 1 < per_chunk && block < self.blocks).then_some(block)
     }
 
-    /// The whole table.
+    /// The whole table, in whole pages.
     ///
     /// # Errors
     /// Those of reading, and [`ErrorKind::Limit`] without the memory.
     pub(super) fn load(&self, source: &dyn ByteSource) -> Result<Vec<u64>> {
         let mut entries = Vec::new();
-        let count = usize::try_from(self.entries).expect("MAX_TABLE_BYTES");
+        let count = self.entries.next_multiple_of(PAGE_ENTRIES);
+        let count = usize::try_from(count).expect("MAX_TABLE_BYTES");
         let no_memory = |_| Error::new(ErrorKind::Limit, format!("no memory for {count} table entries"));
         entries.try_reserve_exact(count).map_err(no_memory)?;
         let mut piece = vec![0u8; TABLE_PIECE_BYTES.min(count * 8)];
@@ -128,6 +175,16 @@ impl Layout {
             6 => Some(Entry::At(at)),
             7 if self.is_diff => Some(Entry::Partly(at)),
             _ => None,
+        }
+    }
+
+    /// The entry of a payload block that says so.
+    pub(super) fn raw_of(entry: Entry) -> u64 {
+        match entry {
+            Entry::Free => 0,
+            Entry::Zero => 2,
+            Entry::At(at) => at | 6,
+            Entry::Partly(at) => at | 7,
         }
     }
 
@@ -168,7 +225,7 @@ impl Layout {
         mut fault: impl FnMut(String),
     ) -> Vec<Place> {
         let mut places = Vec::new();
-        for (index, raw) in (0u64..).zip(table) {
+        for (index, raw) in (0..self.entries).zip(table) {
             match self.place(index, *raw, table) {
                 Ok(place) => places.extend(place),
                 Err(what) => fault(what),

@@ -1,16 +1,21 @@
 //! The file's signature and its two headers, of which the one with the higher number counts.
 
 use super::crc32c::checksum;
+use super::region::Region;
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::MAX_VHDX_LOG_BYTES;
 use crate::map::{ByteSource, HostOffset};
+use crate::probe::small::unit;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-const SIGNATURE: &[u8; 8] = b"vhdxfile";
+pub(super) const SIGNATURE: &[u8; 8] = b"vhdxfile";
 const HEADERS_AT: [u64; 2] = [64 << 10, 128 << 10];
 const HEADER_SIGNATURE: [u8; 4] = *b"head";
+/// Shortest log that is written.
+pub(super) const MIN_LOG_BYTES: u64 = 16 * unit(64 << 10);
 /// What regions and blocks lie behind, and are aligned to.
 pub(super) const MIB: u64 = 1 << 20;
 
@@ -28,6 +33,15 @@ pub(super) struct Header {
     log_bytes: U32,
     log_at: U64,
     reserved: [u8; 4016],
+}
+
+/// What states of the file are called by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ids {
+    pub(super) file_write: Uuid,
+    pub(super) data_write: Uuid,
+    /// Zeros: no log counts.
+    pub(super) log: [u8; 16],
 }
 
 /// What the two headers say.
@@ -56,14 +70,31 @@ impl Header {
         HEADERS_AT[slot]
     }
 
-    /// The header after a change of the file: so many numbers on, and without a log.
-    pub(super) fn renewed(&self, file_write: Uuid, ahead: u64) -> Vec<u8> {
+    /// A header of a new file, with a place for a log.
+    pub(super) fn new(ids: Ids, log: Region) -> Self {
+        let mut h = Header::new_zeroed();
+        h.signature = HEADER_SIGNATURE;
+        h.version = 1.into();
+        h.log_at = log.at.into();
+        h.log_bytes = u32::try_from(log.len).expect("MAX_VHDX_LOG_BYTES").into();
+        h.renewed(ids, 1)
+    }
+
+    /// The header after a change of the file: so many numbers on.
+    pub(super) fn renewed(&self, ids: Ids, ahead: u64) -> Self {
         let mut h = self.clone();
         h.sequence = self.sequence().saturating_add(ahead).into();
-        h.file_write = file_write.to_bytes_le();
-        h.log = [0; 16];
+        h.file_write = ids.file_write.to_bytes_le();
+        h.data_write = ids.data_write.to_bytes_le();
+        h.log = ids.log;
+        h.log_version = 0.into();
         h.checksum = checksum(h.as_bytes(), 4).into();
-        h.as_bytes().to_vec()
+        h
+    }
+
+    /// What it calls the file's states by.
+    pub(super) fn ids(&self) -> Ids {
+        Ids { file_write: self.file_write(), data_write: self.data_write(), log: self.log }
     }
 
     pub(super) fn sequence(&self) -> u64 {
@@ -94,17 +125,41 @@ impl Header {
                 self.log_version.get()
             )));
         }
-        let fits = at >= MIB && at.is_multiple_of(MIB) && len > 0 && len.is_multiple_of(MIB);
-        if !fits || at.checked_add(len).is_none() {
+        if !log_fits(at, len) {
             return Err(corrupt(format!("the log is said to have {len} bytes at {at}, where no log can be")));
         }
         Ok(Some((self.log, at, len)))
+    }
+
+    /// Where a log can be written, in use or not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] and [`ErrorKind::Limit`] without such a place.
+    pub(super) fn log_place(&self, file_bytes: u64) -> Result<Region> {
+        let (at, len) = self.log_extent();
+        let fits = log_fits(at, len) && len >= MIN_LOG_BYTES;
+        if !fits || at + len > file_bytes {
+            return Err(unsupported("it has no place for a log, so it cannot be written"));
+        }
+        if len > MAX_VHDX_LOG_BYTES {
+            let what = format!("its log has {len} bytes; {MAX_VHDX_LOG_BYTES} are the limit for writing");
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        Ok(Region { at, len })
     }
 
     /// Where the log is said to be, in use or not.
     pub(super) fn log_extent(&self) -> (u64, u64) {
         (self.log_at.get(), self.log_bytes.get().into())
     }
+}
+
+fn log_fits(at: u64, len: u64) -> bool {
+    at >= MIB
+        && at.is_multiple_of(MIB)
+        && len > 0
+        && len.is_multiple_of(unit(MIB))
+        && at.checked_add(len).is_some()
 }
 
 impl Headers {

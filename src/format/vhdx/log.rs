@@ -10,13 +10,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_VHDX_LOG_BYTES;
 use crate::map::{ByteSource, HostOffset};
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-const SECTOR: usize = 4096;
+pub(super) const SECTOR: usize = 4096;
 const ENTRY_BYTES: usize = 64;
 const DESCRIPTOR_BYTES: usize = 32;
 
-#[derive(Clone, Copy, Debug, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct EntryHeader {
     signature: [u8; 4],
@@ -31,7 +31,7 @@ struct EntryHeader {
     last_file_bytes: U64,
 }
 
-#[derive(Clone, Copy, Debug, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Descriptor {
     signature: [u8; 4],
@@ -180,4 +180,85 @@ fn sector(raw: &[u8], d: &Descriptor, sequence: u64) -> Option<Box<[u8]>> {
     bytes[..8].copy_from_slice(&d.leading);
     bytes[SECTOR - 4..].copy_from_slice(&d.trailing);
     Some(bytes.into_boxed_slice())
+}
+
+/// An entry to be written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NewEntry<'a> {
+    pub(super) id: [u8; 16],
+    pub(super) sequence: u64,
+    /// Where the run begins that it is the last of, in bytes of the ring.
+    pub(super) tail: u64,
+    /// Bytes that the file is durably long.
+    pub(super) file_bytes: u64,
+    /// Sectors and where they go.
+    pub(super) sectors: &'a [(HostOffset, Vec<u8>)],
+}
+
+impl NewEntry<'_> {
+    /// Sectors of the log that an entry with so many descriptors takes before those it describes.
+    fn described(count: usize) -> usize {
+        (ENTRY_BYTES + DESCRIPTOR_BYTES * count).div_ceil(SECTOR)
+    }
+
+    /// Its bytes, whole sectors.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        let described = Self::described(self.sectors.len()) * SECTOR;
+        let mut raw = vec![0; described + self.sectors.len() * SECTOR];
+        let mut head = EntryHeader::new_zeroed();
+        head.signature = *b"loge";
+        head.bytes = u32::try_from(raw.len()).expect("an entry is shorter than the log").into();
+        head.tail = u32::try_from(self.tail).expect("MAX_VHDX_LOG_BYTES").into();
+        head.sequence = self.sequence.into();
+        head.descriptors = u32::try_from(self.sectors.len()).expect("few").into();
+        head.log = self.id;
+        head.flushed_file_bytes = self.file_bytes.into();
+        head.last_file_bytes = self.file_bytes.into();
+        let [a, b, c, d, high @ ..] = self.sequence.to_le_bytes();
+        let low = [a, b, c, d];
+        for (i, (to, bytes)) in self.sectors.iter().enumerate() {
+            let mut d = Descriptor::new_zeroed();
+            d.signature = *b"desc";
+            d.leading.copy_from_slice(&bytes[..8]);
+            d.trailing.copy_from_slice(&bytes[SECTOR - 4..]);
+            (d.at, d.sequence) = (to.0.into(), self.sequence.into());
+            let at = ENTRY_BYTES + i * DESCRIPTOR_BYTES;
+            raw[at..at + DESCRIPTOR_BYTES].copy_from_slice(d.as_bytes());
+            let sector = &mut raw[described + i * SECTOR..][..SECTOR];
+            sector.copy_from_slice(bytes);
+            sector[..4].copy_from_slice(b"data");
+            sector[4..8].copy_from_slice(&high);
+            sector[SECTOR - 4..].copy_from_slice(&low);
+        }
+        raw[..ENTRY_BYTES].copy_from_slice(head.as_bytes());
+        let sum = checksum(&raw, 4);
+        raw[4..8].copy_from_slice(&sum.to_le_bytes());
+        raw
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let id = [7; 16];
+        let page = |n: u8| (HostOffset(3 << 20 | u64::from(n) << 12), vec![n; SECTOR]);
+        // more descriptors than fit into the first sector
+        let many: Vec<_> = (1..=130).map(page).collect();
+        let new = NewEntry { id, sequence: 1 << 33 | 5, tail: 4096, file_bytes: 9 << 20, sectors: &many };
+        let mut ring = vec![0; 1 << 20];
+        let bytes = new.bytes();
+        assert_eq!(bytes.len(), 132 * SECTOR);
+        ring[4096..4096 + bytes.len()].copy_from_slice(&bytes);
+        let run = newest_run(&ring, id);
+        assert_eq!((run.len(), run[0].sequence, run[0].flushed_file_bytes), (1, 1 << 33 | 5, 9 << 20));
+        for ((at, bytes), patch) in many.iter().zip(&run[0].patches) {
+            assert!(matches!(&patch.what, Filling::Bytes(b) if **b == **bytes) && patch.at == at.0);
+        }
+        let empty = NewEntry { sectors: &[], ..new };
+        assert_eq!(empty.bytes().len(), SECTOR);
+        assert!(newest_run(&[empty.bytes(), vec![0; SECTOR]].concat(), [8; 16]).is_empty());
+    }
 }

@@ -1,20 +1,24 @@
-//! A VHDX that is open for reading.
+//! A VHDX that is open: look-ups on a table of atomics and on the bitmaps of blocks that are there in parts.
 
 use super::super::OpenHow;
 use super::super::sector_bits::run;
-use super::bat::{Entry, Layout};
+use super::bat::{CHUNK_SECTORS, Entry, Layout};
 use super::header::Headers;
 use super::log;
 use super::metadata::Metadata;
 use super::region::{Region, Regions};
 use super::replayed::{Patches, Replayed};
+use super::writer::Writer;
 use super::{corrupt, unsupported};
 use crate::error::{Failure, Result};
 use crate::limits::{MAX_PAGE_CACHE_BYTES, META_PAGE_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset,
-    ImageInfo, ImageMap, Intent, Limits, MetaKey, Miss, PageCache, PagePlace,
+    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
+    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan,
+    PlanToken, Settled,
 };
+use crate::probe::small::SIMULATED;
+use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
 
 /// The table of the keys of bitmap pages.
@@ -22,7 +26,7 @@ const BITMAPS: u8 = 1;
 /// Sectors that one page of a bitmap speaks of.
 const PAGE_SECTORS: u64 = META_PAGE_BYTES * 8;
 /// Pages of one bitmap.
-const BITMAP_PAGES: u64 = (1 << 20) / META_PAGE_BYTES;
+const BITMAP_PAGES: u64 = CHUNK_SECTORS / PAGE_SECTORS;
 
 /// Everything about an image but its blocks.
 #[derive(Debug)]
@@ -71,22 +75,25 @@ impl Parts {
 /// A VHDX that is open.
 #[derive(Debug)]
 pub(super) struct VhdxMap {
-    file: FileId,
-    parts: Parts,
-    /// Empty after an open for information only.
-    table: Vec<u64>,
+    pub(super) file: FileId,
+    pub(super) parts: Parts,
+    /// As the kernel has accepted it, in whole pages. Empty after an open for information only.
+    table: Box<[AtomicU64]>,
+    /// Blocks that have a place, when the image was opened.
     allocated: u64,
     bitmaps: PageCache,
+    /// `None` if opened for reading only.
+    pub(super) writer: Option<Writer>,
 }
 
 impl VhdxMap {
-    /// Opens the image for reading. Its log is replayed in memory: nothing is ever written.
+    /// Opens the image. Its log is replayed in memory; it goes to the file before the first change, not before.
     ///
     /// # Errors
-    /// As [`super::super::open`]; [`ErrorKind::Unsupported`] for writing.
+    /// As [`super::super::open`]; [`crate::ErrorKind::Unsupported`] for writing outside of the simulator.
     pub(super) fn open(source: &dyn ByteSource, file: FileId, how: OpenHow) -> Result<Self> {
         let parts = Parts::read(source)?;
-        if !how.read_only {
+        if !how.read_only && !SIMULATED {
             return Err(unsupported("VHDX images are only read so far, not written")
                 .hint("open it read-only, or convert it to vdi or vhd"));
         }
@@ -95,17 +102,48 @@ impl VhdxMap {
             |raw: &&u64| matches!(parts.layout.entry(**raw), Some(Entry::At(_) | Entry::Partly(_)));
         let in_table = |block| usize::try_from(parts.layout.index_of(block)).ok().and_then(|i| table.get(i));
         let allocated = (0..parts.layout.blocks).filter_map(in_table).filter(has_place).count() as u64;
+        let mut writer = None;
         if !how.info_only {
             verify(&parts, &table, source.len())?;
+            if !how.read_only {
+                writer = Some(Writer::new(&parts, &table, source.len())?);
+            }
         }
         let pages = parts.layout.blocks.div_ceil(2).saturating_mul(BITMAP_PAGES);
         let table = if how.info_only { Vec::new() } else { table };
+        let table = table.into_iter().map(AtomicU64::new).collect();
         let bitmaps = PageCache::new(META_PAGE_BYTES, pages, MAX_PAGE_CACHE_BYTES);
-        Ok(VhdxMap { file, parts, table, allocated, bitmaps })
+        Ok(VhdxMap { file, parts, table, allocated, bitmaps, writer })
     }
 
     fn raw(&self, index: u64) -> Option<u64> {
-        usize::try_from(index).ok().and_then(|i| self.table.get(i)).copied()
+        usize::try_from(index).ok().and_then(|i| self.table.get(i)).map(|e| e.load(Ordering::Acquire))
+    }
+
+    /// What the table says of a block, as it is published.
+    pub(super) fn entry_of(&self, block: u64) -> std::result::Result<Entry, Miss> {
+        let layout = &self.parts.layout;
+        let raw = self.raw(layout.index_of(block)).ok_or(Miss::Fail(Failure::Unsupported))?;
+        layout.entry(raw).ok_or(Miss::Fail(Failure::Corrupt))
+    }
+
+    /// The kernel has accepted it.
+    pub(super) fn set_entry(&self, index: u64, raw: u64) {
+        if let Some(entry) = usize::try_from(index).ok().and_then(|i| self.table.get(i)) {
+            entry.store(raw, Ordering::Release);
+        }
+    }
+
+    /// The table as it is published.
+    pub(super) fn entries(&self) -> Vec<u64> {
+        self.table.iter().map(|e| e.load(Ordering::Acquire)).collect()
+    }
+
+    /// The bytes of a page of the table, with these entries over what is published.
+    pub(super) fn page_bytes(&self, page: u64, changes: &[(u64, u64)]) -> Vec<u8> {
+        let changed = |index| changes.iter().rev().find(|(i, _)| *i == index).map(|(_, raw)| *raw);
+        let entries = Layout::entries_of(page);
+        entries.flat_map(|i| changed(i).or(self.raw(i)).unwrap_or(0).to_le_bytes()).collect()
     }
 
     fn block_or_end(&self, at: GuestOffset) -> u64 {
@@ -117,11 +155,10 @@ impl VhdxMap {
     fn extent_at(&self, r: GuestRange) -> std::result::Result<Extent, Miss> {
         let layout = &self.parts.layout;
         let block = self.block_or_end(r.start());
-        let raw = self.raw(layout.index_of(block)).ok_or(Miss::Fail(Failure::Unsupported))?;
         let into = r.start().0 & (layout.block_bytes - 1);
         let len = r.len().min(layout.block_bytes - into);
         let data = |at: u64| ExtentKind::Data { file: self.file, off: HostOffset(at).plus(into) };
-        Ok(match layout.entry(raw).ok_or(Miss::Fail(Failure::Corrupt))? {
+        Ok(match self.entry_of(block)? {
             Entry::Free => Extent { len, kind: ExtentKind::Parent },
             Entry::Zero => Extent { len, kind: ExtentKind::Zero },
             Entry::At(at) => Extent { len, kind: data(at) },
@@ -179,30 +216,87 @@ impl ImageMap for VhdxMap {
         if !self.parts.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
-        if why == Intent::Overwrite {
+        if why == Intent::Read {
+            return out.fill(r, |rest| self.extent_at(rest));
+        }
+        if self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| self.extent_at(rest))
+        // A block of which a part is missing is changed by a plan, which makes it whole.
+        out.fill(r, |rest| match self.entry_of(self.block_or_end(rest.start()))? {
+            Entry::At(_) if !self.must_write(rest.start()) => self.extent_at(rest),
+            _ => Err(Miss::NeedsPlan),
+        })
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
-        let layout = &self.parts.layout;
-        let start = (self.block_or_end(at) << layout.block_shift).min(layout.disk_bytes);
-        let end = (start + layout.block_bytes).min(layout.disk_bytes);
-        GuestRange::between(GuestOffset(start), GuestOffset(end))
+        self.parts.layout.unit(self.block_or_end(at))
     }
 
     fn claim_of(&self, at: GuestOffset) -> BlockIndex {
         BlockIndex(self.block_or_end(at))
     }
 
+    fn plan(&self, change: Change) -> std::result::Result<Plan, Miss> {
+        let writer = self.writer.as_ref().ok_or(Miss::Fail(Failure::ReadOnly))?;
+        let plan = writer.plan(self, change)?;
+        plan.assert_ordered();
+        Ok(plan)
+    }
+
+    fn room(&self, urgent: bool) -> Option<Plan> {
+        self.writer.as_ref()?.room(self, urgent)
+    }
+
+    fn settle(&self, token: PlanToken, how: Settled) {
+        if let Some(writer) = &self.writer {
+            writer.settle(self, token, how);
+        }
+    }
+
+    fn must_write(&self, at: GuestOffset) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.blocks.doubts(self.block_or_end(at)))
+    }
+
+    fn has_page(&self, key: MetaKey) -> bool {
+        matches!(key, MetaKey::Page { table: BITMAPS, number } if self.bitmaps.contains(number))
+    }
+
+    fn compose(&self, key: MetaKey, ops: &[MetaOp], out: &mut Vec<u8>) -> Result<(FileId, HostOffset)> {
+        let writer = self.writer.as_ref().ok_or_else(|| unsupported("it is not written"))?;
+        let (at, bytes) = writer.compose(self, key, ops)?;
+        out.extend(bytes);
+        Ok((self.file, at))
+    }
+
+    fn publish(&self, key: MetaKey, ops: &[MetaOp]) {
+        if let Some(writer) = &self.writer {
+            writer.publish(self, key, ops);
+        }
+    }
+
+    fn begin(&self, modification: Uuid) -> Plan {
+        self.writer.as_ref().map_or_else(Plan::default, |w| w.begin(self, modification))
+    }
+
+    fn end(&self) -> Plan {
+        let plan = self.writer.as_ref().map_or_else(Plan::default, |w| w.end(self));
+        plan.assert_ordered();
+        plan
+    }
+
     fn page_place(&self, key: MetaKey) -> std::result::Result<PagePlace, Failure> {
         let MetaKey::Page { table: BITMAPS, number } = key else { return Err(Failure::Corrupt) };
         let layout = &self.parts.layout;
-        let raw = self.raw(layout.bitmap_index(number / BITMAP_PAGES)).ok_or(Failure::Corrupt)?;
+        let chunk = number / BITMAP_PAGES;
+        let raw = self.raw(layout.bitmap_index(chunk)).ok_or(Failure::Corrupt)?;
         let at = HostOffset(layout.bitmap(raw).ok_or(Failure::Corrupt)?);
         let len = usize::try_from(META_PAGE_BYTES).expect("small");
-        Ok(PagePlace { file: self.file, off: at.plus(number % BITMAP_PAGES * META_PAGE_BYTES), len })
+        Ok(PagePlace {
+            file: self.file,
+            off: at.plus((number - chunk * BITMAP_PAGES) * META_PAGE_BYTES),
+            len,
+        })
     }
 
     fn page_read(&self, key: MetaKey, bytes: &[u8]) -> std::result::Result<(), Failure> {
@@ -214,7 +308,13 @@ impl ImageMap for VhdxMap {
     }
 
     fn info(&self) -> ImageInfo {
-        let (header, metadata) = (&self.parts.headers.current, &self.parts.metadata);
+        let metadata = &self.parts.metadata;
+        let ids = self.writer.as_ref().map_or_else(|| self.parts.headers.current.ids(), Writer::ids);
+        let has_place = |block: &u64| matches!(self.entry_of(*block), Ok(Entry::At(_) | Entry::Partly(_)));
+        let allocated = match &self.writer {
+            Some(_) => (0..self.parts.layout.blocks).filter(has_place).count() as u64,
+            None => self.allocated,
+        };
         let some = |u: Uuid| (!u.is_nil()).then_some(u);
         ImageInfo {
             format: "vhdx",
@@ -225,9 +325,9 @@ impl ImageMap for VhdxMap {
             },
             virtual_size: metadata.disk_bytes,
             block_size: Some(metadata.block_bytes),
-            allocated_blocks: Some(self.allocated),
-            uuid: some(header.data_write()),
-            modification_uuid: some(header.file_write()),
+            allocated_blocks: Some(allocated),
+            uuid: some(ids.data_write),
+            modification_uuid: some(ids.file_write),
             parent_uuid: metadata.parent.filter(|u| !u.is_nil()),
             parent_names: metadata.parent_names.clone(),
             version: Some("1".into()),

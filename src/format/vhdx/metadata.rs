@@ -1,14 +1,16 @@
 //! The metadata: what the disk is like, by GUIDs.
 
 use super::header::MIB;
+use super::locator;
 use super::region::Region;
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES};
 use crate::map::{ByteSource, HostOffset};
+use crate::probe::small::unit;
 use uuid::{Uuid, uuid};
-use zerocopy::little_endian::{U16, U32};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 const SIGNATURE: &[u8; 8] = b"metadata";
 const TABLE_BYTES: usize = 64 << 10;
@@ -22,10 +24,13 @@ const DISK_ID: Uuid = uuid!("beca12ab-b2e6-4523-93ef-c309e000c746");
 const LOGICAL_SECTOR: Uuid = uuid!("8141bf1d-a96f-4709-ba47-f233a8faab5f");
 const PHYSICAL_SECTOR: Uuid = uuid!("cda348c7-445d-4471-9cc9-e9885251c556");
 const PARENT_LOCATOR: Uuid = uuid!("a8d35f2d-b30b-454d-abf7-d3d84834ab0c");
-/// The only kind of locator there is: another VHDX.
-const VHDX_LOCATOR: Uuid = uuid!("b04aefb7-d19e-4a81-b789-25b8e9445913");
 
-#[derive(Clone, Copy, Debug, FromBytes, KnownLayout, Immutable, Unaligned)]
+/// Flags of an item: a user's own; it concerns the disk, not the file; it has to be understood.
+const USER: u32 = 1;
+const OF_DISK: u32 = 2;
+const REQUIRED: u32 = 4;
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Item {
     id: [u8; 16],
@@ -33,15 +38,6 @@ struct Item {
     bytes: U32,
     flags: U32,
     reserved: U32,
-}
-
-#[derive(Clone, Copy, Debug, FromBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct LocatorEntry {
-    key_at: U32,
-    value_at: U32,
-    key_bytes: U16,
-    value_bytes: U16,
 }
 
 /// What the disk is like.
@@ -102,7 +98,7 @@ impl Metadata {
         let parameters: [u8; 8] = items.fixed(FILE_PARAMETERS, "file")?;
         let [a, b, c, d, flags, ..] = parameters;
         let block_bytes = u64::from(u32::from_le_bytes([a, b, c, d]));
-        if !block_bytes.is_power_of_two() || !(MIB..=MAX_BLOCK_BYTES).contains(&block_bytes) {
+        if !block_bytes.is_power_of_two() || !(unit(MIB)..=MAX_BLOCK_BYTES).contains(&block_bytes) {
             let what =
                 format!("the block size {block_bytes} is no power of two from 1 MiB to {MAX_BLOCK_BYTES}");
             return Err(corrupt(what));
@@ -121,11 +117,54 @@ impl Metadata {
         }
         let (is_fixed, is_diff) = (flags & 1 == 1, flags & 2 == 2);
         let (parent, parent_names) = match items.get(PARENT_LOCATOR)? {
-            Some(raw) if is_diff => locator(&raw)?,
+            Some(raw) if is_diff => locator::read(&raw)?,
             None if is_diff => return Err(corrupt("a differencing image without a parent locator")),
             _ => (None, Vec::new()),
         };
         Ok(Metadata { disk_bytes, block_bytes, sector_bytes, is_fixed, is_diff, parent, parent_names })
+    }
+}
+
+/// What a new image says besides [`Metadata`].
+#[derive(Debug)]
+pub(super) struct NewItems {
+    pub(super) disk_id: Uuid,
+    pub(super) physical: u64,
+    pub(super) locator: Option<Vec<u8>>,
+}
+
+impl Metadata {
+    /// The region of a new image: the table of items, and the items.
+    pub(super) fn bytes(&self, more: &NewItems) -> Vec<u8> {
+        let small = |n: u64| u32::try_from(n).expect("at most MAX_BLOCK_BYTES").to_le_bytes().to_vec();
+        let flags = u32::from(self.is_fixed) | u32::from(self.is_diff) << 1;
+        let parameters = [small(self.block_bytes), flags.to_le_bytes().to_vec()].concat();
+        let mut values = vec![
+            (FILE_PARAMETERS, parameters, REQUIRED),
+            (DISK_SIZE, self.disk_bytes.to_le_bytes().to_vec(), REQUIRED | OF_DISK),
+            (DISK_ID, more.disk_id.to_bytes_le().to_vec(), REQUIRED | OF_DISK),
+            (LOGICAL_SECTOR, small(self.sector_bytes), REQUIRED | OF_DISK),
+            (PHYSICAL_SECTOR, small(more.physical), REQUIRED | OF_DISK),
+        ];
+        values.extend(more.locator.clone().map(|raw| (PARENT_LOCATOR, raw, REQUIRED)));
+        let mut raw = vec![0; TABLE_BYTES];
+        raw[..8].copy_from_slice(SIGNATURE);
+        raw[10..12].copy_from_slice(&u16::try_from(values.len()).expect("a few items").to_le_bytes());
+        for (i, (id, value, flags)) in values.into_iter().enumerate() {
+            let number = |n: usize| U32::new(u32::try_from(n).expect("a few items"));
+            let item = Item {
+                id: id.to_bytes_le(),
+                at: number(raw.len()),
+                bytes: number(value.len()),
+                flags: flags.into(),
+                reserved: 0.into(),
+            };
+            let at = (i + 1) * ENTRY_BYTES;
+            raw[at..at + ENTRY_BYTES].copy_from_slice(item.as_bytes());
+            raw.extend(value);
+            raw.resize(raw.len().next_multiple_of(8), 0);
+        }
+        raw
     }
 }
 
@@ -142,10 +181,9 @@ fn table(source: &dyn ByteSource, region: Region) -> Result<Vec<Item>> {
     let read = |raw: &[u8]| Item::read_from_bytes(raw).expect("the length of an item");
     let items: Vec<_> = raw[ENTRY_BYTES..].chunks_exact(ENTRY_BYTES).take(count).map(read).collect();
     let known = [FILE_PARAMETERS, DISK_SIZE, DISK_ID, LOGICAL_SECTOR, PHYSICAL_SECTOR, PARENT_LOCATOR];
-    let (user, required) = (1, 4);
     let strange = items.iter().find(|i| {
-        i.flags.get() & required != 0
-            && (i.flags.get() & user != 0 || !known.contains(&Uuid::from_bytes_le(i.id)))
+        i.flags.get() & REQUIRED != 0
+            && (i.flags.get() & USER != 0 || !known.contains(&Uuid::from_bytes_le(i.id)))
     });
     match strange {
         None => Ok(items),
@@ -154,36 +192,4 @@ fn table(source: &dyn ByteSource, region: Region) -> Result<Vec<Item>> {
             Err(unsupported(format!("it has a metadata item {id} without which it cannot be understood")))
         }
     }
-}
-
-/// The parent's GUID, and the names it is given, relative ones first.
-fn locator(raw: &[u8]) -> Result<(Option<Uuid>, Vec<String>)> {
-    let id = raw.get(..16).and_then(|b| Some(Uuid::from_bytes_le(b.try_into().ok()?)));
-    if id != Some(VHDX_LOCATOR) {
-        return Err(unsupported("its parent locator is of a kind that is not known"));
-    }
-    let count = raw.get(18..20).map_or(0, |n| usize::from(u16::from_le_bytes([n[0], n[1]])));
-    let mut pairs = Vec::new();
-    for entry in raw.get(20..).unwrap_or_default().chunks_exact(size_of::<LocatorEntry>()).take(count) {
-        let e = LocatorEntry::read_from_bytes(entry).expect("the length of an entry");
-        let key = text(raw, e.key_at.get(), e.key_bytes.get());
-        let value = text(raw, e.value_at.get(), e.value_bytes.get());
-        let (Some(key), Some(value)) = (key, value) else {
-            return Err(corrupt("the parent locator names text behind its end"));
-        };
-        pairs.push((key, value));
-    }
-    let find = |key: &str| pairs.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
-    let parent = find("parent_linkage")
-        .map(|text| Uuid::parse_str(text.trim()).map_err(|_| corrupt("its parent linkage is no GUID")))
-        .transpose()?;
-    let keys = ["relative_path", "absolute_win32_path", "volume_path"];
-    Ok((parent, keys.into_iter().filter_map(find).filter(|n| !n.is_empty()).collect()))
-}
-
-fn text(raw: &[u8], at: u32, bytes: u16) -> Option<String> {
-    let at = usize::try_from(at).ok()?;
-    let units = raw.get(at..at.checked_add(usize::from(bytes))?)?.as_chunks::<2>().0.iter();
-    let units: Vec<u16> = units.map(|u| u16::from_le_bytes(*u)).collect();
-    Some(String::from_utf16_lossy(&units))
 }

@@ -1,18 +1,24 @@
 //! VHDX, Hyper-V's disk image of the second generation: two headers, a log, two copies of a table of regions, metadata by
-//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts. Images are read so far; writing is refused.
+//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes, which only
+//! the simulator may make yet.
 
 mod bat;
 mod check;
 mod crc32c;
+mod create;
 mod header;
+mod journal;
+mod locator;
 mod log;
 mod map;
 mod metadata;
 mod region;
 mod repair;
 mod replayed;
+mod writer;
 
 use super::{Driver, ImageFile, only};
+use crate::probe::small::SIMULATED;
 use map::VhdxMap;
 
 /// VHDX as one of the formats.
@@ -26,7 +32,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| repair::repair(only(files).source)),
     compact: None,
     resize: None,
-    blueprint: None,
+    blueprint: if SIMULATED { Some(create::blueprint) } else { None },
     keeps_comment: false,
     keeps_geometry: false,
 };

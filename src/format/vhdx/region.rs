@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::map::{ByteSource, HostOffset};
 use uuid::{Uuid, uuid};
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 const COPIES_AT: [u64; 2] = [192 << 10, 256 << 10];
 const TABLE_BYTES: usize = 64 << 10;
@@ -18,7 +18,7 @@ const ENTRIES_AT: usize = 16;
 const BLOCK_TABLE: Uuid = uuid!("2dc27766-f623-4200-9d64-115e9bfd4a08");
 const METADATA: Uuid = uuid!("8b7ca206-4790-4b9a-b8fe-575f050f886e");
 
-#[derive(Clone, Copy, Debug, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Entry {
     id: [u8; 16],
@@ -82,6 +82,23 @@ impl Regions {
             .or(second)
             .ok_or_else(|| corrupt("neither of the two tables of regions has a right checksum"))?;
         Self::parse(&bytes, source.len(), both_are_good)
+    }
+
+    /// The two copies of a new image, and where they go. Both regions have to be understood: VirtualBox refuses images that do
+    /// not say so.
+    pub(super) fn copies_of(table: Region, metadata: Region) -> [(u64, Vec<u8>); 2] {
+        let mut raw = vec![0; TABLE_BYTES];
+        raw[..4].copy_from_slice(SIGNATURE);
+        raw[8..12].copy_from_slice(&2u32.to_le_bytes());
+        let entries = [(BLOCK_TABLE, table), (METADATA, metadata)];
+        for (chunk, (id, r)) in raw[ENTRIES_AT..].chunks_exact_mut(ENTRY_BYTES).zip(entries) {
+            let bytes = u32::try_from(r.len).expect("a region that was checked").into();
+            let entry = Entry { id: id.to_bytes_le(), at: r.at.into(), bytes, required: 1.into() };
+            chunk.copy_from_slice(entry.as_bytes());
+        }
+        let sum = checksum(&raw, 4);
+        raw[4..8].copy_from_slice(&sum.to_le_bytes());
+        COPIES_AT.map(|at| (at, raw.clone()))
     }
 
     fn parse(bytes: &[u8], file_bytes: u64, both_are_good: bool) -> Result<Self> {

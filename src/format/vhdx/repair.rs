@@ -6,7 +6,7 @@
 use super::super::FileStep;
 use super::super::report::Repair;
 use super::check::check;
-use super::header::Header;
+use super::header::{Header, Ids};
 use super::map::Parts;
 use super::region::copies;
 use super::replayed::{Filling, Patch, Replayed};
@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_VHDX_LOG_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, FileId, HostOffset};
 use uuid::Uuid;
+use zerocopy::IntoBytes;
 
 /// A VHDX has one file.
 const FILE: FileId = FileId(0);
@@ -110,7 +111,8 @@ impl Work {
         let headers = &parts.headers;
         let file_write = Uuid::new_v4();
         for (slot, ahead) in [(1 - headers.slot, 1), (headers.slot, 2)] {
-            self.write(Header::at(slot), headers.current.renewed(file_write, ahead));
+            let ids = Ids { file_write, log: [0; 16], ..headers.current.ids() };
+            self.write(Header::at(slot), headers.current.renewed(ids, ahead).as_bytes().to_vec());
             self.sync();
         }
     }

@@ -118,6 +118,7 @@ impl Case<'_> {
             Kind::Parallels | Kind::ParallelsDiff => op.off.0 >= 4096,
             // one table and its copy before grains of 4 KiB
             Kind::Vmdk | Kind::VmdkDiff | Kind::VmdkZeroed => op.off.0 >= 16 << 10,
+            Kind::Vhdx | Kind::VhdxDiff => op.off.0 >= 4 << 20,
             // tables lie between the data, and the offset does not tell
             Kind::Qcow2 | Kind::Qcow2Diff | Kind::Qcow | Kind::QcowDiff => false,
             Kind::Qed | Kind::QedDiff | Kind::VmdkBare | Kind::VmdkSplit => false,

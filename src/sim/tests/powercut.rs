@@ -209,6 +209,16 @@ fn powercut_after_kills_qcow2_diff() {
 }
 
 #[test]
+fn powercut_after_kills_vhdx() {
+    killed(Kind::Vhdx);
+}
+
+#[test]
+fn powercut_after_kills_vhdx_diff() {
+    killed(Kind::VhdxDiff);
+}
+
+#[test]
 fn powercut_after_kills_qed() {
     killed(Kind::Qed);
 }

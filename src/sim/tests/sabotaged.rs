@@ -67,6 +67,8 @@ fn must_show_as(what: Sabotage) -> &'static [Verdict] {
         // the old entry is there behind a flush, or names what the close has cut or moved another block to
         Sabotage::ZeroInMemoryOnly => &[Stale, Unopenable, Foreign],
         Sabotage::LateJoin | Sabotage::ForgottenWrite => &[Stale],
+        // a flushed entry is neither in its place nor in the log; or its place is another's by now
+        Sabotage::LogBeforeTable | Sabotage::LogReused => &[Stale, Foreign, Unopenable],
         Sabotage::UnmarkedChain
         | Sabotage::ClearedTooEarly
         | Sabotage::MarkKept
