@@ -80,6 +80,12 @@ pub(super) trait BlockFormat {
         false
     }
 
+    /// The place may hold what an extension that failed wrote for the format's own tables: it is not clean, whatever the file
+    /// system says of the space that was added there since.
+    fn is_soiled(&self, _place: HostBlock) -> bool {
+        false
+    }
+
     /// Fewest places that an extension now is of use with: where tables grow along with the file, they are among them.
     fn least_extension(&self) -> u32 {
         1
@@ -283,7 +289,7 @@ impl BlockWriter {
         }
         while let Some(taken) = self.places.take_any() {
             if !f.is_table(taken.block) {
-                return Ok(taken);
+                return Ok(Taken { clean: taken.clean && !f.is_soiled(taken.block), ..taken });
             }
         }
         if may_grow {
@@ -317,7 +323,9 @@ impl BlockWriter {
     fn take_clean(&self, f: &dyn BlockFormat) -> Option<HostBlock> {
         loop {
             let block = self.places.take_clean()?;
-            if !f.is_table(block) {
+            if f.is_soiled(block) {
+                self.places.give_back(block);
+            } else if !f.is_table(block) {
                 return Some(block);
             }
         }

@@ -50,7 +50,8 @@ pub enum Kind {
     VmdkBare,
     /// A VMDK of several extents, each a file.
     VmdkSplit,
-    /// A QCOW2 without a parent, of the smallest clusters and the widest refcounts: its tables grow all the time.
+    /// A QCOW2 without a parent, of the smallest clusters (or as large as its blocks, if those are below 4 KiB) and the widest
+    /// refcounts: its tables grow all the time.
     Qcow2,
     /// A QCOW2 over a parent full of data; with subclusters where its clusters are large enough.
     Qcow2Diff,
@@ -241,7 +242,8 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
         Format::Parallels => vec![option("cluster_size", &block.to_string())],
         Format::Vmdk => vec![option("grain_size", &block.to_string())],
         Format::Qcow2 if parent.is_none() => {
-            vec![option("cluster_size", "512"), option("refcount_bits", "64")]
+            let cluster = if block < 4096 { block } else { 512 };
+            vec![option("cluster_size", &cluster.to_string()), option("refcount_bits", "64")]
         }
         Format::Qcow2 => {
             let extended = if block >= 16 << 10 { "on" } else { "off" };

@@ -42,6 +42,11 @@ fn index(n: u64) -> usize {
     usize::try_from(n).expect("bounded by MAX_REFCOUNT_TABLE_BYTES")
 }
 
+/// Clusters as they are numbered in a file that is written.
+fn number(n: u64) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
 /// The refcount table as the kernel has accepted it, and what an extension under way will make of it.
 #[derive(Debug)]
 pub(super) struct Refcounts {
@@ -66,6 +71,8 @@ pub(super) struct Refcounts {
     header_doubtful: bool,
     /// Our own clusters behind `opened` that are blocks or the table.
     own: BTreeSet<u32>,
+    /// Clusters in which an extension that failed may have written blocks or a table: the next one takes fewer, or others.
+    soiled: BTreeSet<u32>,
 }
 
 /// Clusters up to the last one behind the file's end that has a refcount: something may name it, so that nothing new must come
@@ -150,6 +157,7 @@ impl Refcounts {
             doubtful: BTreeSet::new(),
             header_doubtful: false,
             own: BTreeSet::new(),
+            soiled: BTreeSet::new(),
         };
         if let Some(page_at) = counts.page_at(counts.page_of(opened)) {
             source.read_at(page_at, &mut counts.first_page)?;
@@ -214,6 +222,11 @@ impl Refcounts {
         self.own.contains(&cluster)
     }
 
+    /// It is none of our tables, and may hold what was written for one.
+    pub(super) fn is_soiled(&self, cluster: u32) -> bool {
+        self.soiled.contains(&cluster) && !self.is_own(cluster)
+    }
+
     /// Refcounts of one page.
     pub(super) fn per_page(&self) -> u64 {
         (self.layout.page_bytes() * 8) >> self.layout.refcount_order
@@ -250,21 +263,27 @@ impl Refcounts {
     fn growth(&self, from: u32, to: u32) -> Growth {
         let per_block = self.layout.refcounts_per_block();
         let (first, last) = (u64::from(from) / per_block, u64::from(to - 1) / per_block);
+        // An extension that failed half-way may have made some of them ours already.
+        let row = |from: u64, n: u64| {
+            let is_free = |first: &u64| (*first..*first + n).all(|c| !self.is_own(number(c)));
+            (from..).find(is_free).expect("fewer are ours than there are numbers")
+        };
         let mut next = u64::from(from);
         let mut blocks = Vec::new();
         for n in (first..=last).filter(|n| !self.has_block(*n)) {
-            blocks.push((index(n), u32::try_from(next).unwrap_or(u32::MAX)));
-            next += 1;
+            let at = row(next, 1);
+            blocks.push((index(n), number(at)));
+            next = at + 1;
         }
         let needed = ((last + 1) * 8).div_ceil(self.layout.cluster_bytes());
         let table = (needed > u64::from(self.clusters)).then(|| {
             let most = MAX_REFCOUNT_TABLE_BYTES / self.layout.cluster_bytes();
             let clusters = needed.max(u64::from(self.clusters) * 2).min(most.max(needed));
-            let at = next;
-            next += clusters;
-            (u32::try_from(at).unwrap_or(u32::MAX), u32::try_from(clusters).unwrap_or(u32::MAX))
+            let at = row(next, clusters);
+            next = at + clusters;
+            (number(at), number(clusters))
         });
-        Growth { blocks, table, rest: next }
+        Growth { blocks, table, rest: row(next, 1) }
     }
 
     /// Fewest clusters from `from` on with which an extension leaves some for data.
@@ -291,6 +310,9 @@ impl Refcounts {
     /// No extension is under way any more.
     pub(super) fn abandon(&mut self) {
         let before = std::mem::take(&mut self.growth);
+        let tables = before.table.into_iter().flat_map(|(first, n)| first..first + n);
+        let written = before.blocks.iter().map(|(_, cluster)| *cluster).chain(tables);
+        self.soiled.extend(written.filter(|c| !self.own.contains(c)));
         let unwritten = before.blocks.into_iter().map(|(n, _)| n).filter(|n| !self.has_block(*n as u64));
         let unwritten: Vec<_> = unwritten.collect();
         self.doubtful.extend(unwritten);

@@ -486,6 +486,10 @@ impl BlockFormat for Qcow2Map {
         self.writer.as_ref().is_some_and(|w| w.state().counts.is_own(place.0))
     }
 
+    fn is_soiled(&self, place: HostBlock) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.state().counts.is_soiled(place.0))
+    }
+
     fn least_extension(&self) -> u32 {
         self.writer.as_ref().map_or(1, |w| w.state().counts.least_extension(w.blocks.places_end()))
     }
@@ -496,7 +500,9 @@ impl BlockFormat for Qcow2Map {
         let growth = s.counts.begin_extension(from, to);
         let counts = &s.counts;
         let page = |number| entry_step(REFCOUNTS, number, u64::from(from), u64::from(to), false);
-        let mut steps: Steps = counts.pages_for(from, to).into_iter().map(page).collect();
+        // Where there is no space for them, nothing is written behind the file's end.
+        let mut steps: Steps = smallvec![Step::Barrier];
+        steps.extend(counts.pages_for(from, to).into_iter().map(page));
         if let Some((_, clusters)) = growth.table {
             let pages = u64::from(clusters) * self.layout.cluster_bytes() / self.layout.page_bytes();
             steps.extend((0..pages).map(|n| entry_step(NEW_REFCOUNT_TABLE, n, 0, 0, false)));
@@ -507,8 +513,7 @@ impl BlockFormat for Qcow2Map {
             steps.extend([Step::Sync { file }, Step::Meta { key: MetaKey::Header, op }]);
         }
         if growth.table.is_none() && !entries.is_empty() {
-            steps.push(Step::Sync { file });
-            steps.extend(entries.into_iter().map(|(n, at)| self.refcount_table_step(n, at)));
+            steps.extend(self.entries_in_order(entries));
         }
         steps
     }
@@ -518,6 +523,19 @@ impl Qcow2Map {
     pub(super) fn refcount_table_step(&self, n: usize, at: u64) -> Step {
         let n = n as u64;
         entry_step(REFCOUNT_TABLE, n * 8 / self.layout.page_bytes(), n, at, at != 0)
+    }
+
+    /// Entries of the refcount table, the lowest first: what counts a block's own cluster is the block itself, or one before it.
+    fn entries_in_order(&self, entries: Vec<(usize, u64)>) -> Steps {
+        let (mut steps, mut last) = (Steps::new(), None);
+        for (n, at) in entries {
+            let step = self.refcount_table_step(n, at);
+            let Step::Meta { key, .. } = step else { unreachable!("a change of an entry") };
+            // Entries of one page are durable together.
+            let is_same_page = last.replace(key) == Some(key);
+            steps.extend([if is_same_page { Step::Barrier } else { Step::Sync { file: self.file } }, step]);
+        }
+        steps
     }
 
     /// Clusters that the old entry named and the new one does not, and that nothing else keeps.
