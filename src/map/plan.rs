@@ -74,6 +74,13 @@ pub enum Step {
         /// The change.
         op: MetaOp,
     },
+    /// The same, done only once that write is durable: it needs no [`Step::Sync`] behind it.
+    Through {
+        /// What is written.
+        key: MetaKey,
+        /// The change, which names no block.
+        op: MetaOp,
+    },
     /// The file grows to `to` by space that reads as zeros, durably once synced.
     Extend {
         /// The file.
@@ -81,6 +88,16 @@ pub enum Step {
         /// Present end of what is in use.
         from: HostOffset,
         /// The new end.
+        to: HostOffset,
+    },
+    /// What a [`Step::Extend`] behind an earlier barrier has made is there for good: durable is the file's length, not what others have
+    /// written meanwhile. That it reads as zeros follows: nobody has written there.
+    SyncLength {
+        /// The file.
+        file: FileId,
+        /// Where the extension began.
+        from: HostOffset,
+        /// Where it ended.
         to: HostOffset,
     },
     /// The file is cut at `to`.
@@ -151,10 +168,13 @@ impl Plan {
                     unsynced_data = true;
                 }
                 Step::Sync { .. } => unsynced_data = false,
+                Step::Through { op, .. } => {
+                    assert!(!matches!(op, MetaOp::Entry { pointer: true, .. }), "an entry that nobody gates");
+                }
                 Step::Meta { op: MetaOp::Entry { pointer: true, .. }, .. } => {
                     assert!(self.clean || !unsynced_data, "O1: pointer before its data is durable: {self:?}");
                 }
-                Step::Meta { .. } | Step::Truncate { .. } | Step::Barrier => {}
+                Step::Meta { .. } | Step::SyncLength { .. } | Step::Truncate { .. } | Step::Barrier => {}
             }
         }
     }

@@ -190,6 +190,16 @@ impl SimFile {
         });
     }
 
+    /// A write through has happened, all of it or the first bytes.
+    pub(super) fn land_through(&self, flight: u64, n: usize) {
+        let c = &mut *self.lock();
+        let change = c.flying.remove(&flight).expect("it flies");
+        let Change::Write { off, bytes, .. } = change else { unreachable!("only writes are written through") };
+        if !self.sealed {
+            c.change(Change::Through { off, bytes: bytes[..n].into() });
+        }
+    }
+
     /// The process is gone. What becomes of what it had submitted is settled before another gets the lock.
     pub fn kill(&self, how: Landing, rng: &mut Rng) {
         let c = &mut *self.lock();
@@ -239,7 +249,10 @@ impl SimFile {
         c.keep_cut();
         let upto = usize::try_from(mark.saturating_sub(c.first)).unwrap_or(0).min(c.log.len());
         for slot in &mut c.log[..upto] {
-            let Some(Change::Write { off, bytes, size }) = slot.take() else { continue };
+            if !matches!(slot, Some(Change::Write { .. })) {
+                continue;
+            }
+            let Some(Change::Write { off, bytes, size }) = slot.take() else { unreachable!() };
             if rng.chance(50) {
                 c.durable.put(off, &bytes);
             }
@@ -261,6 +274,9 @@ impl SimFile {
 
 impl Contents {
     fn change(&mut self, change: Change) {
+        if matches!(change, Change::Through { .. }) {
+            self.keep_cut();
+        }
         let change = match change {
             Change::Write { ref bytes, .. } if bytes.is_empty() => return,
             Change::Write { off, bytes, .. } => {

@@ -72,6 +72,11 @@ impl SyncGroup {
         Joined::Start
     }
 
+    /// What is as bad as a failed sync has happened: none is begun any more.
+    pub(crate) fn failed(&self) {
+        self.state.lock().expect("sync lock").failed = true;
+    }
+
     /// The sync has ended: moves those it satisfies into `out`. True: submit another, for those who came since. After
     /// a failure there is none: those who came since are in `out` as well.
     pub(crate) fn ended(&self, ok: bool, out: &mut Vec<Waiter>) -> bool {
