@@ -455,12 +455,7 @@ const MAX_THROUGH: usize = 4;
 
 /// The file grows and says so, for good when the steps have ended. `whole`: by a sync of all there is. Otherwise, where that is possible, by
 /// writing through what matters: a sync would write back all that guests have written meanwhile, and they would wait for it.
-fn durably(
-    file: FileId,
-    (from, to): (HostOffset, HostOffset),
-    announced: Steps,
-    whole: bool,
-) -> Steps {
+fn durably(file: FileId, (from, to): (HostOffset, HostOffset), announced: Steps, whole: bool) -> Steps {
     let few = announced.iter().filter(|s| matches!(s, Step::Meta { .. })).count() <= MAX_THROUGH;
     let plain = announced.iter().all(|s| matches!(s, Step::Meta { .. } | Step::Barrier));
     let extend = Step::Extend { file, from, to };

@@ -219,7 +219,9 @@ impl SimEngine {
             }
             Failing::Short => return None,
         };
-        if matches!(io.kind, IoKind::Sync | IoKind::WriteThrough) && matches!(how, Failing::Error(_) | Failing::ErrorAfterEffect(_)) {
+        if matches!(io.kind, IoKind::Sync | IoKind::WriteThrough)
+            && matches!(how, Failing::Error(_) | Failing::ErrorAfterEffect(_))
+        {
             f.sync_failed(f.mark(), &mut self.rng);
         }
         self.trace.io("fault ", io, result);

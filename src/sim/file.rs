@@ -194,7 +194,9 @@ impl SimFile {
     pub(super) fn land_through(&self, flight: u64, n: usize) {
         let c = &mut *self.lock();
         let change = c.flying.remove(&flight).expect("it flies");
-        let Change::Write { off, bytes, .. } = change else { unreachable!("only writes are written through") };
+        let Change::Write { off, bytes, .. } = change else {
+            unreachable!("only writes are written through")
+        };
         if !self.sealed {
             c.change(Change::Through { off, bytes: bytes[..n].into() });
         }

@@ -144,9 +144,7 @@ impl Channel {
         match result {
             Err(e) if e == libc::EINTR || e == libc::EAGAIN => self.queue_op(i),
             Err(e) => self.op_failed(i, e),
-            Ok(n) if op.io.kind.moves_bytes() && n < op.io.len => {
-                self.op_short(i, n)
-            }
+            Ok(n) if op.io.kind.moves_bytes() && n < op.io.len => self.op_short(i, n),
             Ok(_) => self.op_ended(i, Ok(())),
         }
     }

@@ -11,9 +11,15 @@ use vdblk::map::{
 
 #[derive(Clone, Debug)]
 enum Effect {
-    Write { at: u64, bytes: Vec<u8> },
+    Write {
+        at: u64,
+        bytes: Vec<u8>,
+    },
     /// Durable, and the length it reaches with it.
-    Through { at: u64, bytes: Vec<u8> },
+    Through {
+        at: u64,
+        bytes: Vec<u8>,
+    },
     SetLen(u64),
 }
 
