@@ -338,7 +338,10 @@ impl BlockWriter {
         self.places.extend_by_at_least(f.least_extension());
         let (from, to) = self.places.begin_extension(urgent)?;
         let file = f.file();
-        let whole = !self.state().end_is_durable;
+        let whole = {
+            let s = self.state();
+            !s.end_is_durable || s.grows_unclean
+        };
         let steps = durably(file, (f.end_of(from), f.end_of(to)), f.announce(to), whole);
         let token = Some(self.pend(Pending::Room { urgent }));
         Some(Plan { token, ..Plan::of(steps) })
@@ -467,5 +470,5 @@ fn durably(file: FileId, (from, to): (HostOffset, HostOffset), announced: Steps,
         other => other,
     });
     let length = Step::SyncLength { file, from, to };
-    [extend, Step::Barrier].into_iter().chain(through).chain([length]).collect()
+    [extend, Step::Barrier, Step::HoldSyncs { file }].into_iter().chain(through).chain([length]).collect()
 }

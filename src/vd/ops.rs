@@ -260,9 +260,36 @@ impl Channel {
     }
 
     /// A write that was to be durable is not, and the kernel has told of it: like a sync (rule O4).
-    fn through_failed(&self, file: FileId, why: Failure) {
-        self.disk.file(file).syncs.failed();
+    fn through_failed(&mut self, file: FileId, why: Failure) {
+        let mut told = Vec::new();
+        self.disk.file(file).syncs.failed(&mut told);
         self.tell_sync_failure(file, why);
+        for w in told {
+            self.wake(w, Err(Failure::SyncFailed));
+        }
+    }
+
+    /// Keeps syncs of `file` from running beside what the slot's plan does next; it waits for one that runs.
+    pub(super) fn hold_syncs(&mut self, slot: u16, file: FileId) {
+        let me = self.me(slot);
+        self.slot(slot).pending += 1;
+        match self.disk.file(file).syncs.hold(me) {
+            Ok(true) => self.slot(slot).pending -= 1,
+            Ok(false) => {}
+            Err(f) => self.slot(slot).settle_one(Err(f)),
+        }
+    }
+
+    /// The end of [`Self::hold_syncs`].
+    pub(super) fn let_syncs_go(&mut self, file: FileId) {
+        let mut told = Vec::new();
+        let sync = self.disk.file(file).syncs.let_go(&mut told);
+        for w in told {
+            self.wake(w, Ok(()));
+        }
+        if sync {
+            self.submit_sync(file);
+        }
     }
 
     fn tell_sync_failure(&self, file: FileId, why: Failure) {

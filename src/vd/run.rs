@@ -85,13 +85,27 @@ impl Channel {
             let Some(step) = run.plan.steps.get(run.next).copied() else { return Ok(Next::Again) };
             let pending = self.slot(slot).pending > 0;
             match step {
-                Step::Barrier | Step::Sync { .. } | Step::Block { .. } | Step::Move { .. } if pending => {
+                Step::Barrier
+                | Step::Sync { .. }
+                | Step::HoldSyncs { .. }
+                | Step::Block { .. }
+                | Step::Move { .. }
+                    if pending =>
+                {
                     return Ok(Next::Wait);
                 }
-                Step::Barrier | Step::Sync { .. } if self.slot(slot).failure.is_some() => {
+                Step::Barrier | Step::Sync { .. } | Step::HoldSyncs { .. }
+                    if self.slot(slot).failure.is_some() =>
+                {
                     return Ok(Next::Again); // which ends the plan
                 }
                 Step::Barrier => {}
+                Step::HoldSyncs { file } => {
+                    run.next += 1;
+                    run.holds = Some(file);
+                    self.hold_syncs(slot, file);
+                    return Ok(Next::Again);
+                }
                 Step::Sync { file } => {
                     run.next += 1;
                     if !self.leaves_syncs_out(slot) {
@@ -143,7 +157,9 @@ impl Channel {
             // A device keeps its length, whatever is in use of it.
             Step::Truncate { file, .. } if self.disk.file(file).traits.is_device => {}
             Step::Truncate { file, to } => self.issue_resize(slot, IoKind::Truncate, file, to, to),
-            Step::Barrier | Step::Sync { .. } => unreachable!("barriers are not started"),
+            Step::Barrier | Step::Sync { .. } | Step::HoldSyncs { .. } => {
+                unreachable!("barriers are not started")
+            }
         }
     }
 
@@ -167,12 +183,9 @@ impl Channel {
             return;
         }
         let unit = u64::from(self.disk.file(file).traits.alignment.offset).max(SECTOR_BYTES);
-        // Without fallocate the space may hold anything until it is durable, all of it.
-        let whole = self.slot(slot).extended_unclean;
-        if whole || !to.0.is_multiple_of(unit) || to.0 - from.0 < unit {
-            return self.join_sync(slot, file, true);
-        }
-        let io = IoOp { kind: IoKind::WriteThrough, file, off: HostOffset(to.0 - unit), len: unit };
+        // Zeros are what the end of the space reads as anyway; of a place that has a sector only in part, all of its sectors.
+        let off = from.0.max(to.0.saturating_sub(unit) / unit * unit);
+        let io = IoOp { kind: IoKind::WriteThrough, file, off: HostOffset(off), len: to.0 - off };
         self.issue_zeros(slot, io);
     }
 
@@ -314,6 +327,9 @@ impl Channel {
 
     /// The plan has ended, well or not, with nothing of it in flight.
     fn run_ended(&mut self, slot: u16, run: &Run, result: Result<(), Failure>) -> Next {
+        if let Some(file) = run.holds {
+            self.let_syncs_go(file);
+        }
         if let Some(token) = run.plan.token {
             let settled = match result {
                 Ok(()) => Settled::Done { clean: !self.slot(slot).extended_unclean },

@@ -190,7 +190,7 @@ impl Mini {
         if !self.world.reverse {
             return plan.steps.to_vec();
         }
-        let ends = |s: &Step| matches!(s, Step::Sync { .. } | Step::Barrier);
+        let ends = |s: &Step| matches!(s, Step::Sync { .. } | Step::HoldSyncs { .. } | Step::Barrier);
         let mut steps = Vec::new();
         for group in plan.steps.split_inclusive(ends) {
             let (inside, last) = group.split_at(group.len() - usize::from(group.last().is_some_and(ends)));
@@ -242,7 +242,7 @@ impl Mini {
                 assert!(from.0 + len <= self.medium.file.len() as u64, "moves what is not there: {step:?}");
                 self.medium.copy(from, to, len);
             }
-            Step::Barrier => {}
+            Step::Barrier | Step::HoldSyncs { .. } => {}
             Step::Sync { .. } => self.medium.sync(),
         }
         Ok(())
