@@ -27,6 +27,12 @@ struct Args {
     /// Bytes of an access
     #[arg(long, default_value_t = 4096)]
     bs: usize,
+    /// Only accesses of this name
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// A JSON object for each kind of access instead of a line for people
+    #[arg(long)]
+    json: bool,
 }
 
 fn main() -> ExitCode {
@@ -42,7 +48,7 @@ fn main() -> ExitCode {
 fn run(a: &Args) -> io::Result<()> {
     let t = Target::open(&a.file, a.direct, a.read_only, a.bs)?;
     let mut b = Buffers::new(a.bs)?;
-    let m = Meter { time: Duration::from_secs_f64(a.seconds) };
+    let m = Meter { time: Duration::from_secs_f64(a.seconds), only: a.only.clone(), json: a.json };
     let mut dice = Dice(7);
     m.run("pread", || t.pread(&mut b, dice.below(t.blocks)))?;
     if !a.read_only {
@@ -54,7 +60,9 @@ fn run(a: &Args) -> io::Result<()> {
             misses += u64::from(!t.pread_nowait(&mut b, dice.below(t.blocks)));
             Ok(1)
         })?;
-        println!("    {misses} of them missed the page cache");
+        if misses > 0 {
+            eprintln!("    {misses} of the preadv2 missed the page cache");
+        }
         let map = Mapping::new(&t)?;
         m.run("mmap + memcpy", || {
             map.copy(&mut b, dice.below(t.blocks));
@@ -83,11 +91,16 @@ impl Dice {
 /// Runs one kind of access for its time and prints what one costs.
 struct Meter {
     time: Duration,
+    only: Option<String>,
+    json: bool,
 }
 
 impl Meter {
     /// `f` does some accesses and says how many.
     fn run(&self, name: &str, mut f: impl FnMut() -> io::Result<u64>) -> io::Result<()> {
+        if self.only.as_ref().is_some_and(|only| only != name) {
+            return Ok(());
+        }
         let (start, cpu, mut n) = (Instant::now(), file::process_cpu(), 0u64);
         while start.elapsed() < self.time {
             // looking at the clock costs as much as a small access
@@ -97,6 +110,13 @@ impl Meter {
         }
         let (wall, cpu) = (start.elapsed().as_secs_f64(), file::process_cpu() - cpu);
         let each = |s: f64| s * 1e6 / n.max(1) as f64;
+        if self.json {
+            let (iops, wall_us, cpu_us) = (n as f64 / wall, each(wall), each(cpu));
+            let line =
+                serde_json::json!({ "name": name, "iops": iops, "wall_us": wall_us, "cpu_us": cpu_us });
+            println!("{line}");
+            return Ok(());
+        }
         println!(
             "{name:34} {:9.1} kIOPS {:7.2} us wall {:6.2} us cpu",
             n as f64 / wall / 1e3,

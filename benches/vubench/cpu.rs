@@ -62,3 +62,13 @@ fn machine() -> f64 {
         .sum::<f64>()
         / HZ
 }
+
+/// Resident memory of a process in KiB, without what it shares: guest memory is the guest's.
+pub(crate) fn own_memory_kb(pid: i32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let of = |name: &str| {
+        let line = status.lines().find(|l| l.starts_with(name))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    Some(of("RssAnon:")? + of("RssFile:")?)
+}

@@ -24,6 +24,7 @@ use serde_json::json;
 use server::Server;
 use std::io;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// Exit statuses.
 const GOOD: u8 = 0;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn run(a: &Args) -> io::Result<u8> {
+    let begun = Instant::now();
     let o = a.opts();
     let start = |c: &String| Server::start(c, &o.socket);
     let mut server = a.server_cmd.as_ref().map(start).transpose()?;
@@ -49,7 +51,7 @@ fn run(a: &Args) -> io::Result<u8> {
     } else if a.verifying() {
         check(a, &o, server.as_mut())?
     } else {
-        measure(a, &o, server.as_ref())?
+        measure(a, &o, server.as_ref(), begun)?
     };
     if let Some(Err(how)) = server.as_mut().map(Server::stop) {
         eprintln!("vubench: the server did not end well: {how}");
@@ -62,13 +64,15 @@ fn judged(good: bool) -> u8 {
     if good { GOOD } else { BAD }
 }
 
-fn measure(a: &Args, o: &Opts, server: Option<&Server>) -> io::Result<u8> {
+fn measure(a: &Args, o: &Opts, server: Option<&Server>, begun: Instant) -> io::Result<u8> {
     let mut j = a.job();
     let (dev, mut qs) = open(o, j.depth, j.bs)?;
     if j.size == 0 {
         j.size = dev.info.capacity().saturating_sub(j.offset);
     }
-    let r = load::run(&mut qs, &j, a.server_pid.or(server.and_then(Server::pid)))?;
+    let pid = a.server_pid.or(server.and_then(Server::pid));
+    let ready = begun.elapsed();
+    let r = load::run(&mut qs, &j, pid)?;
     let rw = j.rw.to_possible_value();
     let ios = r.hist.count as f64;
     let c = r.cpu;
@@ -86,6 +90,7 @@ fn measure(a: &Args, o: &Opts, server: Option<&Server>) -> io::Result<u8> {
         "srv_user_s": round(c.server_user, 2), "srv_sys_s": round(c.server_sys, 2),
         "srv_us_io": round(c.server * 1e6 / ios.max(1.0), 2), "other_cpu_s": round(c.others(), 2),
         "kicks": r.kicks, "wakes": r.wakes, "errors": r.errors, "bad_used_len": r.bad_len,
+        "ready_ms": round(ready.as_secs_f64() * 1e3, 2), "srv_rss_kb": pid.and_then(cpu::own_memory_kb),
         "stalled": r.stalled, "features": format!("{:#x}", dev.info.acked),
     });
     println!("{result}");

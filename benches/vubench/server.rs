@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// How long a server may take to listen, and to end when asked to: it may have to wait for the last I/O of one that was killed,
 /// on a disk that others keep busy.
 const PATIENCE: Duration = Duration::from_secs(60);
-const STEP: Duration = Duration::from_millis(5);
+const STEP: Duration = Duration::from_micros(500);
 
 pub(crate) struct Server {
     cmd: String,

@@ -124,6 +124,9 @@ struct State {
     grows_unclean: bool,
     /// A failed extension may have lengthened the file all the same.
     stretched: bool,
+    /// Since [`BlockWriter::begin`], or since an extension failed, a whole sync has followed: behind the file's end is nothing that
+    /// lengthening alone would show again.
+    end_is_durable: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -365,9 +368,11 @@ impl BlockWriter {
         self.places.extend_by_at_least(f.least_extension());
         let (from, to) = self.places.begin_extension(urgent)?;
         let file = f.file();
-        let mut steps = f.announce(to);
-        steps.insert(0, Step::Extend { file, from: f.end_of(from), to: f.end_of(to) });
-        steps.push(Step::Sync { file });
+        let whole = {
+            let s = self.state();
+            !s.end_is_durable || s.grows_unclean
+        };
+        let steps = durably(file, (f.end_of(from), f.end_of(to)), f.announce(to), whole);
         let token = Some(self.pend(Pending::Room { urgent }));
         Some(Plan { token, ..Plan::of(steps) })
     }
@@ -385,6 +390,7 @@ impl BlockWriter {
                 let mut s = self.state();
                 s.refused = None;
                 s.grows_unclean = !clean;
+                s.end_is_durable = true;
             }
             (Pending::Room { urgent }, Settled::Failed { why, .. }) => self.room_failed(urgent, why),
             (Pending::Write { block, at, place }, how) => {
@@ -450,6 +456,7 @@ impl BlockWriter {
         self.places.extended(None);
         let mut s = self.state();
         s.stretched = true;
+        s.end_is_durable = false;
         if urgent && hopeless {
             s.refused = Some(why);
         }
@@ -474,4 +481,24 @@ impl BlockWriter {
         };
         (phase == Phase::Changing).then_some(rest)
     }
+}
+
+/// Most writes of metadata that are made durable one by one rather than by a sync of the whole file.
+const MAX_THROUGH: usize = 4;
+
+/// The file grows and says so, for good when the steps have ended. `whole`: by a sync of all there is. Otherwise, where that is possible, by
+/// writing through what matters: a sync would write back all that guests have written meanwhile, and they would wait for it.
+fn durably(file: FileId, (from, to): (HostOffset, HostOffset), announced: Steps, whole: bool) -> Steps {
+    let few = announced.iter().filter(|s| matches!(s, Step::Meta { .. })).count() <= MAX_THROUGH;
+    let plain = announced.iter().all(|s| matches!(s, Step::Meta { .. } | Step::Barrier));
+    let extend = Step::Extend { file, from, to };
+    if whole || !(few && plain) {
+        return std::iter::once(extend).chain(announced).chain([Step::Sync { file }]).collect();
+    }
+    let through = announced.into_iter().map(|s| match s {
+        Step::Meta { key, op } => Step::Through { key, op },
+        other => other,
+    });
+    let length = Step::SyncLength { file, from, to };
+    [extend, Step::Barrier, Step::HoldSyncs { file }].into_iter().chain(through).chain([length]).collect()
 }

@@ -15,6 +15,9 @@ pub enum IoKind {
     Read,
     /// Writes the buffers to the file. May end early.
     Write,
+    /// The same, and what was written is durable when it ends, as is a length of the file that reaches there. Of nothing else it says
+    /// anything; but if it fails, what the file holds is as unknown as after a failed `Sync`.
+    WriteThrough,
     /// Everything written and completed before it was submitted becomes durable, sizes and extents included.
     Sync,
     /// The range is backed by space that reads as zeros where the file had none; the file grows to its end.
@@ -27,6 +30,18 @@ pub enum IoKind {
     Truncate,
 }
 
+impl IoKind {
+    /// It moves bytes between buffers and the file, and may move fewer than asked.
+    pub fn moves_bytes(self) -> bool {
+        matches!(self, IoKind::Read | IoKind::Write | IoKind::WriteThrough)
+    }
+
+    /// It moves bytes from buffers to the file.
+    pub fn writes_bytes(self) -> bool {
+        matches!(self, IoKind::Write | IoKind::WriteThrough)
+    }
+}
+
 /// An operation on a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoOp {
@@ -36,7 +51,7 @@ pub struct IoOp {
     pub file: FileId,
     /// From where on.
     pub off: HostOffset,
-    /// Bytes; of `Read` and `Write` the length of the buffers, of `Sync` and `Truncate` 0.
+    /// Bytes; of those that move bytes the length of the buffers, of `Sync` and `Truncate` 0.
     pub len: u64,
 }
 

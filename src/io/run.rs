@@ -20,6 +20,7 @@ pub(super) fn run(fd: BorrowedFd<'_>, op: &IoOp, bufs: &[BufSlice]) -> SysResult
     match op.kind {
         IoKind::Read => sys::preadv(fd, bufs, op.off.0),
         IoKind::Write => sys::pwritev(fd, bufs, op.off.0),
+        IoKind::WriteThrough => sys::pwritev_through(fd, bufs, op.off.0),
         IoKind::Sync => sys::fdatasync(fd),
         IoKind::Allocate => sys::fallocate(fd, sys::ALLOCATE, op.off.0, op.len),
         IoKind::Punch => sys::fallocate(fd, sys::PUNCH, op.off.0, op.len),

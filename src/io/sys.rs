@@ -71,11 +71,24 @@ fn preadv2(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64, flags: i32) -> SysRe
 
 /// Writes the slices; may move less than they hold.
 pub(super) fn pwritev(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64) -> SysResult {
+    pwritev2(fd, bufs, off, 0)
+}
+
+/// Flag of a write that is durable when it returns, with all that is needed to read it back: the length of the file if the write
+/// reaches its end, too. Other dirty pages of the file stay where they are, which is what makes it cheap.
+pub(super) const THROUGH: i32 = libc::RWF_DSYNC;
+
+/// As [`pwritev`], durable. See [`THROUGH`].
+pub(super) fn pwritev_through(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64) -> SysResult {
+    pwritev2(fd, bufs, off, THROUGH)
+}
+
+fn pwritev2(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64, flags: i32) -> SysResult {
     let off = signed(off)?;
     let (iov, n) = iovecs(bufs);
     retry(|| {
         // SAFETY: as in `preadv2`; the kernel only reads the memory.
-        let r = unsafe { libc::pwritev2(fd.as_raw_fd(), iov, i32::from(n), off, 0) };
+        let r = unsafe { libc::pwritev2(fd.as_raw_fd(), iov, i32::from(n), off, flags) };
         i64::try_from(r).unwrap_or(-1)
     })
 }

@@ -167,6 +167,10 @@ fn one_buffer(b: BufSlice) -> (*mut u8, u32) {
     (b.as_ptr(), u32::try_from(b.len()).unwrap_or(MAX_ONE_BUFFER).min(MAX_ONE_BUFFER))
 }
 
+fn write_flags(kind: IoKind) -> i32 {
+    if kind == IoKind::WriteThrough { sys::THROUGH } else { 0 }
+}
+
 /// The submission entry for a slot's next step.
 fn entry_of(slot: &Slot) -> squeue::Entry {
     let op = &slot.op;
@@ -186,17 +190,18 @@ fn entry_of(slot: &Slot) -> squeue::Entry {
             let (ptr, len) = one_buffer(*b);
             opcode::Read::new(fd, ptr, len).offset(op.off.0).build()
         }
-        (IoKind::Write, [b]) => {
+        (IoKind::Write | IoKind::WriteThrough, [b]) => {
             let (ptr, len) = one_buffer(*b);
-            opcode::Write::new(fd, ptr, len).offset(op.off.0).build()
+            opcode::Write::new(fd, ptr, len).offset(op.off.0).rw_flags(write_flags(op.kind)).build()
         }
         (IoKind::Read, bufs) => {
             let (iov, n) = sys::iovecs(bufs);
             opcode::Readv::new(fd, iov, u32::from(n)).offset(op.off.0).build()
         }
-        (IoKind::Write, bufs) => {
+        (IoKind::Write | IoKind::WriteThrough, bufs) => {
             let (iov, n) = sys::iovecs(bufs);
-            opcode::Writev::new(fd, iov, u32::from(n)).offset(op.off.0).build()
+            let flags = write_flags(op.kind);
+            opcode::Writev::new(fd, iov, u32::from(n)).offset(op.off.0).rw_flags(flags).build()
         }
         // fdatasync: see `sys::fdatasync`
         (IoKind::Sync, _) => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
@@ -218,7 +223,7 @@ fn advance(slot: &mut Slot, raw: i32, files: &Files) -> Option<SysResult> {
         }
         (Stage::Whole, Err(e)) if needs_written_zeros(&slot.op, e) => begin_zeros(slot, files),
         (Stage::Whole, Ok(n)) => match slot.op.kind {
-            IoKind::Read | IoKind::Write => Some(Ok(n)),
+            kind if kind.moves_bytes() => Some(Ok(n)),
             _ => Some(Ok(0)),
         },
         (Stage::Zeros { .. }, Ok(0)) => Some(Err(libc::EIO)),

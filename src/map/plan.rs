@@ -74,6 +74,19 @@ pub enum Step {
         /// The change.
         op: MetaOp,
     },
+    /// From here to the end of the plan no sync of the file runs beside it: [`Step::Through`] and [`Step::SyncLength`] stand behind it. One
+    /// descriptor tells of a failed write-back once, whoever asks, so what two ask at a time proves nothing.
+    HoldSyncs {
+        /// The file.
+        file: FileId,
+    },
+    /// As [`Step::Meta`], done only once that write is durable: it needs no [`Step::Sync`] behind it.
+    Through {
+        /// What is written.
+        key: MetaKey,
+        /// The change, which names no block.
+        op: MetaOp,
+    },
     /// The file grows to `to` by space that reads as zeros, durably once synced.
     Extend {
         /// The file.
@@ -81,6 +94,16 @@ pub enum Step {
         /// Present end of what is in use.
         from: HostOffset,
         /// The new end.
+        to: HostOffset,
+    },
+    /// What a [`Step::Extend`] behind an earlier barrier has made is there for good: durable is the file's length, not what others have
+    /// written meanwhile. That it reads as zeros follows: nobody has written there.
+    SyncLength {
+        /// The file.
+        file: FileId,
+        /// Where the extension began.
+        from: HostOffset,
+        /// Where it ended.
         to: HostOffset,
     },
     /// The file is cut at `to`.
@@ -153,16 +176,25 @@ impl Plan {
     /// # Panics
     /// On a plan that breaks the rule: a format is wrong, and running it could lose data.
     pub fn assert_ordered(&self) {
-        let mut unsynced_data = false;
+        let (mut unsynced_data, mut holds) = (false, false);
         for step in &self.steps {
             match step {
                 Step::Guest { .. } | Step::Block { .. } | Step::Move { .. } | Step::Extend { .. } => {
                     unsynced_data = true;
                 }
-                Step::Sync { .. } => unsynced_data = false,
+                Step::Sync { .. } => {
+                    assert!(!holds, "a sync that waits for itself: {self:?}");
+                    unsynced_data = false;
+                }
+                Step::HoldSyncs { .. } => holds = true,
+                Step::Through { op, .. } => {
+                    assert!(holds, "beside a sync: {self:?}");
+                    assert!(!matches!(op, MetaOp::Entry { pointer: true, .. }), "an entry that nobody gates");
+                }
                 Step::Meta { op: MetaOp::Entry { pointer: true, .. }, .. } => {
                     assert!(self.clean || !unsynced_data, "O1: pointer before its data is durable: {self:?}");
                 }
+                Step::SyncLength { .. } => assert!(holds, "beside a sync: {self:?}"),
                 Step::Meta { .. } | Step::Truncate { .. } | Step::Punch { .. } | Step::Barrier => {}
             }
         }

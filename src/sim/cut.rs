@@ -21,6 +21,13 @@ pub enum Change {
         /// The new length, if the write lengthened the file.
         size: Option<u64>,
     },
+    /// Bytes written that are durable, and a length of the file that reaches behind them: nothing else may be left.
+    Through {
+        /// Where.
+        off: u64,
+        /// What.
+        bytes: Arc<[u8]>,
+    },
     /// fallocate up to `size`: the space it adds reads as zeros.
     Allocate {
         /// The new length.
@@ -67,6 +74,7 @@ impl Change {
                 out.extend(sectors(*off, bytes.len() as u64).map(|(at, _)| Atom::Sector(at)));
                 out.extend(size.map(|_| Atom::Size));
             }
+            Change::Through { .. } => {}
             Change::Allocate { .. } => out.push(Atom::Size),
             Change::Length { size } if *size > len => out.extend([Atom::Size, Atom::Garbage]),
             Change::Length { .. } => out.push(Atom::Size),
@@ -90,6 +98,10 @@ impl Change {
     /// Does the parts of it that `keep` says happened.
     fn apply(&self, b: &mut Bytes, atoms: &[Atom], keep: &mut dyn FnMut() -> bool) {
         let old = b.len();
+        if let Change::Through { off, bytes } = self {
+            b.stretch(old.max(off + bytes.len() as u64));
+            b.put(*off, bytes);
+        }
         for atom in atoms {
             if !keep() {
                 continue;
@@ -139,6 +151,7 @@ impl Cut {
                 let mut atoms = Vec::new();
                 c.atoms(len, &mut atoms);
                 len = match c {
+                    Change::Through { off, ref bytes } => len.max(off + bytes.len() as u64),
                     Change::Write { size: Some(s), .. }
                     | Change::Allocate { size: s }
                     | Change::Length { size: s } => s,
@@ -251,7 +264,7 @@ impl Cut {
 /// Does all of a change, as a file that works shows it.
 pub(super) fn apply_whole(b: &mut Bytes, change: &Change) {
     match change {
-        Change::Write { off, bytes, .. } => b.write(*off, bytes),
+        Change::Write { off, bytes, .. } | Change::Through { off, bytes } => b.write(*off, bytes),
         Change::Allocate { size } => b.stretch(b.len().max(*size)),
         Change::Length { size } => b.set_len(*size),
         Change::Zero { off, len } => {

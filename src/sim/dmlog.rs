@@ -73,7 +73,9 @@ impl DmLog {
     /// A change of a file that had `before` bytes; `now` is what has come of it.
     pub(super) fn change(&mut self, change: &Change, before: u64, now: &Bytes) {
         match change {
-            Change::Write { off, bytes, .. } => self.write(*off, bytes.len() as u64, now),
+            Change::Write { off, bytes, .. } | Change::Through { off, bytes } => {
+                self.write(*off, bytes.len() as u64, now);
+            }
             Change::Zero { off, len } => self.zeroed(*off, *len, now),
             Change::Allocate { size } => self.mark(&format!("allocate {size}")),
             Change::Length { size } => {

@@ -122,7 +122,7 @@ impl SimEngine {
     fn change_of(io: &IoOp, bufs: &[BufSlice]) -> Option<Change> {
         Some(match io.kind {
             IoKind::Read | IoKind::Sync => return None,
-            IoKind::Write => SimFile::write_of(io.off.0, bytes_of(bufs)),
+            IoKind::Write | IoKind::WriteThrough => SimFile::write_of(io.off.0, bytes_of(bufs)),
             IoKind::Allocate => Change::Allocate { size: io.off.0 + io.len },
             IoKind::Truncate => Change::Length { size: io.off.0 },
             IoKind::Punch | IoKind::ZeroRange => Change::Zero { off: io.off.0, len: io.len },
@@ -147,7 +147,7 @@ impl SimEngine {
         let bytes = |n| bytes_of(bufs)[..n].to_vec();
         let done = match io.kind {
             IoKind::Read => unreachable!("reads are served from both sorts"),
-            IoKind::Write => {
+            IoKind::Write | IoKind::WriteThrough => {
                 file.write_at(off, &bytes(usize::try_from(moved).expect("fits memory"))).map(|()| moved)
             }
             IoKind::Sync => file.sync().map(|()| 0),
@@ -170,8 +170,12 @@ impl SimEngine {
             }
             (State::Flying(flight), Attached::Sim(f)) => {
                 let moved = self.moved(&bufs, None);
-                f.land(flight, (io.kind == IoKind::Write).then_some(moved as usize));
-                Ok(if io.kind == IoKind::Write { moved } else { 0 })
+                let moved = if io.kind.writes_bytes() { moved } else { 0 };
+                match io.kind {
+                    IoKind::WriteThrough => f.land_through(flight, moved as usize),
+                    kind => f.land(flight, (kind == IoKind::Write).then_some(moved as usize)),
+                }
+                Ok(moved)
             }
             (_, file) => {
                 let moved = self.moved(&bufs, None);
@@ -193,7 +197,7 @@ impl SimEngine {
             Failing::Interrupted => Err(libc::EINTR),
             Failing::Error(e) => Err(e),
             Failing::ErrorAfterEffect(e) => {
-                if io.kind == IoKind::Write
+                if io.kind.writes_bytes()
                     && let Some(change) = Self::change_of(io, bufs)
                 {
                     f.change(change);
@@ -204,14 +208,20 @@ impl SimEngine {
                 let moved = self.moved(bufs, Some(how));
                 self.read(io, bufs, moved)
             }
-            Failing::Short if io.kind == IoKind::Write => {
+            Failing::Short if io.kind.writes_bytes() => {
                 let moved = self.moved(bufs, Some(how));
-                f.change(SimFile::write_of(io.off.0, bytes_of(bufs)[..moved as usize].to_vec()));
+                let bytes = bytes_of(bufs)[..moved as usize].to_vec();
+                f.change(match io.kind {
+                    IoKind::WriteThrough => Change::Through { off: io.off.0, bytes: bytes.into() },
+                    _ => SimFile::write_of(io.off.0, bytes),
+                });
                 Ok(moved)
             }
             Failing::Short => return None,
         };
-        if io.kind == IoKind::Sync && matches!(how, Failing::Error(_) | Failing::ErrorAfterEffect(_)) {
+        if matches!(io.kind, IoKind::Sync | IoKind::WriteThrough)
+            && matches!(how, Failing::Error(_) | Failing::ErrorAfterEffect(_))
+        {
             f.sync_failed(f.mark(), &mut self.rng);
         }
         self.trace.io("fault ", io, result);

@@ -187,6 +187,9 @@ impl SimFile {
 
     /// Changes the file as every process sees it.
     pub(super) fn change(&self, change: Change) {
+        if matches!(change, Change::Through { .. }) {
+            self.keep_cut();
+        }
         let c = &mut *self.lock();
         c.touched |= self.sealed;
         if !c.frozen && !self.sealed {
@@ -216,6 +219,19 @@ impl SimFile {
             }
             (change, _) => change,
         });
+    }
+
+    /// A write through has happened, all of it or the first bytes.
+    pub(super) fn land_through(&self, flight: u64, n: usize) {
+        self.keep_cut();
+        let c = &mut *self.lock();
+        let change = c.flying.remove(&flight).expect("it flies");
+        let Change::Write { off, bytes, .. } = change else {
+            unreachable!("only writes are written through")
+        };
+        if !self.sealed {
+            c.change(Change::Through { off, bytes: bytes[..n].into() });
+        }
     }
 
     /// The process is gone. What becomes of what it had submitted is settled before another gets the lock.
@@ -270,7 +286,10 @@ impl SimFile {
         let c = &mut *self.lock();
         let upto = usize::try_from(mark.saturating_sub(c.first)).unwrap_or(0).min(c.log.len());
         for slot in &mut c.log[..upto] {
-            let Some(Change::Write { off, bytes, size }) = slot.take() else { continue };
+            if !matches!(slot, Some(Change::Write { .. })) {
+                continue;
+            }
+            let Some(Change::Write { off, bytes, size }) = slot.take() else { unreachable!() };
             if rng.chance(50) {
                 c.durable.put(off, &bytes);
             }

@@ -255,7 +255,11 @@ impl Game {
         if self.how.faults && self.rng.chance(40) {
             let common = self.how.habit != Habit::Churn && self.rng.chance(80);
             let fault = match self.how.habit {
-                Habit::Syncs => Fault::of(&[IoKind::Sync], self.rng.below(3), Failing::Error(libc::EIO)),
+                Habit::Syncs => Fault::of(
+                    &[IoKind::Sync, IoKind::WriteThrough],
+                    self.rng.below(3),
+                    Failing::Error(libc::EIO),
+                ),
                 _ if common => Fault::by_chance(&FAULTS, &mut self.rng),
                 _ => entry_fault(self.images.shape.kind),
             };
@@ -472,6 +476,7 @@ const FAULTS: FaultMix = FaultMix {
         &[IoKind::Read],
         &[IoKind::Allocate],
         &[IoKind::Sync],
+        &[IoKind::WriteThrough],
         &[IoKind::Sync],
         &[IoKind::Punch, IoKind::ZeroRange],
         &[IoKind::Truncate],

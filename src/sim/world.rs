@@ -424,7 +424,8 @@ impl World {
 
     /// A sync has failed, whoever has heard of it.
     pub fn sync_has_failed(&self) -> bool {
-        let hit = |op: &crate::io::IoOp| op.kind == crate::io::IoKind::Sync;
+        use crate::io::IoKind;
+        let hit = |op: &crate::io::IoOp| matches!(op.kind, IoKind::Sync | IoKind::WriteThrough);
         self.marks.load(Ordering::SeqCst) > 0 || self.faults.hits().iter().any(hit)
     }
 

@@ -31,6 +31,17 @@ impl Channel {
         self.start_op(i);
     }
 
+    /// Writes zeros from memory of our own, at most a bounce buffer full.
+    pub(super) fn issue_zeros(&mut self, slot: u16, io: IoOp) {
+        debug_assert!(io.len <= BOUNCE_BYTES as u64, "an unbounded buffer of zeros");
+        let i = self.ops.take(Owner::Slot(slot), io);
+        let own = Own::Made(AlignedBuf::new(usize::try_from(io.len).expect("a bounce buffer's worth")));
+        let op = self.ops.get(i);
+        op.bufs.push(own.slice());
+        op.own = Some(own);
+        self.start_op(i);
+    }
+
     /// An operation without memory.
     pub(super) fn issue_plain(&mut self, owner: Owner, io: IoOp) {
         let i = self.ops.take(owner, io);
@@ -82,7 +93,7 @@ impl Channel {
     /// Unbuffered files take only aligned I/O: others goes through memory of our own.
     fn align(&mut self, i: usize) -> Result<(), Failure> {
         let op = self.ops.get(i);
-        if !matches!(op.io.kind, IoKind::Read | IoKind::Write) {
+        if !op.io.kind.moves_bytes() {
             return Ok(());
         }
         let alignment = self.disk.file(op.io.file).traits.alignment;
@@ -92,7 +103,7 @@ impl Channel {
         let unit = u64::from(alignment.offset);
         let skip = op.io.off.0 % unit;
         let len = (skip + op.io.len).next_multiple_of(unit);
-        if op.io.kind == IoKind::Write && (skip != 0 || len != op.io.len) {
+        if op.io.kind.writes_bytes() && (skip != 0 || len != op.io.len) {
             // Writers of parts of a device sector are turned away when the disk is opened.
             return Err(Failure::Os(libc::EINVAL));
         }
@@ -102,7 +113,7 @@ impl Channel {
         let own = Own::Made(AlignedBuf::new(bytes));
         let slice = own.slice();
         let mut theirs = std::mem::take(&mut op.bufs);
-        if op.io.kind == IoKind::Write {
+        if op.io.kind.writes_bytes() {
             let mut at = 0;
             for b in theirs.drain(..) {
                 copy_between(b, slice.part(at, b.len()));
@@ -133,9 +144,7 @@ impl Channel {
         match result {
             Err(e) if e == libc::EINTR || e == libc::EAGAIN => self.queue_op(i),
             Err(e) => self.op_failed(i, e),
-            Ok(n) if matches!(op.io.kind, IoKind::Read | IoKind::Write) && n < op.io.len => {
-                self.op_short(i, n)
-            }
+            Ok(n) if op.io.kind.moves_bytes() && n < op.io.len => self.op_short(i, n),
             Ok(_) => self.op_ended(i, Ok(())),
         }
     }
@@ -204,9 +213,16 @@ impl Channel {
         matches!(self.slot(s).job, Job::Request(Request::Discard(_)) | Job::End)
     }
 
-    fn op_ended(&mut self, i: usize, result: Result<(), Failure>) {
+    fn op_ended(&mut self, i: usize, mut result: Result<(), Failure>) {
         let op = self.ops.get(i);
         let (owner, io) = (op.owner, op.io);
+        if io.kind == IoKind::WriteThrough
+            && let Err(f) = result
+        {
+            self.through_failed(io.file, f);
+            result = Err(Failure::SyncFailed);
+        }
+        let op = self.ops.get(i);
         if result.is_ok()
             && let (Some((theirs, skip)), Some(own)) = (op.copy_out.take(), op.own.as_ref())
         {
@@ -245,6 +261,45 @@ impl Channel {
         self.issue_plain(Owner::Sync(file), io);
     }
 
+    /// A write that was to be durable is not, and the kernel has told of it: like a sync (rule O4).
+    fn through_failed(&mut self, file: FileId, why: Failure) {
+        let mut told = Vec::new();
+        self.disk.file(file).syncs.failed(&mut told);
+        self.tell_sync_failure(file, why);
+        for w in told {
+            self.wake(w, Err(Failure::SyncFailed));
+        }
+    }
+
+    /// Keeps syncs of `file` from running beside what the slot's plan does next; it waits for one that runs.
+    pub(super) fn hold_syncs(&mut self, slot: u16, file: FileId) {
+        let me = self.me(slot);
+        self.slot(slot).pending += 1;
+        match self.disk.file(file).syncs.hold(me) {
+            Ok(true) => self.slot(slot).pending -= 1,
+            Ok(false) => {}
+            Err(f) => self.slot(slot).settle_one(Err(f)),
+        }
+    }
+
+    /// The end of [`Self::hold_syncs`].
+    pub(super) fn let_syncs_go(&mut self, file: FileId) {
+        let mut told = Vec::new();
+        let sync = self.disk.file(file).syncs.let_go(&mut told);
+        for w in told {
+            self.wake(w, Ok(()));
+        }
+        if sync {
+            self.submit_sync(file);
+        }
+    }
+
+    fn tell_sync_failure(&self, file: FileId, why: Failure) {
+        let path = self.disk.file(file).file.path().display();
+        tracing::error!("{path}: sync failed ({why}): the disk takes no more writes");
+        self.disk.sync_has_failed();
+    }
+
     fn sync_ended(&mut self, file: FileId, result: Result<(), Failure>) {
         let retried = result.is_err() && is_broken(Sabotage::RetriedSync);
         let result =
@@ -252,9 +307,7 @@ impl Channel {
         let mut told: Vec<Waiter> = Vec::new();
         let again = self.disk.file(file).syncs.ended(result.is_ok(), &mut told);
         if let Err(f) = result {
-            let path = self.disk.file(file).file.path().display();
-            tracing::error!("{path}: sync failed ({f}): the disk takes no more writes");
-            self.disk.sync_has_failed();
+            self.tell_sync_failure(file, f);
         }
         for w in told {
             self.wake(w, result.map_err(|_| Failure::SyncFailed));
@@ -266,7 +319,7 @@ impl Channel {
 
     /// Submits the write of a page with everything that was released for it. `at_once`: it may be done right here.
     pub(super) fn submit_page(&mut self, id: PageId, at_once: bool) {
-        let ops = self.disk.pages.in_flight(id);
+        let (ops, through) = self.disk.pages.in_flight(id);
         let layer = self.disk.chain.layer(id.0);
         let mut bytes = Vec::new();
         let place = layer.map.compose(id.1, &ops, &mut bytes);
@@ -284,7 +337,8 @@ impl Channel {
         };
         let mut own = Own::Made(AlignedBuf::new(bytes.len()));
         own.as_mut_slice().copy_from_slice(&bytes);
-        let io = IoOp { kind: IoKind::Write, file, off, len: bytes.len() as u64 };
+        let kind = if through { IoKind::WriteThrough } else { IoKind::Write };
+        let io = IoOp { kind, file, off, len: bytes.len() as u64 };
         let i = self.ops.take(Owner::Page(id), io);
         let op = self.ops.get(i);
         op.bufs.push(own.slice());

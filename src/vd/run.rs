@@ -9,8 +9,8 @@ use super::pages::PageId;
 use super::slot::{Copy, CopyFrom, CopyPhase, Job, Owner, Run, Work};
 use crate::error::Failure;
 use crate::io::{IoKind, IoOp, gather, sub_slices};
-use crate::limits::BOUNCE_BYTES;
-use crate::map::{FileId, GuestRange, HostOffset, MetaOp, Plan, Settled, Step};
+use crate::limits::{BOUNCE_BYTES, SECTOR_BYTES};
+use crate::map::{FileId, GuestRange, HostOffset, MetaKey, MetaOp, Plan, Settled, Step};
 use crate::probe::sabotage::{Sabotage, is_broken};
 
 impl Channel {
@@ -85,16 +85,30 @@ impl Channel {
             let Some(step) = run.plan.steps.get(run.next).copied() else { return Ok(Next::Again) };
             let pending = self.slot(slot).pending > 0;
             match step {
-                Step::Barrier | Step::Sync { .. } | Step::Block { .. } | Step::Move { .. } if pending => {
+                Step::Barrier
+                | Step::Sync { .. }
+                | Step::HoldSyncs { .. }
+                | Step::Block { .. }
+                | Step::Move { .. }
+                    if pending =>
+                {
                     return Ok(Next::Wait);
                 }
-                Step::Barrier | Step::Sync { .. } if self.slot(slot).failure.is_some() => {
+                Step::Barrier | Step::Sync { .. } | Step::HoldSyncs { .. }
+                    if self.slot(slot).failure.is_some() =>
+                {
                     return Ok(Next::Again); // which ends the plan
                 }
                 Step::Barrier => {}
+                Step::HoldSyncs { file } => {
+                    run.next += 1;
+                    run.holds = Some(file);
+                    self.hold_syncs(slot, file);
+                    return Ok(Next::Again);
+                }
                 Step::Sync { file } => {
                     run.next += 1;
-                    if !self.disk.options.skip_syncs && !is_left_out(self.slot(slot).job) {
+                    if !self.leaves_syncs_out(slot) {
                         self.join_sync(slot, file, true);
                     }
                     return Ok(Next::Again);
@@ -132,24 +146,54 @@ impl Channel {
             }
             Step::Meta { key, op } => {
                 run.entry_submitted |= matches!(op, MetaOp::Entry { pointer: true, .. });
-                let id = (self.disk.chain.top().number, key);
-                if self.sabotaged(id, op) {
-                    return;
-                }
-                let me = self.me(slot);
-                self.slot(slot).pending += 1;
-                if self.disk.pages.stage(id, op, me) {
-                    self.submit_page(id, true);
-                }
+                self.stage_meta(slot, key, op, false);
             }
+            Step::Through { key, op } => {
+                let through = !self.leaves_syncs_out(slot);
+                self.stage_meta(slot, key, op, through);
+            }
+            Step::SyncLength { file, from, to } => self.sync_length(slot, file, from, to),
             Step::Extend { file, from, to } => self.issue_resize(slot, IoKind::Allocate, file, from, to),
             // A device keeps its length, whatever is in use of it.
             Step::Truncate { file, .. } if self.disk.file(file).traits.is_device => {}
             Step::Truncate { file, to } => self.issue_resize(slot, IoKind::Truncate, file, to, to),
             Step::Punch { file, .. } if !self.disk.options.discard || !self.disk.file(file).can_punch() => {}
             Step::Punch { file, from, to } => self.issue_resize(slot, IoKind::Punch, file, from, to),
-            Step::Barrier | Step::Sync { .. } => unreachable!("barriers are not started"),
+            Step::Barrier | Step::Sync { .. } | Step::HoldSyncs { .. } => {
+                unreachable!("barriers are not started")
+            }
         }
+    }
+
+    /// Hands a change of metadata over to the next write of its page.
+    fn stage_meta(&mut self, slot: u16, key: MetaKey, op: MetaOp, through: bool) {
+        let id = (self.disk.chain.top().number, key);
+        if self.sabotaged(id, op) {
+            return;
+        }
+        let me = self.me(slot);
+        self.slot(slot).pending += 1;
+        if self.disk.pages.stage(id, op, me, through) {
+            self.submit_page(id, !through);
+        }
+    }
+
+    /// Writes the last sector through, as zeros: then the file is that long for good. A whole sync would also write back all that
+    /// guests have written meanwhile, and they would wait for that.
+    fn sync_length(&mut self, slot: u16, file: FileId, from: HostOffset, to: HostOffset) {
+        if self.leaves_syncs_out(slot) {
+            return;
+        }
+        let unit = u64::from(self.disk.file(file).traits.alignment.offset).max(SECTOR_BYTES);
+        // Zeros are what the end of the space reads as anyway; of a place that has a sector only in part, all of its sectors.
+        let off = from.0.max(to.0.saturating_sub(unit) / unit * unit);
+        let io = IoOp { kind: IoKind::WriteThrough, file, off: HostOffset(off), len: to.0 - off };
+        self.issue_zeros(slot, io);
+    }
+
+    /// Nobody wants syncs, or a rule is broken on purpose.
+    fn leaves_syncs_out(&mut self, slot: u16) -> bool {
+        self.disk.options.skip_syncs || is_left_out(self.slot(slot).job)
     }
 
     /// Breaks a rule about metadata, if that is asked for: true if the change is dealt with.
@@ -159,7 +203,7 @@ impl Channel {
             MetaOp::Count(_) => is_broken(Sabotage::CountNotWritten),
             MetaOp::Entry { pointer: true, .. } if is_broken(Sabotage::AnsweredBeforeEntry) => {
                 publish(&self.disk);
-                if self.disk.pages.stage(id, op, NOBODY) {
+                if self.disk.pages.stage(id, op, NOBODY, false) {
                     self.submit_page(id, false);
                 }
                 true
@@ -285,6 +329,9 @@ impl Channel {
 
     /// The plan has ended, well or not, with nothing of it in flight.
     fn run_ended(&mut self, slot: u16, run: &Run, result: Result<(), Failure>) -> Next {
+        if let Some(file) = run.holds {
+            self.let_syncs_go(file);
+        }
         if let Some(token) = run.plan.token {
             let settled = match result {
                 Ok(()) => Settled::Done { clean: !self.slot(slot).extended_unclean },

@@ -148,13 +148,15 @@ pub(crate) struct Run {
     pub(crate) copy: Option<Copy>,
     /// A pointer was handed to the kernel.
     pub(crate) entry_submitted: bool,
+    /// No sync of this file runs until the end.
+    pub(crate) holds: Option<FileId>,
 }
 
 impl Run {
     pub(crate) fn new(part: GuestRange, plan: Plan) -> Box<Run> {
         plan.assert_ordered();
         let plan = if is_broken(Sabotage::EntryBeforeData) { plan.entries_first() } else { plan };
-        Box::new(Run { part, plan, next: 0, copy: None, entry_submitted: false })
+        Box::new(Run { part, plan, next: 0, copy: None, entry_submitted: false, holds: None })
     }
 }
 

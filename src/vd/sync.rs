@@ -1,6 +1,7 @@
 //! Syncs, shared by all who wait for one. One runs per file, one waits, all join the one that waits: a flush is
 //! satisfied only by a sync that was submitted after it came (rule O6).
 
+use crate::error::Failure;
 use crate::map::Waiter;
 use crate::probe::sabotage::{Sabotage, is_broken};
 use std::sync::Mutex;
@@ -24,6 +25,10 @@ struct State {
     current: Vec<Waiter>,
     /// Those who came since.
     waiting: Vec<Waiter>,
+    /// Writes through are under way: no sync begins.
+    held: bool,
+    /// Those who want to begin writes through, once the sync has ended that runs.
+    holders: Vec<Waiter>,
 }
 
 /// What to do after [`SyncGroup::join`].
@@ -58,6 +63,10 @@ impl SyncGroup {
         if s.failed {
             return Joined::Failed;
         }
+        if s.held {
+            s.waiting.push(who);
+            return Joined::Wait;
+        }
         if s.running {
             let late = is_broken(Sabotage::LateJoin);
             if late { &mut s.current } else { &mut s.waiting }.push(who);
@@ -72,6 +81,53 @@ impl SyncGroup {
         Joined::Start
     }
 
+    /// No sync runs from now on, or, if one does, from its end on, when `who` is told; until [`Self::let_go`]. True: from now on.
+    /// After a failure nothing is held, and nobody is told later.
+    pub(crate) fn hold(&self, who: Waiter) -> Result<bool, Failure> {
+        let mut s = self.state.lock().expect("sync lock");
+        if s.failed {
+            return Err(Failure::SyncFailed);
+        }
+        if s.running || s.held {
+            s.holders.push(who);
+            return Ok(false);
+        }
+        s.held = true;
+        Ok(true)
+    }
+
+    /// The end of what [`Self::hold`] began: the next holder goes into `out`. True: submit the sync that others wait for.
+    pub(crate) fn let_go(&self, out: &mut Vec<Waiter>) -> bool {
+        let mut s = self.state.lock().expect("sync lock");
+        s.held = false;
+        if s.failed {
+            return false;
+        }
+        if !s.holders.is_empty() {
+            out.push(s.holders.remove(0));
+            s.held = true;
+            return false;
+        }
+        self.begin_next(&mut s)
+    }
+
+    /// A write through has failed, which is as bad as a failed sync: none is begun any more, and all who wait go into `out`.
+    pub(crate) fn failed(&self, out: &mut Vec<Waiter>) {
+        let mut s = self.state.lock().expect("sync lock");
+        s.failed = true;
+        s.give_up(out);
+    }
+
+    /// The sync that others wait for begins, if there are any.
+    fn begin_next(&self, s: &mut State) -> bool {
+        s.running = !s.waiting.is_empty();
+        if s.running {
+            std::mem::swap(&mut s.current, &mut s.waiting);
+            self.unsynced.store(false, Ordering::Release);
+        }
+        s.running
+    }
+
     /// The sync has ended: moves those it satisfies into `out`. True: submit another, for those who came since. After
     /// a failure there is none: those who came since are in `out` as well.
     pub(crate) fn ended(&self, ok: bool, out: &mut Vec<Waiter>) -> bool {
@@ -80,16 +136,21 @@ impl SyncGroup {
         out.append(&mut s.current);
         if !ok {
             s.failed = true;
-            out.append(&mut s.waiting);
+            s.give_up(out);
         }
-        if s.waiting.is_empty() {
-            s.running = false;
+        if !s.holders.is_empty() {
+            out.push(s.holders.remove(0));
+            (s.held, s.running) = (true, false);
             return false;
         }
-        let State { current, waiting, .. } = &mut *s;
-        std::mem::swap(current, waiting);
-        self.unsynced.store(false, Ordering::Release);
-        true
+        self.begin_next(&mut s)
+    }
+}
+
+impl State {
+    fn give_up(&mut self, out: &mut Vec<Waiter>) {
+        out.append(&mut self.waiting);
+        out.append(&mut self.holders);
     }
 }
 
@@ -113,6 +174,30 @@ mod tests {
         assert_eq!(g.join(w(4), false), Joined::Clean);
         g.wrote();
         assert_eq!(g.join(w(4), false), Joined::Start);
+    }
+
+    #[test]
+    fn syncs_and_writes_through_take_turns() {
+        let g = SyncGroup::new(true);
+        let w = |slot| Waiter { channel: 0, slot };
+        let mut done = Vec::new();
+        assert_eq!(g.hold(w(1)), Ok(true));
+        assert_eq!(g.join(w(2), false), Joined::Wait);
+        assert_eq!(g.hold(w(3)), Ok(false));
+        assert!(!g.let_go(&mut done));
+        assert_eq!(done, [w(3)], "holds now");
+        done.clear();
+        assert!(g.let_go(&mut done), "the sync begins");
+        assert_eq!(done, []);
+        assert_eq!(g.hold(w(4)), Ok(false));
+        assert_eq!(g.join(w(5), false), Joined::Wait);
+        assert!(!g.ended(true, &mut done), "the holder has its turn first");
+        assert_eq!(done, [w(2), w(4)]);
+        done.clear();
+        g.failed(&mut done);
+        assert_eq!(done, [w(5)]);
+        assert!(!g.let_go(&mut done));
+        assert_eq!(g.hold(w(1)), Err(Failure::SyncFailed));
     }
 
     #[test]

@@ -11,13 +11,21 @@ use vdblk::map::{
 
 #[derive(Clone, Debug)]
 enum Effect {
-    Write { at: u64, bytes: Vec<u8> },
+    Write {
+        at: u64,
+        bytes: Vec<u8>,
+    },
+    /// Durable, and the length it reaches with it.
+    Through {
+        at: u64,
+        bytes: Vec<u8>,
+    },
     SetLen(u64),
 }
 
 fn apply(file: &mut Vec<u8>, e: &Effect) {
     match e {
-        Effect::Write { at, bytes } => {
+        Effect::Write { at, bytes } | Effect::Through { at, bytes } => {
             let (at, end) = (*at as usize, *at as usize + bytes.len());
             file.resize(file.len().max(end), 0);
             file[at..end].copy_from_slice(bytes);
@@ -41,6 +49,10 @@ impl Medium {
 
     pub(crate) fn write(&mut self, at: HostOffset, bytes: Vec<u8>) {
         self.effect(Effect::Write { at: at.0, bytes });
+    }
+
+    fn write_through(&mut self, at: HostOffset, bytes: Vec<u8>) {
+        self.effect(Effect::Through { at: at.0, bytes });
     }
 
     pub(crate) fn set_len(&mut self, len: HostOffset) {
@@ -69,7 +81,7 @@ impl Medium {
         let mut file = self.durable.clone();
         for e in &self.pending {
             let Effect::Write { at, bytes } = e else {
-                if keep() {
+                if matches!(e, Effect::Through { .. }) || keep() {
                     apply(&mut file, e);
                 }
                 continue;
@@ -178,7 +190,7 @@ impl Mini {
         if !self.world.reverse {
             return plan.steps.to_vec();
         }
-        let ends = |s: &Step| matches!(s, Step::Sync { .. } | Step::Barrier);
+        let ends = |s: &Step| matches!(s, Step::Sync { .. } | Step::HoldSyncs { .. } | Step::Barrier);
         let mut steps = Vec::new();
         for group in plan.steps.split_inclusive(ends) {
             let (inside, last) = group.split_at(group.len() - usize::from(group.last().is_some_and(ends)));
@@ -187,9 +199,14 @@ impl Mini {
         steps
     }
 
-    fn write_meta(&mut self, key: MetaKey, op: MetaOp) {
+    fn composed(&self, key: MetaKey, op: MetaOp) -> (HostOffset, Vec<u8>) {
         let mut bytes = Vec::new();
         let (_, at) = self.map.compose(key, &[op], &mut bytes).expect("composed");
+        (at, bytes)
+    }
+
+    fn write_meta(&mut self, key: MetaKey, op: MetaOp) {
+        let (at, bytes) = self.composed(key, op);
         self.medium.write(at, bytes);
     }
 
@@ -210,6 +227,15 @@ impl Mini {
                 self.write_meta(key, op);
                 self.map.publish(key, &[op]);
             }
+            Step::Through { key, op } => {
+                let (at, bytes) = self.composed(key, op);
+                self.medium.write_through(at, bytes);
+                self.map.publish(key, &[op]);
+            }
+            Step::SyncLength { to, .. } if self.world.clean => {
+                self.medium.write_through(HostOffset(to.0 - 512), vec![0; 512]);
+            }
+            Step::SyncLength { .. } => self.medium.sync(),
             Step::Extend { from, to, .. } => self.extend(from, to)?,
             Step::Truncate { to, .. } => self.medium.set_len(to),
             Step::Punch { from, to, .. } => {
@@ -219,7 +245,7 @@ impl Mini {
                 assert!(from.0 + len <= self.medium.file.len() as u64, "moves what is not there: {step:?}");
                 self.medium.copy(from, to, len);
             }
-            Step::Barrier => {}
+            Step::Barrier | Step::HoldSyncs { .. } => {}
             Step::Sync { .. } => self.medium.sync(),
         }
         Ok(())

@@ -206,7 +206,7 @@ impl SteadyEngine {
                 scatter(&bytes[..n], &got);
                 Ok(n as u64)
             }
-            IoKind::Write => {
+            IoKind::Write | IoKind::WriteThrough => {
                 gather(&part, &mut bytes);
                 file.write_at(off, &bytes).map(|()| moved)
             }

@@ -39,6 +39,11 @@ fn script() -> Vec<Request> {
     ]
 }
 
+/// Its failure leaves nothing to go on with.
+fn is_sync(kind: IoKind) -> bool {
+    matches!(kind, IoKind::Sync | IoKind::WriteThrough)
+}
+
 /// A request and the operations that were hit while it ran.
 struct Ran {
     request: Option<Request>,
@@ -101,7 +106,7 @@ impl Case<'_> {
                 "went on behind a failed sync: {}",
                 what()
             );
-            sync_failed |= !harmless && r.hits.iter().any(|(op, _)| op.kind == IoKind::Sync);
+            sync_failed |= !harmless && r.hits.iter().any(|(op, _)| is_sync(op.kind));
         }
         assert_eq!(w.wrong.take(), None, "{}", self.name);
         assert_eq!(w.judge.take().unwrap().violation, None, "{}", self.name);
@@ -178,7 +183,8 @@ fn every_fault(kind: Kind) {
         for k in 0..20 {
             let parent = Fault { file: FileId(1), ..Fault::of(&[IoKind::Read], k, hows[0]) };
             case(format!("{kind:?} seed {seed}, read {k} of the parent")).check(parent);
-            let fault = Fault { file, ..Fault::of(&[IoKind::Sync], k, Failing::Error(libc::EIO)) };
+            let syncs = [IoKind::Sync, IoKind::WriteThrough];
+            let fault = Fault { file, ..Fault::of(&syncs, k, Failing::Error(libc::EIO)) };
             case(format!("{kind:?} seed {seed}, failing fsync {k}")).check(fault);
             cases += 2;
         }

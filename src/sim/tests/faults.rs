@@ -70,6 +70,7 @@ const FAULTS: FaultMix = FaultMix {
         &[IoKind::Read],
         &[IoKind::Allocate],
         &[IoKind::Sync],
+        &[IoKind::WriteThrough],
         &[IoKind::Punch, IoKind::ZeroRange],
         &[IoKind::Truncate],
     ],

@@ -3,7 +3,7 @@
 use crate::sim::{Play, Played, Sabotage, play, sabotage};
 
 /// Seeds within which a broken rule of the workers has to be noticed.
-const MOST_SEEDS: u64 = 20;
+const MOST_SEEDS: u64 = 40;
 
 fn short(seed: u64) -> Play {
     Play { faults: false, jobs: false, exhaustive: 0, samples: 0, ..Play::seed(seed) }

@@ -1,0 +1,84 @@
+"""The files that are measured, made once per folder."""
+import os
+import subprocess
+
+import peers
+
+GIB = 1 << 30
+LAYERS = 8
+
+
+def run(*command, text=None):
+    subprocess.run([str(c) for c in command], input=text, text=True, check=True, stdout=subprocess.DEVNULL)
+
+
+class Disks:
+    """Files of one folder. Each is made when it is first asked for."""
+
+    def __init__(self, folder, size=GIB):
+        self.folder, self.size = folder, size
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def raw(self):
+        """Random bytes: nothing compresses, nothing is a hole."""
+        path = self.path("full.raw")
+        if not os.path.exists(path):
+            with open(path + ".part", "wb") as f:
+                for _ in range(self.size >> 20):
+                    f.write(os.urandom(1 << 20))
+                os.fsync(f.fileno())
+            os.rename(path + ".part", path)
+        return path
+
+    def full(self, fmt):
+        """The same bytes in another format."""
+        if fmt == "raw":
+            return self.raw()
+        path = self.path(f"full.{fmt}")
+        if not os.path.exists(path):
+            run(peers.VDIMG, "convert", self.raw(), path)
+        return path
+
+    def chain(self, fmt):
+        """Eight layers; each has every eighth MiB, the base the first. Returns the leaf."""
+        leaf = self.path(f"chain{LAYERS - 1}.{fmt}")
+        if os.path.exists(leaf):
+            return leaf
+        below = []
+        for layer in range(LAYERS):
+            path = self.path(f"chain{layer}.{fmt}")
+            parents = [a for p in below for a in ("--parent", p)]
+            run(peers.VDIMG, "create", *parents, path, *([] if below else [str(self.size)]))
+            own = range(layer, self.size >> 20, LAYERS)
+            writes = "".join(f"write -P {layer + 1} {mib << 20} 1M\n" for mib in own)
+            run(peers.VDIMG, "io", path, text=writes)
+            below.append(path)
+        return leaf
+
+    def empty(self, fmt, name, size=None):
+        """A new image without an allocated block."""
+        path = self.path(f"{name}.{fmt}")
+        if os.path.exists(path):
+            os.unlink(path)
+        run(peers.VDIMG, "create", path, str(size or 4 * self.size))
+        return path
+
+    def half(self):
+        """4 GiB, every second MiB full of random bytes, the rest a hole."""
+        path = self.path("half.raw")
+        if not os.path.exists(path):
+            with open(path + ".part", "wb") as f:
+                f.truncate(4 * GIB)
+                for mib in range(0, 4096, 2):
+                    f.seek(mib << 20)
+                    f.write(os.urandom(1 << 20))
+            os.rename(path + ".part", path)
+        return path
+
+    def warm(self, path):
+        """Everything in the page cache."""
+        with open(path, "rb", buffering=0) as f:
+            while f.read(1 << 22):
+                pass
