@@ -1,19 +1,23 @@
 //! The table of blocks: payload blocks, and after every so many of them the block with the bitmap of their sectors.
 
 use super::corrupt;
-use super::header::MIB;
+use super::header::{BLOCK_UNIT, MIB};
 use super::metadata::Metadata;
 use super::region::Region;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_TABLE_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
-use crate::probe::small::unit;
 
 /// Sectors that one bitmap block speaks of.
-pub(super) const CHUNK_SECTORS: u64 = unit(MIB) * 8;
+pub(super) const CHUNK_SECTORS: u64 = BLOCK_UNIT * 8;
 
 /// Entries of a page.
 const PAGE_ENTRIES: u64 = META_PAGE_BYTES / 8;
+
+/// The place in an entry: whole units of the file.
+const fn place_in(raw: u64) -> u64 {
+    raw & !(BLOCK_UNIT - 1)
+}
 
 /// What an entry says of a payload block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +43,6 @@ pub(super) struct Layout {
     pub(super) blocks: u64,
     /// Entries of the table that mean something.
     pub(super) entries: u64,
-    /// From one block's place to the next one's.
-    pub(super) stride: u64,
     pub(super) is_diff: bool,
     table: Region,
 }
@@ -68,7 +70,6 @@ impl Layout {
             chunk_shift: ratio.trailing_zeros(),
             blocks,
             entries,
-            stride: m.block_bytes.max(MIB),
             is_diff: m.is_diff,
             table,
         })
@@ -168,7 +169,7 @@ impl Layout {
 
     /// What a payload block's entry says; `None` where it says nothing known.
     pub(super) fn entry(&self, raw: u64) -> Option<Entry> {
-        let at = (raw >> 20) * MIB;
+        let at = place_in(raw);
         match raw & 7 {
             0 => Some(Entry::Free),
             1..=3 => Some(Entry::Zero),
@@ -190,13 +191,18 @@ impl Layout {
 
     /// Where the bitmap of a chunk is, if it has one.
     pub(super) fn bitmap(&self, raw: u64) -> Option<u64> {
-        (self.is_diff && raw & 7 == 6).then_some((raw >> 20) * MIB)
+        (self.is_diff && raw & 7 == 6).then_some(place_in(raw))
     }
 
     /// What an entry of the table names; `None` for nothing, an error for what it cannot say.
     fn place(&self, index: u64, raw: u64, table: &[u64]) -> std::result::Result<Option<Place>, String> {
         let Some(block) = self.block_of(index) else {
-            return Ok(self.bitmap(raw).map(|at| Place { at, len: MIB, needed: MIB, block: None }));
+            return Ok(self.bitmap(raw).map(|at| Place {
+                at,
+                len: BLOCK_UNIT,
+                needed: BLOCK_UNIT,
+                block: None,
+            }));
         };
         let at = match self.entry(raw) {
             None => {

@@ -3,7 +3,7 @@
 use super::super::blueprint::refused;
 use super::super::{Blueprint, Format, NewImage};
 use super::bat::{Entry, Layout};
-use super::header::{Header, Ids, MIB, SIGNATURE};
+use super::header::{BLOCK_UNIT, Header, Ids, MIB, SIGNATURE};
 use super::locator;
 use super::metadata::{Metadata, NewItems};
 use super::region::{Region, Regions};
@@ -72,7 +72,7 @@ fn metadata(new: &NewImage, is_fixed: bool) -> Result<Metadata> {
         (false, _) => 32 * MIB,
     };
     let block_bytes = new.option_size(BLOCK_SIZE)?.unwrap_or(usual);
-    if !block_bytes.is_power_of_two() || !(unit(MIB)..=MAX_BLOCK_BYTES).contains(&block_bytes) {
+    if !block_bytes.is_power_of_two() || !(BLOCK_UNIT..=MAX_BLOCK_BYTES).contains(&block_bytes) {
         let what = format!("the block size {block_bytes} is no power of two from {MIB} to {MAX_BLOCK_BYTES}");
         return Err(refused(what).hint("2M for many small writes, 32M is what Hyper-V makes"));
     }
@@ -114,10 +114,10 @@ fn image(new: &NewImage, m: &Metadata, layout: &Layout, [log, items, table]: [Re
     if !m.is_fixed {
         return Blueprint::single(table.end(), None, pieces);
     }
-    let blocks = (HostOffset(table.end()), layout.blocks * layout.stride);
+    let blocks = (HostOffset(table.end()), layout.blocks * layout.block_bytes);
     let layout = layout.clone();
     let entries = table_pieces(table, move |index| match layout.block_of(index) {
-        Some(block) => Layout::raw_of(Entry::At(table.end() + block * layout.stride)),
+        Some(block) => Layout::raw_of(Entry::At(table.end() + block * layout.block_bytes)),
         None => 0,
     });
     Blueprint::single(blocks.0.0 + blocks.1, Some(blocks), entries.chain(pieces))

@@ -16,8 +16,10 @@ const HEADERS_AT: [u64; 2] = [64 << 10, 128 << 10];
 const HEADER_SIGNATURE: [u8; 4] = *b"head";
 /// Shortest log that is written.
 pub(super) const MIN_LOG_BYTES: u64 = 16 * unit(64 << 10);
-/// What regions and blocks lie behind, and are aligned to.
+/// What regions and blocks lie behind, and regions are aligned to.
 pub(super) const MIB: u64 = 1 << 20;
+/// What blocks are aligned to, and bytes of a bitmap.
+pub(super) const BLOCK_UNIT: u64 = unit(MIB);
 
 #[derive(Clone, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]

@@ -76,11 +76,11 @@ impl Journal {
         *self.state() = State { id, sequence: 1, ..State::default() };
     }
 
-    /// Whether there is room for this many changes in entries of their own, and the entry that ends a checkpoint. An entry that has
-    /// failed is written over by one that is as long.
+    /// Whether there is room for this many changes in entries of their own, each with the end of a checkpoint behind it that cannot
+    /// begin anew because of it, and for one that can. An entry that has failed is written over by one that is as long.
     fn fits(&self, s: &State, changes: u64) -> bool {
         let used = s.head + s.flight.map_or(0, |(len, _)| len);
-        changes <= self.most_changes && used + 2 * changes < self.ring
+        changes <= self.most_changes && used + 3 * changes < self.ring
     }
 
     /// Room for one change; [`Self::release`] gives it back.
@@ -93,6 +93,7 @@ impl Journal {
             return Err(s.refused.take().map_or(Miss::NeedsRoom, Miss::Fail));
         }
         s.reserved += 1;
+        s.refused = None;
         Ok(())
     }
 
@@ -101,11 +102,16 @@ impl Journal {
         s.reserved = s.reserved.checked_sub(1).expect("a release for each reservation");
     }
 
-    /// A checkpoint is due (`urgent`: somebody waits for room).
-    pub(super) fn wants_checkpoint(&self, urgent: bool) -> bool {
+    /// There is no room for another change: who waits for some needs a checkpoint.
+    pub(super) fn is_full(&self) -> bool {
         let s = self.state();
-        let full = urgent && !self.fits(&s, s.reserved + 1);
-        full || (s.head * 2 > self.ring && (s.head - s.tail) * 4 > self.ring)
+        !self.fits(&s, s.reserved + 1)
+    }
+
+    /// A checkpoint is due ahead of need.
+    pub(super) fn is_half_full(&self) -> bool {
+        let s = self.state();
+        s.head * 2 > self.ring && (s.head - s.tail) * 4 > self.ring
     }
 
     /// Composes the next entry, with these sectors; where it goes, and its bytes. One that ends a checkpoint says that what comes
@@ -186,5 +192,42 @@ impl Journal {
                 s.refused = c.urgent.then_some(why);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::header::{MIB, MIN_LOG_BYTES};
+    use super::*;
+
+    /// Each change alone in its entry, and a checkpoint that ends right behind it: the most of the ring that changes can take.
+    #[test]
+    fn changes_that_have_room_are_logged_whatever_checkpoints_come_between() {
+        let journal = Journal::new(Region { at: MIB, len: MIN_LOG_BYTES });
+        journal.start([7; 16]);
+        let log = |sectors: &[(HostOffset, Vec<u8>)], ends_checkpoint| {
+            journal.compose(sectors, ends_checkpoint, 4 * MIB).expect("room");
+            journal.publish(sectors.iter().map(|_| 0));
+        };
+        let begin = || journal.checkpoint(false, std::iter::empty(), |_| vec![0; SECTOR]);
+        let mut logged = 0;
+        for _ in 0..100 {
+            let reserved = (0..).take_while(|_| journal.reserve().is_ok()).count();
+            for _ in 0..reserved {
+                begin();
+                log(&[(HostOffset(3 * MIB), vec![1; SECTOR])], false);
+                log(&[], true);
+                journal.checkpoint_ended(Ok(()));
+                journal.release();
+                logged += 1;
+            }
+            if reserved == 0 {
+                assert!(journal.is_full());
+                begin();
+                log(&[], true);
+                journal.checkpoint_ended(Ok(()));
+            }
+        }
+        assert!(logged > 50, "{logged}");
     }
 }

@@ -3,7 +3,7 @@
 use super::super::OpenHow;
 use super::super::sector_bits::run;
 use super::bat::{CHUNK_SECTORS, Entry, Layout};
-use super::header::Headers;
+use super::header::{BLOCK_UNIT, Headers};
 use super::log;
 use super::metadata::Metadata;
 use super::region::{Region, Regions};
@@ -209,7 +209,7 @@ fn verify(parts: &Parts, table: &[u64], file_bytes: u64) -> Result<()> {
 impl ImageMap for VhdxMap {
     fn limits(&self) -> Limits {
         let Layout { disk_bytes, block_bytes, is_diff, .. } = self.parts.layout;
-        Limits { size_bytes: disk_bytes, block_bytes, is_diff, data_alignment: 1 << 20 }
+        Limits { size_bytes: disk_bytes, block_bytes, is_diff, data_alignment: BLOCK_UNIT }
     }
 
     fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {

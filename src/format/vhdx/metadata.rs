@@ -1,13 +1,12 @@
 //! The metadata: what the disk is like, by GUIDs.
 
-use super::header::MIB;
+use super::header::BLOCK_UNIT;
 use super::locator;
 use super::region::Region;
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES};
 use crate::map::{ByteSource, HostOffset};
-use crate::probe::small::unit;
 use uuid::{Uuid, uuid};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -98,7 +97,7 @@ impl Metadata {
         let parameters: [u8; 8] = items.fixed(FILE_PARAMETERS, "file")?;
         let [a, b, c, d, flags, ..] = parameters;
         let block_bytes = u64::from(u32::from_le_bytes([a, b, c, d]));
-        if !block_bytes.is_power_of_two() || !(unit(MIB)..=MAX_BLOCK_BYTES).contains(&block_bytes) {
+        if !block_bytes.is_power_of_two() || !(BLOCK_UNIT..=MAX_BLOCK_BYTES).contains(&block_bytes) {
             let what =
                 format!("the block size {block_bytes} is no power of two from 1 MiB to {MAX_BLOCK_BYTES}");
             return Err(corrupt(what));

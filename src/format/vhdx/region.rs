@@ -5,16 +5,18 @@ use super::header::MIB;
 use super::{corrupt, unsupported};
 use crate::error::Result;
 use crate::map::{ByteSource, HostOffset};
+use crate::probe::small::unit;
 use uuid::{Uuid, uuid};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 const COPIES_AT: [u64; 2] = [192 << 10, 256 << 10];
-const TABLE_BYTES: usize = 64 << 10;
+const TABLE_BYTES: usize = unit(64 << 10) as usize;
 const SIGNATURE: &[u8; 4] = b"regi";
-const MAX_ENTRIES: usize = 2047;
 const ENTRY_BYTES: usize = 32;
 const ENTRIES_AT: usize = 16;
+/// Most entries there can be: 2047.
+const MAX_ENTRIES: usize = (TABLE_BYTES - ENTRIES_AT) / ENTRY_BYTES;
 const BLOCK_TABLE: Uuid = uuid!("2dc27766-f623-4200-9d64-115e9bfd4a08");
 const METADATA: Uuid = uuid!("8b7ca206-4790-4b9a-b8fe-575f050f886e");
 

@@ -3,7 +3,7 @@
 
 use super::super::blocks::{Block, BlockFormat, BlockWriter, Rest, Steps};
 use super::bat::{Entry, Layout};
-use super::header::{Header, Headers, Ids, MIB};
+use super::header::{BLOCK_UNIT, Header, Headers, Ids, MIB};
 use super::journal::Journal;
 use super::map::{Parts, VhdxMap};
 use super::region::Region;
@@ -76,14 +76,15 @@ impl Writer {
             return Err(unsupported("the numbers of its headers have come to their end"));
         }
         let taken = taken(parts, table);
-        let used_end = taken.iter().map(|r| r.end()).fold(MIB, u64::max).next_multiple_of(MIB);
-        let base = used_end % layout.stride;
-        let ends = u32::try_from((used_end - base) / layout.stride).ok();
+        let used_end = taken.iter().map(|r| r.end()).fold(MIB, u64::max).next_multiple_of(BLOCK_UNIT);
+        let base = used_end % layout.block_bytes;
+        let ends = u32::try_from((used_end - base) / layout.block_bytes).ok();
         let most = ends.and_then(|end| end.checked_add(u32::try_from(layout.blocks).ok()?));
         let too_long = || Error::new(ErrorKind::Limit, format!("the file has {used_end} bytes in use"));
         let (end, most) = ends.zip(most).ok_or_else(too_long)?;
-        let step = u32::try_from((POOL_STEP_BYTES / layout.stride).max(1)).expect("a few");
-        let is_used = |place| overlaps(&taken, base + u64::from(place) * layout.stride, layout.stride);
+        let step = u32::try_from((POOL_STEP_BYTES / layout.block_bytes).max(1)).expect("a few");
+        let is_used =
+            |place| overlaps(&taken, base + u64::from(place) * layout.block_bytes, layout.block_bytes);
         Ok(Writer {
             blocks: BlockWriter::new(HostBlocks::new(end, most, step, is_used), has_all_blocks(parts, table)),
             journal: Journal::new(log),
@@ -107,7 +108,7 @@ impl Writer {
 
     /// How long the file is durably.
     fn file_bytes(&self, layout: &Layout) -> u64 {
-        self.base + u64::from(self.blocks.places_end()) * layout.stride
+        self.base + u64::from(self.blocks.places_end()) * layout.block_bytes
     }
 
     pub(super) fn plan(&self, map: &VhdxMap, change: Change) -> Result<Plan, Miss> {
@@ -131,8 +132,10 @@ impl Writer {
 
     pub(super) fn room(&self, map: &VhdxMap, urgent: bool) -> Option<Plan> {
         self.blocks.must_be_changing().ok()?;
-        if !self.journal.wants_checkpoint(urgent) {
-            return self.blocks.room(map, urgent);
+        let is_due = if urgent { self.journal.is_full() } else { self.journal.is_half_full() };
+        if !is_due {
+            // Where no more places can be made, it was the log that had no room; it has by now, and is asked again.
+            return self.blocks.room(map, urgent).or_else(|| urgent.then(Plan::default));
         }
         let file = map.file;
         let pages = self.journal.checkpoint(urgent, std::iter::empty(), |n| map.page_bytes(n, &[]));
@@ -203,7 +206,7 @@ impl Writer {
         steps.extend([Step::Sync { file }, header(slot, false)]);
         steps.extend([Step::Sync { file }, header(1 - slot, false)]);
         let used = taken(&map.parts, &map.entries()).iter().map(|r| r.end()).fold(MIB, u64::max);
-        steps.push(Step::Truncate { file, to: HostOffset(used.next_multiple_of(MIB)) });
+        steps.push(Step::Truncate { file, to: HostOffset(used.next_multiple_of(BLOCK_UNIT)) });
         Plan::of(steps)
     }
 
@@ -320,7 +323,7 @@ impl BlockFormat for VhdxMap {
 
     fn end_of(&self, places: u32) -> HostOffset {
         let writer = self.writer.as_ref().expect("only writers have places");
-        HostOffset(writer.base).plus(u64::from(places) * self.parts.layout.stride)
+        HostOffset(writer.base).plus(u64::from(places) * self.parts.layout.block_bytes)
     }
 
     fn change(&self, block: u64, now: Block) -> Result<Steps, Miss> {

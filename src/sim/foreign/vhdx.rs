@@ -129,7 +129,7 @@ pub(in super::super) fn free_blocks(b: &Bytes) -> Vec<u32> {
 }
 
 fn place(b: &Bytes) -> u64 {
-    b.len().next_multiple_of(MIB)
+    b.len().next_multiple_of(unit(MIB))
 }
 
 /// Adds `block` with these bytes; `after` sees the file after each write.
@@ -175,6 +175,6 @@ pub(in super::super) fn add_parts(b: &mut Bytes, past: &mut [Past], rng: &mut Rn
     }
     let at = place(b);
     b.write(at, &bits);
-    b.set_len(at + MIB);
+    b.set_len(at + unit(MIB));
     b.write(TABLE + CHUNK_SECTORS / per_block * 8, &(at | 6).to_le_bytes());
 }

@@ -254,6 +254,16 @@ fn every_operation_may_fail_qcow2_diff() {
 }
 
 #[test]
+fn every_operation_may_fail_vhdx() {
+    every_fault(Kind::Vhdx);
+}
+
+#[test]
+fn every_operation_may_fail_vhdx_diff() {
+    every_fault(Kind::VhdxDiff);
+}
+
+#[test]
 fn every_operation_may_fail_qed() {
     every_fault(Kind::Qed);
     every_fault(Kind::QedDiff);

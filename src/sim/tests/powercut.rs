@@ -96,6 +96,16 @@ fn powercut_in_small_workloads_qcow2_diff() {
 }
 
 #[test]
+fn powercut_in_small_workloads_vhdx() {
+    workloads(Kind::Vhdx);
+}
+
+#[test]
+fn powercut_in_small_workloads_vhdx_diff() {
+    workloads(Kind::VhdxDiff);
+}
+
+#[test]
 fn powercut_in_small_workloads_qed() {
     workloads(Kind::Qed);
 }

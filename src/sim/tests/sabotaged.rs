@@ -174,3 +174,12 @@ fn powercut_catches_entries_of_qcow2_before_their_refcounts() {
     let caught = caught(Sabotage::RoomWithoutSync, &[Kind::Qcow2, Kind::Qcow2Diff], MOST_STATES);
     assert!(caught >= LEAST_SEARCHES, "caught in {caught} searches");
 }
+
+/// What only a log can do wrong shows when it begins anew, which takes a while.
+#[test]
+fn powercut_catches_broken_rules_of_a_log() {
+    let kinds = [Kind::Vhdx, Kind::VhdxDiff];
+    let caught = Sabotage::LOG.map(|what| (what, caught(what, &kinds, 4 * MOST_STATES)));
+    println!("searches that have caught each: {caught:?}");
+    assert!(caught.iter().all(|(_, n)| *n > 0), "not caught: {caught:?}");
+}
