@@ -6,14 +6,17 @@ use super::super::{Blueprint, Format, NewImage, blueprint::refused};
 use super::header::{FIELD_BYTES, MAGIC, MAX_L1_BYTES};
 use crate::error::Result;
 
-/// What QEMU and VirtualBox take for images without a parent, and VirtualBox for others as well.
-const DEFAULT_CLUSTER_BYTES: u64 = 4096;
-const DEFAULT_TABLE_ENTRIES: u64 = 512;
+/// What QEMU and VirtualBox take for images without a parent, bytes of a cluster and entries of a table.
+const DEFAULT: (u64, u64) = (4096, 512);
+/// What QEMU takes for others. It writes parts of new clusters and leaves the rest of them zero, whatever is beneath: in clusters of one
+/// sector there is no rest.
+const DEFAULT_OF_DIFFS: (u64, u64) = (512, 4096);
 
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     check(Format::Qcow, new, &["cluster_size", "table_entries"])?;
-    let cluster = power(new, "cluster_size", 512..=64 << 10, DEFAULT_CLUSTER_BYTES)?;
-    let entries = power(new, "table_entries", 64..=8192, DEFAULT_TABLE_ENTRIES)?;
+    let default = if new.parent.is_some() { DEFAULT_OF_DIFFS } else { DEFAULT };
+    let cluster = power(new, "cluster_size", 512..=64 << 10, default.0)?;
+    let entries = power(new, "table_entries", 64..=8192, default.1)?;
     let l1_bytes = new.size_bytes.div_ceil(entries * cluster) * 8;
     if l1_bytes > MAX_L1_BYTES {
         let what = format!("the first-level table would have {l1_bytes} bytes; {MAX_L1_BYTES} are possible");

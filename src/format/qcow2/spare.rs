@@ -26,8 +26,9 @@ pub(super) fn spare_clusters(
 ) -> BTreeSet<u32> {
     let tables = l1.iter().filter(|e| e.load(Ordering::Relaxed) & OFFSET != 0).count() as u64;
     let tables = tables.saturating_mul(1 + u64::from(header.snapshots()));
-    let is_small =
-        tables * layout.cluster_bytes() <= MAX_TABLES_BYTES && layout.file_clusters() <= MAX_CLUSTERS;
+    let first = l1.len() as u64 * 8;
+    let is_small = first.saturating_add(tables.saturating_mul(layout.cluster_bytes())) <= MAX_TABLES_BYTES
+        && layout.file_clusters() <= MAX_CLUSTERS;
     if !is_small || header.has(incompatible::DIRTY | incompatible::CORRUPT) {
         return BTreeSet::new();
     }
