@@ -60,11 +60,11 @@ trap 'exit 130' INT TERM
 
 # True if KVM runs a guest, and in a reasonable time: /dev/kvm alone says nothing (permissions, a machine that is virtual
 # itself and whose KVM is slower than TCG). A boot sector writes 16 to a port at which QEMU ends with the status
-# 2 * 16 + 1. That takes well under a second.
+# 2 * 16 + 1. That takes well under a second. On the processor the guest will have: some hosts refuse a part of it.
 kvm_works() {
     { printf '\260\020\346\364\353\376'; head -c 504 /dev/zero; printf '\125\252'; } >"$T/boot"
     local rc=0
-    timeout 5 qemu-system-x86_64 -accel kvm -m 64 -nodefaults -no-user-config -display none \
+    timeout 5 qemu-system-x86_64 -accel kvm -cpu max -m 64 -nodefaults -no-user-config -display none \
         -drive "file=$T/boot,format=raw,if=ide" -device isa-debug-exit,iobase=0xf4,iosize=4 \
         </dev/null >/dev/null 2>"$T/kvm" || rc=$?
     case $rc in
