@@ -88,9 +88,10 @@ def quiet_run(contender):
 
 def measure(row, rounds):
     """All runs of a row, in alternating order."""
-    runs = {c.name: [] for c in row.contenders}
+    contenders = row.contenders()
+    runs = {c.name: [] for c in contenders}
     for n in range(rounds):
-        for c in row.contenders if n % 2 == 0 else row.contenders[::-1]:
+        for c in contenders if n % 2 == 0 else contenders[::-1]:
             got = quiet_run(c)
             if got is not None:
                 runs[c.name].append(got)

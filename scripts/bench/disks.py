@@ -50,7 +50,8 @@ class Disks:
         for layer in range(LAYERS):
             path = self.path(f"chain{layer}.{fmt}")
             parents = [a for p in below for a in ("--parent", p)]
-            run(peers.VDIMG, "create", *parents, path, *([] if below else [str(self.size)]))
+            size = [] if below else ["--size", str(self.size)]
+            run(peers.VDIMG, "create", "--format", fmt, *size, *parents, path)
             own = range(layer, self.size >> 20, LAYERS)
             writes = "".join(f"write -P {layer + 1} {mib << 20} 1M\n" for mib in own)
             run(peers.VDIMG, "io", path, text=writes)
@@ -62,11 +63,16 @@ class Disks:
         path = self.path(f"{name}.{fmt}")
         if os.path.exists(path):
             os.unlink(path)
-        run(peers.VDIMG, "create", path, str(size or 4 * self.size))
+        run(peers.VDIMG, "create", "--format", fmt, "--size", str(size or 4 * self.size), path)
         return path
 
-    def half(self):
+    def half(self, fmt="raw"):
         """4 GiB, every second MiB full of random bytes, the rest a hole."""
+        if fmt != "raw":
+            path = self.path(f"half.{fmt}")
+            if not os.path.exists(path):
+                run(peers.VDIMG, "convert", self.half(), path)
+            return path
         path = self.path("half.raw")
         if not os.path.exists(path):
             with open(path + ".part", "wb") as f:

@@ -36,18 +36,17 @@ def vdblk(file, queues=1, cache="writeback", more=()):
     )
 
 
-def qsd(file, driver, cache="writeback", aio="io_uring"):
+def qsd(file, driver, cache="writeback"):
     """QEMU's storage daemon on the same file; None if it is not there."""
     command = foreign("qemu-storage-daemon")
     if not command:
         return None
     direct = ",cache.direct=on" if cache == "none" else ""
-    image = f"driver={driver},node-name=d,file=f" if driver != "raw" else "driver=raw,node-name=d,file=f"
     return " ".join(
         command
         + [
-            f"--blockdev driver=file,node-name=f,filename={file},aio={aio}{direct}",
-            f"--blockdev {image}",
+            f"--blockdev driver=file,node-name=f,filename={file},aio=io_uring{direct}",
+            f"--blockdev driver={driver},node-name=d,file=f",
             "--export type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=@S,writable=on,num-queues=1",
         ]
     )
