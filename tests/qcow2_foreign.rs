@@ -1,131 +1,20 @@
 //! What vdblk writes is what QEMU reads, and `qemu-img check` finds nothing: random changes to images of all shapes, made by
 //! either, with QEMU's own changes in between. Where qemu-img and qemu-io are not installed nothing is tested, and that is said.
 
+mod qemu_support;
+
+use qemu_support::{Case, MIB, Rng, changed_by_both, differs, has_tools, run, vdimg};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use vdblk::format::{FileStep, Format, ImageFile, check, repair};
 use vdblk::map::FileId;
-
-const MIB: usize = 1 << 20;
-
-/// A sequence by a seed.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        usize::try_from(self.0 >> 33).expect("31 bits") % n
-    }
-}
-
-fn has_tools() -> bool {
-    let there = |tool| Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
-    let both = there("qemu-img") && there("qemu-io");
-    if !both {
-        eprintln!("qemu-img and qemu-io are not installed: nothing was tested");
-    }
-    both
-}
-
-fn run(tool: &str, args: &[&str]) -> Output {
-    let out = Command::new(tool).args(args).output().unwrap_or_else(|e| panic!("{tool}: {e}"));
-    let said = [&out.stdout[..], &out.stderr[..]].concat();
-    assert!(out.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&said));
-    out
-}
-
-fn vdimg(args: &[&str]) -> Output {
-    run(env!("CARGO_BIN_EXE_vdimg"), args)
-}
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("a plain path")
 }
 
-/// An image, and what it has to show.
-struct Case<'a> {
-    dir: &'a Path,
-    model: Vec<u8>,
-    rng: Rng,
-}
-
-impl Case<'_> {
-    fn image(&self) -> String {
-        text(&self.dir.join("a.qcow2")).to_string()
-    }
-
-    fn range(&mut self) -> (usize, usize) {
-        let len = [512, 4096, 65536, 300 << 10, MIB][self.rng.below(5)];
-        let at = self.rng.below(self.model.len() - len) / 512 * 512;
-        (if self.rng.below(2) == 0 { at / 65536 * 65536 } else { at }, len)
-    }
-
-    /// Changes by vdblk, in one session.
-    fn change(&mut self, count: usize) {
-        let mut commands = vec!["io".to_string(), self.image()];
-        for _ in 0..count {
-            let (at, len) = self.range();
-            let (value, command) = match self.rng.below(8) {
-                0 => (0, format!("write -z -u {at} {len}")),
-                1 => (0, format!("write -z {at} {len}")),
-                n => (n * 30, format!("write -P {} {at} {len}", n * 30)),
-            };
-            commands.extend(["-c".to_string(), command]);
-            self.model[at..at + len].fill(u8::try_from(value).expect("below 256"));
-        }
-        vdimg(&commands.iter().map(String::as_str).collect::<Vec<_>>());
-    }
-
-    fn change_by_qemu(&mut self) {
-        let (at, len) = self.range();
-        run("qemu-io", &["-f", "qcow2", "-c", &format!("write -P 201 {at} {len}"), &self.image()]);
-        self.model[at..at + len].fill(201);
-    }
-
-    fn judge(&self, what: &str) {
-        run("qemu-img", &["check", "-f", "qcow2", &self.image()]);
-        vdimg(&["check", &self.image()]);
-        assert_eq!(differs(&self.shown(&[]), &self.model), None, "{what}");
-    }
-
-    /// What qemu-img reads.
-    fn shown(&self, more: &[&str]) -> Vec<u8> {
-        let out = text(&self.dir.join("out.raw")).to_string();
-        let image = self.image();
-        run("qemu-img", &[&["convert", "-O", "raw"], more, &[&image, &out]].concat());
-        std::fs::read(out).expect("what qemu-img wrote")
-    }
-}
-
-fn differs(a: &[u8], b: &[u8]) -> Option<usize> {
-    (a.len() != b.len()).then_some(usize::MAX).or_else(|| a.iter().zip(b).position(|(a, b)| a != b))
-}
-
-/// Two sessions of ours and one of QEMU's, over whatever `make` has made.
-fn changed_by_both(name: &str, base: bool, make: impl Fn(&str, &str)) {
-    let dir = tempfile::tempdir().expect("temporary folder");
-    let seed = name.bytes().map(u64::from).sum();
-    let mut case = Case { dir: dir.path(), model: vec![0; 6 * MIB + 512], rng: Rng(seed) };
-    let raw = text(&dir.path().join("base.raw")).to_string();
-    if base {
-        for i in 0..8 {
-            let (at, len) = case.range();
-            case.model[at..at + len].fill(i + 1);
-        }
-    }
-    std::fs::write(&raw, &case.model).expect("a file");
-    make(&raw, &case.image());
-    for round in 0..2 {
-        case.change(25);
-        case.judge(&format!("{name}, round {round}"));
-        case.change_by_qemu();
-    }
-    case.change(5);
-    case.judge(name);
-}
-
 fn created(options: &[&str]) {
-    changed_by_both(&options.join(","), false, |_, image| {
+    changed_by_both("qcow2", &options.join(","), false, |_, image| {
         let options = options.iter().flat_map(|o| ["--option", *o]);
         let args: Vec<_> = ["create", "--format", "qcow2", "--size", "6291968"]
             .into_iter()
@@ -154,14 +43,14 @@ fn images_of_qemu_stay_sound() {
         return;
     }
     for options in ["compat=1.1", "compat=0.10", "extended_l2=on", "cluster_size=4k,lazy_refcounts=on"] {
-        changed_by_both(&format!("backing {options}"), true, |raw, image| {
+        changed_by_both("qcow2", &format!("backing {options}"), true, |raw, image| {
             run("qemu-img", &["create", "-f", "qcow2", "-o", options, "-b", raw, "-F", "raw", image]);
         });
-        changed_by_both(&format!("packed {options}"), true, |raw, image| {
+        changed_by_both("qcow2", &format!("packed {options}"), true, |raw, image| {
             run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", options, raw, image]);
         });
     }
-    changed_by_both("preallocated", false, |_, image| {
+    changed_by_both("qcow2", "preallocated", false, |_, image| {
         run("qemu-img", &["create", "-f", "qcow2", "-o", "preallocation=metadata", image, "6291968"]);
     });
 }
@@ -174,8 +63,12 @@ fn snapshots_are_not_written_to() {
     }
     for options in ["compat=1.1", "extended_l2=on", "cluster_size=512", "compression_type=zstd"] {
         let dir = tempfile::tempdir().expect("temporary folder");
-        let mut case =
-            Case { dir: dir.path(), model: vec![0; 6 * MIB + 512], rng: Rng(options.len() as u64) };
+        let mut case = Case {
+            dir: dir.path(),
+            format: "qcow2",
+            model: vec![0; 6 * MIB + 512],
+            rng: Rng(options.len() as u64),
+        };
         let raw = text(&dir.path().join("base.raw")).to_string();
         case.model[100_000..3 * MIB].fill(77);
         std::fs::write(&raw, &case.model).expect("a file");
@@ -231,7 +124,7 @@ fn what_is_free_takes_no_space() {
         return;
     }
     let dir = tempfile::tempdir().expect("temporary folder");
-    let mut case = Case { dir: dir.path(), model: vec![0; 6 * MIB], rng: Rng(9) };
+    let mut case = Case { dir: dir.path(), format: "qcow2", model: vec![0; 6 * MIB], rng: Rng(9) };
     let raw = text(&dir.path().join("base.raw")).to_string();
     // Every other byte is by chance: it packs to about a half.
     for at in (0..case.model.len()).step_by(2) {
@@ -262,7 +155,7 @@ fn repaired_images_are_sound() {
         return;
     }
     let dir = tempfile::tempdir().expect("temporary folder");
-    let mut case = Case { dir: dir.path(), model: vec![0; 6 * MIB], rng: Rng(5) };
+    let mut case = Case { dir: dir.path(), format: "qcow2", model: vec![0; 6 * MIB], rng: Rng(5) };
     vdimg(&["create", "--format", "qcow2", "--size", "6M", &case.image()]);
     case.change(20);
     let sound = std::fs::read(case.image()).expect("an image");
@@ -315,7 +208,12 @@ fn lost_refcounts_are_made_anew() {
         "cluster_size=16k,extended_l2=on",
     ] {
         let dir = tempfile::tempdir().expect("temporary folder");
-        let mut case = Case { dir: dir.path(), model: vec![0; 2 * MIB], rng: Rng(options.len() as u64) };
+        let mut case = Case {
+            dir: dir.path(),
+            format: "qcow2",
+            model: vec![0; 2 * MIB],
+            rng: Rng(options.len() as u64),
+        };
         let options: Vec<_> = options.split(',').flat_map(|o| ["--option", o]).collect();
         let image = case.image();
         vdimg(&[&["create", "--format", "qcow2", "--size", "2M"], &options[..], &[&image]].concat());
@@ -354,7 +252,7 @@ fn virtualbox_bug_3_zero_clusters_and_the_header_of_version_3() {
         return;
     }
     let dir = tempfile::tempdir().expect("temporary folder");
-    let mut case = Case { dir: dir.path(), model: vec![0; 6 * MIB + 512], rng: Rng(3) };
+    let mut case = Case { dir: dir.path(), format: "qcow2", model: vec![0; 6 * MIB + 512], rng: Rng(3) };
     let image = case.image();
     run("qemu-img", &["create", "-f", "qcow2", "-o", "compat=1.1", &image, "6291968"]);
     let commands = ["write -P 7 0 3M", "write -z 1M 512k", "write -z -u 2M 512k", "write -z 4M 64k"];

@@ -282,12 +282,8 @@ impl BlockWriter {
         if beneath_zero && let Some(block) = self.take_clean(f) {
             return Ok(Taken { block, clean: true });
         }
-        let (refused, grows_clean) = {
-            let mut s = self.state();
-            (s.refused.take(), !s.grows_unclean)
-        };
-        let may_grow = refused.is_none() && self.places.can_grow();
-        if beneath_zero && may_grow && grows_clean {
+        let growth = self.growth(1);
+        if beneath_zero && growth == Growth::Clean {
             return Err(Miss::NeedsRoom);
         }
         while let Some(taken) = self.places.take_any() {
@@ -295,10 +291,18 @@ impl BlockWriter {
                 return Ok(Taken { clean: taken.clean && !f.is_soiled(taken.block), ..taken });
             }
         }
-        if may_grow {
-            return Err(Miss::NeedsRoom);
+        Err(growth.otherwise())
+    }
+
+    /// How the file may grow by `n` places. A refusal is told once.
+    fn growth(&self, n: u32) -> Growth {
+        let mut s = self.state();
+        match s.refused.take() {
+            Some(why) => Growth::None(why),
+            None if !self.places.can_grow_by(n) => Growth::None(Failure::Os(libc::ENOSPC)),
+            None if s.grows_unclean => Growth::Unclean,
+            None => Growth::Clean,
         }
-        Err(Miss::Fail(refused.unwrap_or(Failure::Os(libc::ENOSPC))))
     }
 
     /// `n` places in a row for a table, by the first of them. As [`Self::take`] where zeros are beneath.
@@ -306,21 +310,14 @@ impl BlockWriter {
         if let Some(block) = self.places.take_clean_run(n) {
             return Ok(Taken { block, clean: true });
         }
-        let (refused, grows_clean) = {
-            let mut s = self.state();
-            (s.refused.take(), !s.grows_unclean)
-        };
-        let may_grow = refused.is_none() && self.places.can_grow_by(n);
-        if may_grow && grows_clean {
+        let growth = self.growth(n);
+        if growth == Growth::Clean {
             return Err(Miss::NeedsRoom);
         }
         if let Some(block) = self.places.take_unclean_run(n) {
             return Ok(Taken { block, clean: false });
         }
-        if may_grow {
-            return Err(Miss::NeedsRoom);
-        }
-        Err(Miss::Fail(refused.unwrap_or(Failure::Os(libc::ENOSPC))))
+        Err(growth.otherwise())
     }
 
     fn take_clean(&self, f: &dyn BlockFormat) -> Option<HostBlock> {
@@ -480,6 +477,27 @@ impl BlockWriter {
             kept: std::mem::take(&mut s.kept),
         };
         (phase == Phase::Changing).then_some(rest)
+    }
+}
+
+/// Whether a file may grow, and what by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Growth {
+    /// By clean places.
+    Clean,
+    /// By places with old bytes in them.
+    Unclean,
+    /// Not at all, and why.
+    None(Failure),
+}
+
+impl Growth {
+    /// The answer where no place is left.
+    fn otherwise(self) -> Miss {
+        match self {
+            Growth::Clean | Growth::Unclean => Miss::NeedsRoom,
+            Growth::None(why) => Miss::Fail(why),
+        }
     }
 }
 

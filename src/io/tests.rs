@@ -190,14 +190,31 @@ fn supported(done: Result<u64, i32>) -> bool {
     done.is_ok()
 }
 
+/// Bytes that are durable when it ends: one buffer or two, somewhere in the file or behind its end.
+fn write_through(rng: &mut Rng, rig: &mut Rig, model: &mut Vec<u8>, at: usize) {
+    let data = vec![rng.below(256) as u8; 2 + rng.below(4000) as usize];
+    rig.fill(0, &data);
+    let cut = rng.below(data.len() as u64) as usize;
+    let bufs = match cut {
+        0 => vec![rig.buf(0, data.len())],
+        cut => vec![rig.buf(0, cut), rig.buf(cut, data.len() - cut)],
+    };
+    let len = data.len() as u64;
+    assert_eq!(rig.now(IoKind::WriteThrough, at as u64, &bufs), None, "it waits for the disk");
+    assert_eq!(rig.run(IoKind::WriteThrough, at as u64, len, &bufs), Ok(len));
+    model.resize(model.len().max(at + data.len()), 0);
+    model[at..at + data.len()].copy_from_slice(&data);
+}
+
 /// One operation that concerns the whole file.
 fn change_extents(rng: &mut Rng, rig: &mut Rig, model: &mut Vec<u8>) {
     let max = (LANES * LANE) as u64;
     let off = rng.below(max);
     let len = 1 + rng.below(max - off);
     let (start, end) = (off as usize, (off + len) as usize);
-    match rng.below(5) {
+    match rng.below(6) {
         0 => assert_eq!(rig.run(IoKind::Sync, 0, 0, &[]), Ok(0)),
+        5 => write_through(rng, rig, model, start),
         1 => {
             if supported(rig.run(IoKind::Allocate, off, len, &[])) {
                 model.resize(model.len().max(end), 0);

@@ -179,13 +179,7 @@ impl HostBlocks {
         s.clean.is_empty() && s.unclean.is_empty() && s.extending.is_none() && s.end >= self.max
     }
 
-    /// True while the file may still be extended.
-    pub fn can_grow(&self) -> bool {
-        let s = self.lock();
-        s.end < self.max
-    }
-
-    /// True if so many more places may be there.
+    /// True if the file may still be extended by so many places.
     pub fn can_grow_by(&self, n: u32) -> bool {
         self.max - self.lock().end >= n
     }
