@@ -11,6 +11,8 @@ use std::sync::{Mutex, OnceLock};
 
 /// Frames among which a page can lie.
 const WAYS: usize = 8;
+/// Frames for each page, where memory allows.
+const ROOM: u64 = 4;
 /// The number of no page.
 const NO_PAGE: u64 = u64::MAX;
 /// Bytes of a word.
@@ -203,7 +205,8 @@ impl PageCache {
     /// With another size of a page.
     pub fn new(page_bytes: u64, pages: u64, most_bytes: u64) -> Self {
         assert!(page_bytes.is_power_of_two() && (512..=META_PAGE_BYTES).contains(&page_bytes), "page size");
-        let most = (most_bytes / page_bytes).min(pages.max(1)).div_ceil(WAYS as u64);
+        // Where all fit, they must not drive each other out of a few crowded sets. A frame takes memory once it is used.
+        let most = (most_bytes / page_bytes).min(pages.max(1).saturating_mul(ROOM)).div_ceil(WAYS as u64);
         let sets = usize::try_from(most.max(1)).expect("bounded by memory");
         let page_bytes = usize::try_from(page_bytes).expect("at most META_PAGE_BYTES");
         PageCache { page_bytes, sets: (0..sets).map(|_| Set::new()).collect() }
@@ -214,9 +217,11 @@ impl PageCache {
         self.page_bytes
     }
 
-    /// Neighbours lie in different sets.
+    /// Spread by Fibonacci hashing: tables lie as far apart as the data between them, at distances that share factors with any number of
+    /// sets.
     fn set(&self, page: u64) -> &Set {
-        let n = page % self.sets.len() as u64;
+        let spread = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let n = (spread * self.sets.len() as u64) >> 32;
         &self.sets[usize::try_from(n).expect("less than a length")]
     }
 
@@ -375,6 +380,20 @@ mod tests {
         c.unpin(5);
         c.insert(300, &page_of(300));
         assert_eq!((c.bytes8(5, 0), c.bytes8(300, 0)), (None, Some(300u64.to_le_bytes())));
+    }
+
+    /// Pages at any distance from each other stay, if there is memory for them all.
+    #[test]
+    fn all_pages_stay_where_there_is_room() {
+        for distance in [1, 2, 7, 8, 64, 512, 513, 4096, 8193] {
+            for pages in [5, 32, 100, 1000] {
+                let c = PageCache::new(512, pages, 1 << 30);
+                let all = || (0..pages).map(|n| 3 + n * distance);
+                all().for_each(|p| c.insert(p, &page_of(p)));
+                let gone = all().filter(|p| c.bytes8(*p, 0).is_none()).count();
+                assert_eq!(gone, 0, "of {pages} pages at a distance of {distance}");
+            }
+        }
     }
 
     #[test]
