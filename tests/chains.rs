@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vdblk::io::{BufSlice, total_len};
 use vdblk::vhost::{Memory, MemoryView, RegionInfo};
-use vdblk::virtio::{Action, ChainParser, DescriptorTable, Refusal, Rules, Verdict};
+use vdblk::virtio::{Action, ChainParser, DescriptorTable, GuestMemory, Refusal, Rules, Verdict};
 use virtio_queue::desc::split::Descriptor;
 
 const DISK: u64 = 1 << 20;
@@ -74,6 +74,15 @@ impl DescriptorTable for Table {
     }
     fn get(&self, index: u16) -> Descriptor {
         self.0[usize::from(index)]
+    }
+}
+
+/// Memory that has nothing at hand.
+struct LongWay<'a>(&'a MemoryView);
+
+impl GuestMemory for LongWay<'_> {
+    fn resolve(&self, gpa: u64, len: u32, out: &mut Vec<BufSlice>) -> bool {
+        self.0.resolve(gpa, len, out)
     }
 }
 
@@ -248,6 +257,46 @@ proptest! {
             let mut copy = vec![0; b.len()];
             b.read(&mut copy);
             b.write(&copy);
+        }
+    }
+
+    /// The short way for plain requests comes to the same as the long one, also where something is not as it should be.
+    #[test]
+    fn the_short_way_is_no_other_way(kind in prop::sample::select(vec![0u32, 1, 4, 8, 11, 13, 99]), sector in 0u64..2100,
+                                     sectors in 0u32..4, write: bool, indirect: bool, wrong in prop::option::of((0usize..3, 0usize..4, any::<u64>()))) {
+        let g = Guest::new();
+        g.header(0x1000, kind, sector);
+        g.put(0x2000, &[&9u64.to_le_bytes()[..], &8u32.to_le_bytes(), &[0; 4]].concat());
+        let bytes = if kind > 4 { 16 } else { sectors * 512 };
+        let mut chain = linked(&[(0x1000, 16, false), (0x2000, bytes, !write), (0x3800, 1, true)]);
+        if let Some((which, field, value)) = wrong {
+            let d = chain[which];
+            let (mut addr, mut len, mut flags, mut next) = (d.addr().0, d.len(), d.flags(), d.next());
+            match field {
+                0 => addr = value % 0x12000,
+                1 => len = (value % 0x2000) as u32,
+                2 => flags = (value % 8) as u16,
+                _ => next = (value % 4) as u16,
+            }
+            chain[which] = Descriptor::new(addr, len, flags, next);
+        }
+        if indirect {
+            for (i, d) in chain.iter().enumerate() {
+                let raw = [&d.addr().0.to_le_bytes()[..], &d.len().to_le_bytes(), &d.flags().to_le_bytes(), &d.next().to_le_bytes()];
+                g.put(0x5000 + 16 * i as u64, &raw.concat());
+            }
+            chain = vec![Descriptor::new(0x5000, 48, 4, 0)];
+        }
+        // the view remembers a region now, which is what the short way asks for
+        let warm = if indirect { 0x5000 } else { 0x1000 };
+        prop_assert!(g.view.resolve(warm, 16, &mut Vec::new()));
+        let (mut short, mut long) = (ChainParser::new(), ChainParser::new());
+        let got = short.parse(0, &Table(chain.clone()), &g.view, &RULES);
+        let want = long.parse(0, &Table(chain), &LongWay(&g.view), &RULES);
+        prop_assert_eq!(got, want);
+        if got.action.is_ok() {
+            prop_assert_eq!((short.readable(), short.writable()), (long.readable(), long.writable()));
+            prop_assert_eq!(short.segments(), long.segments());
         }
     }
 

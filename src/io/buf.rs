@@ -53,6 +53,23 @@ impl BufSlice {
         BufSlice { ptr: unsafe { self.ptr.add(skip) }, len }
     }
 
+    /// The first `len` bytes, if there are so many.
+    #[must_use]
+    pub fn first(self, len: usize) -> Option<Self> {
+        (len <= self.len).then_some(BufSlice { ptr: self.ptr, len })
+    }
+
+    /// The last byte.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn last_byte(self) -> Self {
+        assert!(self.len > 0, "the last byte of nothing");
+        // SAFETY: inside the memory `new` vouched for.
+        BufSlice { ptr: unsafe { self.ptr.add(self.len - 1) }, len: 1 }
+    }
+
     /// Copies the first bytes out.
     ///
     /// # Panics

@@ -199,13 +199,28 @@ fn index(n: u64) -> usize {
 #[derive(Debug)]
 pub struct MemoryView {
     memory: Arc<Memory>,
-    last: Cell<usize>,
+    last: Cell<Window>,
+}
+
+/// A region as a view remembers it.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    guest_addr: u64,
+    bytes: Option<BufSlice>,
+}
+
+impl Window {
+    /// The bytes at `gpa`, from there to its end.
+    fn from(self, gpa: u64) -> Option<BufSlice> {
+        let (bytes, skip) = (self.bytes?, index(gpa.wrapping_sub(self.guest_addr)));
+        (skip < bytes.len()).then(|| bytes.part(skip, usize::MAX))
+    }
 }
 
 impl MemoryView {
     /// A view of `memory`.
     pub fn new(memory: Arc<Memory>) -> Self {
-        MemoryView { memory, last: Cell::new(0) }
+        MemoryView { memory, last: Cell::new(Window { guest_addr: 0, bytes: None }) }
     }
 
     /// The snapshot.
@@ -215,22 +230,17 @@ impl MemoryView {
 
     /// The bytes of the region at `gpa`, from there to its end.
     fn from(&self, gpa: u64) -> Option<BufSlice> {
-        let regions = &self.memory.regions;
-        if let Some(r) = regions.get(self.last.get())
-            && let Some(skip) = gpa.checked_sub(r.info.guest_addr)
-            && skip < r.info.len
-        {
-            return Some(r.bytes.part(index(skip), usize::MAX));
+        if let Some(there) = self.last.get().from(gpa) {
+            return Some(there);
         }
-        let i = self.memory.find(gpa)?;
-        self.last.set(i);
-        let r = &regions[i];
-        Some(r.bytes.part(index(gpa - r.info.guest_addr), usize::MAX))
+        let r = &self.memory.regions[self.memory.find(gpa)?];
+        let window = Window { guest_addr: r.info.guest_addr, bytes: Some(r.bytes) };
+        self.last.set(window);
+        window.from(gpa)
     }
-}
 
-impl GuestMemory for MemoryView {
-    fn resolve(&self, gpa: u64, len: u32, out: &mut Vec<BufSlice>) -> bool {
+    /// See [`GuestMemory::resolve`]; for what may lie in several regions.
+    fn resolve_pieces(&self, gpa: u64, len: u32, out: &mut Vec<BufSlice>) -> bool {
         let (mut at, mut left) = (gpa, u64::from(len));
         loop {
             let Some(there) = self.from(at) else { return false };
@@ -246,6 +256,23 @@ impl GuestMemory for MemoryView {
                 None => return false,
             }
         }
+    }
+}
+
+impl GuestMemory for MemoryView {
+    #[inline]
+    fn resolve(&self, gpa: u64, len: u32, out: &mut Vec<BufSlice>) -> bool {
+        // nearly always it is all in the region that was looked at last
+        match self.at_hand(gpa, len) {
+            Some(all) => out.push(all),
+            None => return self.resolve_pieces(gpa, len, out),
+        }
+        true
+    }
+
+    #[inline]
+    fn at_hand(&self, gpa: u64, len: u32) -> Option<BufSlice> {
+        self.last.get().from(gpa)?.first(index(u64::from(len)))
     }
 }
 
@@ -266,8 +293,7 @@ mod tests {
 
     fn lens(m: &Memory, gpa: u64, len: u32) -> Option<Vec<usize>> {
         let mut out = Vec::new();
-        let view =
-            MemoryView { memory: Arc::new(Memory::of(m.regions.clone()).unwrap()), last: Cell::new(7) };
+        let view = MemoryView::new(Arc::new(Memory::of(m.regions.clone()).unwrap()));
         view.resolve(gpa, len, &mut out).then(|| out.iter().map(|b| b.len()).collect())
     }
 

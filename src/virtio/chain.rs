@@ -19,11 +19,16 @@ use crate::io::{BufSlice, gather};
 use crate::limits::{self, SECTOR_BYTES};
 use crate::map::{GuestOffset, GuestRange};
 use virtio_bindings::virtio_blk as blk;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 
 const HEADER_BYTES: usize = 16;
 const DESCRIPTOR_BYTES: usize = 16;
 const SEGMENT_BYTES: usize = 16;
+/// Flags of a descriptor.
+const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 /// Slices of one chain: descriptors may be split where memory regions meet, but not without end.
 const MAX_SLICES: usize = 2 * limits::MAX_CHAIN_DESCRIPTORS;
 
@@ -32,6 +37,11 @@ pub trait GuestMemory {
     /// Appends the slices that hold `len` bytes from guest address `gpa` on. False if a byte of them is not there;
     /// `out` may then have grown by a part.
     fn resolve(&self, gpa: u64, len: u32, out: &mut Vec<BufSlice>) -> bool;
+
+    /// The slice of exactly these bytes, if that is known without a search.
+    fn at_hand(&self, _gpa: u64, _len: u32) -> Option<BufSlice> {
+        None
+    }
 }
 
 /// The descriptor table of a virtqueue.
@@ -145,8 +155,12 @@ pub struct Verdict {
 pub struct ChainParser {
     header: [u8; HEADER_BYTES],
     header_len: usize,
-    readable: Vec<BufSlice>,
-    writable: Vec<BufSlice>,
+    /// Device-readable slices, the header's first, then device-writable ones.
+    slices: Vec<BufSlice>,
+    /// Where those of the readable data begin.
+    data_at: usize,
+    /// Where the writable ones begin.
+    writable_at: usize,
     segments: Vec<Segment>,
     /// Device-readable bytes, the header included.
     readable_bytes: u64,
@@ -156,7 +170,8 @@ pub struct ChainParser {
     /// Last byte of the last descriptor, if it can hold the status.
     tail: Option<BufSlice>,
     refusal: Option<Refusal>,
-    slices: Vec<BufSlice>,
+    /// Of an indirect table.
+    table: Vec<BufSlice>,
     bytes: Vec<u8>,
 }
 
@@ -168,12 +183,12 @@ impl ChainParser {
 
     /// Device-readable data of the chain parsed last, the header excluded.
     pub fn readable(&self) -> &[BufSlice] {
-        &self.readable
+        &self.slices[self.data_at..self.writable_at]
     }
 
     /// Device-writable data of the chain parsed last, the status byte excluded.
     pub fn writable(&self) -> &[BufSlice] {
-        &self.writable
+        &self.slices[self.writable_at..]
     }
 
     /// Segments of the DISCARD or WRITE_ZEROES parsed last.
@@ -187,6 +202,9 @@ impl ChainParser {
         T: DescriptorTable,
         M: GuestMemory,
     {
+        if let Some(verdict) = self.parse_plain(head, table, memory, rules) {
+            return verdict;
+        }
         self.reset();
         if let Err(why) = self.walk(head, table, memory) {
             // the chain's end is not known, so neither is the status byte
@@ -201,10 +219,42 @@ impl ChainParser {
         Verdict { status, action }
     }
 
+    /// Nearly all requests have a header, one piece of data and a status, each in a descriptor of its own. `None`: it may be another
+    /// sort, or wrong; whoever finds out looks at everything anew.
+    fn parse_plain<T, M>(&mut self, head: u16, table: &T, memory: &M, rules: &Rules) -> Option<Verdict>
+    where
+        T: DescriptorTable,
+        M: GuestMemory,
+    {
+        let [header, data, status] = three(head, table, memory)?;
+        let flags = [header.flags(), data.flags() & !WRITE, status.flags()];
+        let sizes = header.len() as usize == HEADER_BYTES && data.len() > 0 && status.len() == 1;
+        if flags != [NEXT, NEXT, WRITE] || !sizes || u64::from(data.len()) > limits::MAX_REQUEST_BYTES {
+            return None;
+        }
+        let bytes = u64::from(data.len());
+        let buffer = memory.at_hand(data.addr().0, data.len())?;
+        let status = memory.at_hand(status.addr().0, 1)?;
+        memory.at_hand(header.addr().0, header.len())?.read(&mut self.header);
+        self.header_len = HEADER_BYTES;
+        self.slices.clear();
+        self.slices.push(buffer);
+        self.segments.clear();
+        (self.readable_bytes, self.writable_bytes) = (HEADER_BYTES as u64, 1);
+        (self.data_at, self.writable_at) = (0, 0);
+        if data.is_write_only() {
+            self.writable_bytes += bytes;
+        } else {
+            self.readable_bytes += bytes;
+            self.writable_at = 1;
+        }
+        Some(Verdict { status: Some(status), action: self.judge(rules) })
+    }
+
     fn reset(&mut self) {
         self.header_len = 0;
-        self.readable.clear();
-        self.writable.clear();
+        self.slices.clear();
+        (self.data_at, self.writable_at) = (0, 0);
         self.segments.clear();
         self.readable_bytes = 0;
         self.writable_bytes = 0;
@@ -276,12 +326,12 @@ impl ChainParser {
         if entries == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES) || entries > limits::MAX_CHAIN_DESCRIPTORS {
             return Err(Refusal::BadIndirectTable);
         }
-        self.slices.clear();
-        if !memory.resolve(d.addr().0, d.len(), &mut self.slices) {
+        self.table.clear();
+        if !memory.resolve(d.addr().0, d.len(), &mut self.table) {
             return Err(Refusal::BadIndirectTable);
         }
         self.bytes.resize(len, 0);
-        gather(&self.slices, &mut self.bytes);
+        gather(&self.table, &mut self.bytes);
         Ok(entries)
     }
 
@@ -296,56 +346,67 @@ impl ChainParser {
         if d.len() == 0 {
             return self.refuse(Refusal::EmptyDescriptor);
         }
-        let bytes = u64::from(d.len());
+        // at most 1024 descriptors of 4 GiB each: no overflow
         if d.is_write_only() {
-            // at most 1024 descriptors of 4 GiB each: no overflow
-            self.writable_bytes += bytes;
+            self.writable_bytes += u64::from(d.len());
             self.take_writable(d, memory);
         } else {
             if self.writable_bytes > 0 {
                 self.refuse(Refusal::ReadableAfterWritable);
             }
-            self.readable_bytes += bytes;
+            self.readable_bytes += u64::from(d.len());
             self.take_readable(d, memory);
         }
-        if self.readable.len() + self.writable.len() > MAX_SLICES
+        if self.slices.len() > MAX_SLICES
             || self.readable_bytes + self.writable_bytes > limits::MAX_REQUEST_BYTES + HEADER_BYTES as u64 + 1
         {
             self.refuse(Refusal::TooLong);
         }
     }
 
+    #[inline]
     fn take_writable<M: GuestMemory>(&mut self, d: &Descriptor, memory: &M) {
-        let before = self.writable.len();
-        if !memory.resolve(d.addr().0, d.len(), &mut self.writable) {
-            self.writable.truncate(before);
+        let before = self.slices.len();
+        if !memory.resolve(d.addr().0, d.len(), &mut self.slices) {
+            self.slices.truncate(before);
             return self.refuse(Refusal::OutsideMemory);
         }
-        self.tail = self.writable.last().map(|b| b.part(b.len() - 1, 1));
+        self.tail = self.slices.last().map(|b| b.last_byte());
         if self.refusal.is_some() {
             // only the status byte is still of interest
-            self.writable.truncate(before);
+            self.slices.truncate(before);
         }
     }
 
+    #[inline]
     fn take_readable<M: GuestMemory>(&mut self, d: &Descriptor, memory: &M) {
-        let before = self.readable.len();
         if self.refusal.is_some() {
             return;
         }
-        if !memory.resolve(d.addr().0, d.len(), &mut self.readable) {
-            self.readable.truncate(before);
+        let before = self.slices.len();
+        if !memory.resolve(d.addr().0, d.len(), &mut self.slices) {
+            self.slices.truncate(before);
             return self.refuse(Refusal::OutsideMemory);
         }
+        self.writable_at = self.slices.len();
         if self.header_len < HEADER_BYTES {
             self.fill_header();
         }
     }
 
     /// Moves the first bytes of the device-readable part to the header. Until it is full there are no others.
+    #[inline]
     fn fill_header(&mut self) {
-        let mut used_up = 0;
-        for b in &mut self.readable {
+        let new = &mut self.slices[self.data_at..];
+        if let ([b], 0) = (&*new, self.header_len)
+            && b.len() == HEADER_BYTES
+        {
+            // a descriptor of its own: what most drivers do
+            b.read(&mut self.header);
+            (self.header_len, self.data_at) = (HEADER_BYTES, self.data_at + 1);
+            return;
+        }
+        for b in new {
             let n = b.len().min(HEADER_BYTES - self.header_len);
             b.part(0, n).read(&mut self.header[self.header_len..self.header_len + n]);
             self.header_len += n;
@@ -353,22 +414,18 @@ impl ChainParser {
                 *b = b.part(n, b.len() - n);
                 break;
             }
-            used_up += 1;
-            if self.header_len == HEADER_BYTES {
-                break;
-            }
+            self.data_at += 1;
         }
-        self.readable.drain(..used_up);
     }
 
     /// Takes the status byte off the device-writable part.
     fn split_status(&mut self) -> Option<BufSlice> {
         let tail = self.tail?;
         if self.refusal.is_none() {
-            let last = self.writable.last_mut()?;
+            let last = self.slices.last_mut()?;
             *last = last.part(0, last.len() - 1);
             if last.is_empty() {
-                self.writable.pop();
+                self.slices.pop();
             }
         }
         Some(tail)
@@ -411,7 +468,7 @@ impl ChainParser {
             return Err(Refusal::BadData);
         }
         self.bytes.resize(len, 0);
-        gather(&self.readable, &mut self.bytes);
+        gather(&self.slices[self.data_at..self.writable_at], &mut self.bytes);
         // unknown flags first: the specification wants UNSUPP whatever else is wrong
         let segments = self.bytes.chunks_exact(SEGMENT_BYTES);
         if segments.clone().any(|raw| u32_at(raw, 12) & !flags != 0) {
@@ -428,6 +485,35 @@ impl ChainParser {
         }
         Ok(())
     }
+}
+
+/// The descriptors of a chain that has three of them at least, in the table itself or first in an indirect one. `None`: it has
+/// fewer, or they are not in order there, or something is wrong.
+#[inline]
+fn three<T, M>(head: u16, table: &T, memory: &M) -> Option<[Descriptor; 3]>
+where
+    T: DescriptorTable,
+    M: GuestMemory,
+{
+    let get = |index: u16| (index < table.size()).then(|| table.get(index));
+    let first = get(head)?;
+    if first.flags() == INDIRECT {
+        let mut raw = [0; 3 * DESCRIPTOR_BYTES];
+        // a longer table may hold a longer chain
+        if first.len() as usize != raw.len() {
+            return None;
+        }
+        memory.at_hand(first.addr().0, first.len())?.read(&mut raw);
+        let (all, _) = raw.as_chunks::<DESCRIPTOR_BYTES>();
+        let [a, b, c] = [&all[0], &all[1], &all[2]].map(|d| decode_descriptor(d));
+        return (a.next() == 1 && b.next() == 2).then_some([a, b, c]);
+    }
+    if first.flags() != NEXT {
+        return None;
+    }
+    let second = get(first.next())?;
+    let third = if second.has_next() { get(second.next())? } else { return None };
+    Some([first, second, third])
 }
 
 /// The range of an IN or OUT with `len` bytes in its direction and `other` in the other.
