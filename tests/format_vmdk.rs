@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use vdblk::error::{Error, ErrorKind};
 use vdblk::map::{ExtentKind, ExtentList, GuestOffset, GuestRange, HostOffset};
-use vdblk::vd::{Disk, ImageSpec, Lack, OpenDisk, Scratch, open_disk, unpack};
+use vdblk::vd::{Disk, ImageSpec, Lack, OpenDisk, open_disk, unpack};
 
 fn fixtures() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
@@ -33,10 +33,10 @@ fn hex(digest: impl IntoIterator<Item = u8>) -> String {
 
 /// Hands the bytes of a range to `each`, in order; zeros as `None`.
 fn read(disk: &Disk, range: GuestRange, each: &mut dyn FnMut(GuestRange, Option<&[u8]>)) {
-    let (mut list, mut scratch) = (ExtentList::new(), Scratch::for_chain(disk.chain()));
+    let mut list = ExtentList::new();
     let mut rest = range;
     while !rest.is_empty() {
-        match disk.chain().map(rest, &mut list, &mut scratch) {
+        match disk.chain().map(rest, &mut list) {
             Ok(()) => {}
             Err(Lack::Page { layer, key }) => {
                 disk.load_page(layer, key).expect("a page of a table");
@@ -376,11 +376,11 @@ fn any_extent_of_esx_is_read_or_refused() {
             Ok(disk) => {
                 opened += 1;
                 checked.unwrap();
-                let (mut list, mut scratch) = (ExtentList::new(), Scratch::for_chain(disk.chain()));
+                let mut list = ExtentList::new();
                 for unit in 0..10240 {
                     let r = GuestRange::new(GuestOffset(unit * 4096), 4096).unwrap();
                     let mapped = loop {
-                        match disk.chain().map(r, &mut list, &mut scratch) {
+                        match disk.chain().map(r, &mut list) {
                             Err(Lack::Page { layer, key }) => disk.load_page(layer, key).unwrap(),
                             other => break other,
                         }

@@ -10,8 +10,8 @@ use super::{Blueprint, Driver, FileStep, Format, ImageFile, NewImage, OpenHow, o
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled, Step,
+    BlockIndex, ByteSource, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled, Step,
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use uuid::Uuid;
@@ -111,7 +111,7 @@ impl ImageMap for RawMap {
         Limits { size_bytes: self.size_bytes(), block_bytes: 0, is_diff: false, data_alignment: 1 << 63 }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
@@ -121,18 +121,12 @@ impl ImageMap for RawMap {
         let data = r.intersect(self.stored());
         if !data.is_empty() {
             let kind = ExtentKind::Data { file: self.file, off: HostOffset(data.start().0) };
-            if !out.push(Extent { len: data.len(), kind }) {
-                return Ok(());
-            }
+            return Ok(Extent { len: data.len(), kind });
         }
-        if why == Intent::Overwrite && data.is_empty() && !r.is_empty() {
-            return Err(Miss::NeedsPlan); // before begin: there is no such plan
+        match why {
+            Intent::Read => Ok(Extent { len: r.len(), kind: ExtentKind::Zero }),
+            Intent::Overwrite => Err(Miss::NeedsPlan), // before begin: there is no such plan
         }
-        let rest = r.len() - data.len();
-        if rest > 0 && why == Intent::Read {
-            out.push(Extent { len: rest, kind: ExtentKind::Zero });
-        }
-        Ok(())
     }
 
     fn unit(&self, _at: GuestOffset) -> GuestRange {
@@ -193,6 +187,7 @@ impl ImageMap for RawMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::map::ExtentList;
 
     fn map(m: &RawMap, start: u64, len: u64) -> Vec<Extent> {
         let mut out = ExtentList::new();

@@ -1,8 +1,7 @@
 //! Where a guest range is.
 
-use super::{FileId, GuestRange, HostOffset, Miss};
+use super::{FileId, GuestRange, HostOffset};
 use crate::limits::MAX_EXTENTS;
-use smallvec::SmallVec;
 
 /// How a packed unit was packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,14 +75,14 @@ pub struct Extent {
 /// what it covers is a prefix of the range, and the caller asks again for the rest.
 #[derive(Debug, Default)]
 pub struct ExtentList {
-    list: SmallVec<[Extent; MAX_EXTENTS]>,
+    list: Vec<Extent>,
     covered: u64,
 }
 
 impl ExtentList {
-    /// An empty list; it never allocates.
+    /// An empty list with all the room it will need.
     pub fn new() -> Self {
-        Self::default()
+        ExtentList { list: Vec::with_capacity(MAX_EXTENTS), covered: 0 }
     }
 
     /// Forgets everything.
@@ -95,17 +94,12 @@ impl ExtentList {
     /// Appends an extent, joined to the last where both continue each other. False if the list is full.
     pub fn push(&mut self, e: Extent) -> bool {
         debug_assert!(e.len > 0, "empty extent");
-        if let Some(last) = self.list.last_mut()
-            && continues(last, &e)
-        {
-            last.len += e.len;
-            self.covered += e.len;
-            return true;
+        let is_full = self.is_full();
+        match self.list.last_mut() {
+            Some(last) if continues(last, &e) => last.len += e.len,
+            _ if is_full => return false,
+            _ => self.list.push(e),
         }
-        if self.list.len() == MAX_EXTENTS {
-            return false;
-        }
-        self.list.push(e);
         self.covered += e.len;
         true
     }
@@ -115,11 +109,11 @@ impl ExtentList {
     /// # Errors
     /// What `look` lacks for the first byte. If it lacks something further on, what was found so far is an answer.
     #[inline]
-    pub fn fill(
+    pub fn fill<E>(
         &mut self,
         r: GuestRange,
-        mut look: impl FnMut(GuestRange) -> Result<Extent, Miss>,
-    ) -> Result<(), Miss> {
+        mut look: impl FnMut(GuestRange) -> Result<Extent, E>,
+    ) -> Result<(), E> {
         let mut rest = r;
         while !rest.is_empty() {
             match look(rest) {

@@ -1,7 +1,8 @@
 //! What a format is to the data path.
 
 use super::{
-    ExtentList, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, MetaKey, MetaOp, Plan, PlanToken,
+    Extent, ExtentList, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, MetaKey, MetaOp, Plan,
+    PlanToken,
 };
 use crate::error::{Error, ErrorKind, Failure, Result};
 use std::fmt::Debug;
@@ -98,12 +99,19 @@ pub trait ImageMap: Send + Sync + Debug {
     /// Sizes and granularities.
     fn limits(&self) -> Limits;
 
-    /// Appends the extents of `r` to `out`, from its start on, as many as fit. `r` lies inside the image.
+    /// The extent at the start of `r`, no longer than `r`, which has a byte and lies inside the image.
     ///
     /// # Errors
-    /// With [`Intent::Overwrite`]: [`Miss::NeedsPlan`] where the first byte is not allocated; if a later one
-    /// is not, the answer ends before it.
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss>;
+    /// With [`Intent::Overwrite`]: [`Miss::NeedsPlan`] where the first byte is not allocated.
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss>;
+
+    /// Appends the extents of `r` to `out`, from its start on, as many as fit and as [`Self::look`] has.
+    ///
+    /// # Errors
+    /// As [`Self::look`], of the first byte.
+    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+        out.fill(r, |rest| self.look(rest, why))
+    }
 
     /// The unit of allocation around `at`, clipped to the disk. Its claim key is [`Self::claim_of`].
     fn unit(&self, at: GuestOffset) -> GuestRange;

@@ -5,7 +5,7 @@
 use super::Rng;
 use crate::error::{Failure, Result};
 use crate::map::{
-    BlockIndex, Change, ExtentList, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, ImageMap, Intent,
+    BlockIndex, Change, Extent, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, ImageMap, Intent,
     Limits, MetaKey, MetaOp, Miss, PagePlace, Plan, PlanToken, Settled,
 };
 use std::cell::Cell;
@@ -125,10 +125,10 @@ impl ImageMap for Forgetful {
         self.inner.limits()
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         let known = self.known_part(r)?;
         self.forget();
-        self.inner.map(known, why, out)
+        self.inner.look(known, why)
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

@@ -9,7 +9,7 @@ use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewImage, Ne
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
 use crate::probe::paging::with_paged_tables;
-use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, Scratch, unpack};
+use crate::vd::{Chain, Disk, DiskOptions, Lack, Layer, Request, unpack};
 use crate::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -433,14 +433,14 @@ impl Images {
 
     fn show(&self, layers: Vec<Layer>, top: &Bytes) -> Result<Vec<u8>> {
         let chain = Chain::new(layers);
-        let (mut scratch, mut list) = (Scratch::for_chain(&chain), ExtentList::new());
+        let mut list = ExtentList::new();
         let parents: Vec<_> = self.below.iter().map(|(f, _)| f.bytes()).collect();
         let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];
         let mut rest = GuestRange::between(GuestOffset(0), GuestOffset(chain.size_bytes()));
         while !rest.is_empty() {
             let nth = |i: usize| std::iter::once(top).chain(top.further()).chain(&parents).nth(i);
             let bytes_of = |file: FileId| nth(usize::from(file.0)).expect("a file of the chain");
-            match chain.map(rest, &mut list, &mut scratch) {
+            match chain.map(rest, &mut list) {
                 Ok(()) => {}
                 Err(Lack::Failed(f)) => return Err(f.into()),
                 Err(Lack::Unit(_)) => unreachable!("a look-up in tables alone"),

@@ -89,7 +89,7 @@ impl Channel {
     fn start_reads(&mut self, slot: u16) -> Next {
         let rest = self.slot(slot).rest();
         let mut extents = std::mem::take(&mut self.extents);
-        let mut mapped = self.disk.chain.map(rest, &mut extents, &mut self.scratch);
+        let mut mapped = self.disk.chain.map(rest, &mut extents);
         match mapped {
             Ok(()) => {
                 for e in extents.as_slice() {

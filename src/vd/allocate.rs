@@ -124,7 +124,7 @@ impl Channel {
     fn reads_as_zero(&mut self, r: GuestRange) -> Result<bool, Lack> {
         let mut rest = r;
         while !rest.is_empty() {
-            self.disk.chain.map(rest, &mut self.extents, &mut self.scratch)?;
+            self.disk.chain.map(rest, &mut self.extents)?;
             if !self.extents.all_zero() {
                 return Ok(false);
             }
@@ -177,7 +177,7 @@ impl Channel {
     pub(super) fn read_piece(&mut self, slot: u16, r: GuestRange) -> Result<u64, Lack> {
         use crate::io::{IoKind, IoOp};
         let mut extents = std::mem::take(&mut self.extents);
-        let mut mapped = self.disk.chain.map(r, &mut extents, &mut self.scratch);
+        let mut mapped = self.disk.chain.map(r, &mut extents);
         let mut at = 0;
         if mapped.is_ok() {
             for e in extents.as_slice() {

@@ -22,6 +22,8 @@ pub struct Layer {
 #[derive(Debug)]
 pub struct Chain {
     layers: Vec<Layer>,
+    /// Where the images end; the top one, which may grow, nowhere: nobody asks beyond the disk.
+    sizes: Vec<u64>,
     size_bytes: AtomicU64,
 }
 
@@ -58,25 +60,16 @@ impl Lack {
     }
 }
 
-/// Lists for the levels of a look-up, kept by the caller so that a look-up allocates nothing.
-#[derive(Debug)]
-pub struct Scratch(Vec<ExtentList>);
-
-impl Scratch {
-    /// Room for look-ups in `chain`.
-    pub fn for_chain(chain: &Chain) -> Self {
-        Scratch((0..chain.layers.len()).map(|_| ExtentList::new()).collect())
-    }
-}
-
 impl Chain {
     /// A chain of these images, top first.
     ///
     /// # Panics
     /// Without an image.
     pub fn new(layers: Vec<Layer>) -> Self {
-        let size_bytes = layers.first().expect("a chain has an image").map.limits().size_bytes;
-        Chain { layers, size_bytes: AtomicU64::new(size_bytes) }
+        let mut sizes: Vec<_> = layers.iter().map(|l| l.map.limits().size_bytes).collect();
+        let top = sizes.first_mut().expect("a chain has an image");
+        let size_bytes = AtomicU64::new(std::mem::replace(top, u64::MAX));
+        Chain { layers, sizes, size_bytes }
     }
 
     /// Size of the disk in bytes: that of the top image, whatever the others say.
@@ -114,68 +107,34 @@ impl Chain {
         &self.layers
     }
 
-    /// Where `r` is, through all images: `Data` and `Zero` only. May cover only a prefix (see [`ExtentList`]).
+    /// The extent at the start of `r`, through all images: none of them says `Parent`. `r` has a byte and lies inside the disk.
     ///
     /// # Errors
-    /// What a format says of its metadata, or lacks of it for the first byte.
-    pub fn map(&self, r: GuestRange, out: &mut ExtentList, scratch: &mut Scratch) -> Result<(), Lack> {
-        out.clear();
-        // Most look-ups end in the top image: no copy between lists.
-        read_map(&self.layers[0], r, out)?;
-        if out.as_slice().iter().any(|e| e.kind == ExtentKind::Parent) {
-            out.clear();
-            self.map_through(0, r, out, &mut scratch.0)?;
-        }
-        debug_assert!(r.is_empty() || out.covered() > 0, "a look-up that covers nothing");
-        Ok(())
-    }
-
-    fn map_through(
-        &self,
-        depth: usize,
-        r: GuestRange,
-        out: &mut ExtentList,
-        scratch: &mut [ExtentList],
-    ) -> Result<(), Lack> {
-        let Some(layer) = self.layers.get(depth) else {
-            out.push(Extent { len: r.len(), kind: ExtentKind::Zero });
-            return Ok(());
-        };
-        let (mine, deeper) = scratch.split_first_mut().expect("scratch for every image");
-        mine.clear();
-        match read_map(layer, r, mine) {
-            // what has been found so far is an answer
-            Err(Lack::Page { .. }) if out.covered() > 0 => return Ok(()),
-            other => other?,
-        }
-        let mut at = r.start();
-        for e in mine.as_slice() {
-            let part = GuestRange::new(at, e.len).expect("inside a range");
-            if e.kind == ExtentKind::Parent {
-                let before = out.covered();
-                self.map_through(depth + 1, part, out, deeper)?;
-                if out.covered() - before < e.len {
-                    return Ok(()); // the list is full
-                }
-            } else if !out.push(*e) {
-                return Ok(());
+    /// What a format says of its metadata, or lacks of it.
+    pub fn look(&self, r: GuestRange) -> Result<Extent, Lack> {
+        let mut rest = r;
+        for (layer, size) in self.layers.iter().zip(&self.sizes) {
+            // what lies behind the end of an image reads as zeros: a diff may be larger than its parent
+            let inside = rest.intersect(GuestRange::between(GuestOffset(0), GuestOffset(*size)));
+            if inside.is_empty() {
+                break;
             }
-            at = part.end();
+            let e = layer.map.look(inside, Intent::Read).map_err(|miss| Lack::of(layer.number, miss))?;
+            debug_assert!(e.len > 0 && e.len <= inside.len(), "an extent of no use");
+            if e.kind != ExtentKind::Parent {
+                return Ok(e);
+            }
+            rest = rest.take(e.len);
         }
-        Ok(())
+        Ok(Extent { len: rest.len(), kind: ExtentKind::Zero })
     }
-}
 
-/// A look-up in one image; what lies behind its end reads as zeros (a diff may be larger than its parent).
-fn read_map(layer: &Layer, r: GuestRange, out: &mut ExtentList) -> Result<(), Lack> {
-    let disk = GuestRange::between(GuestOffset(0), GuestOffset(layer.map.limits().size_bytes));
-    let inside = r.intersect(disk);
-    if !inside.is_empty() {
-        layer.map.map(inside, Intent::Read, out).map_err(|miss| Lack::of(layer.number, miss))?;
+    /// Where `r` is, through all images. May cover only a prefix (see [`ExtentList`]).
+    ///
+    /// # Errors
+    /// As [`Self::look`], of the first byte.
+    pub fn map(&self, r: GuestRange, out: &mut ExtentList) -> Result<(), Lack> {
+        out.clear();
+        out.fill(r, |rest| self.look(rest))
     }
-    let beyond = r.len() - inside.len();
-    if beyond > 0 && out.covered() == inside.len() {
-        out.push(Extent { len: beyond, kind: ExtentKind::Zero });
-    }
-    Ok(())
 }

@@ -1,6 +1,5 @@
 //! One thread's way to a disk: its slots, its engine, its event loop's hooks.
 
-use super::chain::Scratch;
 use super::disk::Disk;
 use super::mailbox::{Event, Mailbox};
 use super::slot::{Job, Ops, Slot};
@@ -8,7 +7,7 @@ use super::{BlockDevice, Done, Outcome, Request};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::io::{BufSlice, Completion, IoEngine, IoKind, IoOp};
 use crate::limits::INLINE_WRITE_BYTES;
-use crate::map::{ExtentKind, ExtentList, GuestRange, Intent, Waiter};
+use crate::map::{Extent, ExtentKind, ExtentList, GuestRange, Intent, Waiter};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
@@ -41,7 +40,6 @@ pub struct Channel {
     pub(super) polling: bool,
     pub(super) done: Vec<Done>,
     pub(super) extents: ExtentList,
-    pub(super) scratch: Scratch,
     completions: Vec<Completion>,
     pub(super) write_through: bool,
     /// How the plan at the clean close has ended.
@@ -80,7 +78,6 @@ impl Channel {
             polling: false,
             done: Vec::new(),
             extents: ExtentList::new(),
-            scratch: Scratch::for_chain(disk.chain()),
             completions: Vec::new(),
             write_through: disk.options().write_through,
             end_outcome: None,
@@ -130,22 +127,30 @@ impl Channel {
             Request::Write(r) if self.may_write_at_once(r) => (IoKind::Write, r),
             _ => return None,
         };
-        self.extents.clear();
-        if kind == IoKind::Read {
-            self.disk.chain.map(range, &mut self.extents, &mut self.scratch).ok()?;
-        } else {
-            self.disk.chain.top().map.map(range, Intent::Overwrite, &mut self.extents).ok()?;
-        }
-        let [extent] = self.extents.as_slice() else { return None };
-        if extent.len != range.len() {
+        if range.is_empty() {
             return None;
         }
+        let extent = match kind {
+            IoKind::Read => self.disk.chain.look(range).ok()?,
+            _ => self.disk.chain.top().map.look(range, Intent::Overwrite).ok()?,
+        };
+        let extent = if extent.len == range.len() { extent } else { self.joined(kind, range)? };
         let ExtentKind::Data { file, off } = extent.kind else { return None };
         let moved = self.engine.try_now(&IoOp { kind, file, off, len: range.len() }, bufs)?;
         if kind == IoKind::Write {
             self.disk.file(file).syncs.wrote();
         }
         (moved == Ok(range.len())).then_some(Ok(()))
+    }
+
+    /// The extent of a range whose units lie side by side in a file.
+    fn joined(&mut self, kind: IoKind, range: GuestRange) -> Option<Extent> {
+        self.extents.clear();
+        match kind {
+            IoKind::Read => self.disk.chain.map(range, &mut self.extents).ok()?,
+            _ => self.disk.chain.top().map.map(range, Intent::Overwrite, &mut self.extents).ok()?,
+        }
+        self.extents.as_slice().first().filter(|e| e.len == range.len()).copied()
     }
 
     fn may_write_at_once(&self, r: GuestRange) -> bool {

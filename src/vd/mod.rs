@@ -33,7 +33,7 @@ mod tests;
 mod units;
 mod unpack;
 
-pub use chain::{Chain, Lack, Layer, Scratch};
+pub use chain::{Chain, Lack, Layer};
 pub use channel::Channel;
 pub use disk::{CacheMode, Disk, DiskOptions};
 pub use image_files::ImageFiles;

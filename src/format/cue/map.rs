@@ -5,8 +5,8 @@ use super::sheet::{File, Sheet, Track};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::SECTOR_BYTES;
 use crate::map::{
-    BlockIndex, DataForm, DeviceType, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, Miss, Region,
+    BlockIndex, DataForm, DeviceType, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, Miss, Region,
 };
 
 /// Most blocks of a disc: a thousand minutes, far more than there are.
@@ -156,14 +156,14 @@ impl ImageMap for CueMap {
         Limits { size_bytes: self.size_bytes, block_bytes: 0, is_diff: false, data_alignment: 1 }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| Ok(self.extent_at(rest)))
+        Ok(self.extent_at(r))
     }
 
     fn unit(&self, _at: GuestOffset) -> GuestRange {

@@ -7,8 +7,8 @@ use super::plist;
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::SECTOR_BYTES;
 use crate::map::{
-    BlockIndex, ByteSource, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo,
-    ImageMap, Intent, Limits, Miss, Packed,
+    BlockIndex, ByteSource, Extent, ExtentKind, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap, Intent,
+    Limits, Miss, Packed,
 };
 
 /// A DMG that is open.
@@ -87,14 +87,14 @@ impl ImageMap for DmgMap {
         Limits { size_bytes: self.size_bytes, block_bytes: 0, is_diff: false, data_alignment: 1 }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| Ok(self.extent_at(rest)))
+        Ok(self.extent_at(r))
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

@@ -6,9 +6,9 @@ use super::{Cluster, Extra, Geometry};
 use crate::error::{Failure, Result};
 use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
-    Plan, PlanToken, Settled,
+    BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace, Plan,
+    PlanToken, Settled,
 };
 use crate::probe::paging::are_all_paged;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -201,17 +201,17 @@ impl ImageMap for LevelMap {
         }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.geometry.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| match why {
-            Intent::Read => self.extent_at(rest),
-            Intent::Overwrite => self.own_at(rest),
-        })
+        match why {
+            Intent::Read => self.extent_at(r),
+            Intent::Overwrite => self.own_at(r),
+        }
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

@@ -8,9 +8,9 @@ use super::table::{self, Used};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{META_PAGE_BYTES, POOL_STEP_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostBlock, HostBlocks, HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan,
-    PlanToken, Settled, Step,
+    BlockIndex, ByteSource, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostBlock,
+    HostBlocks, HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken,
+    Settled, Step,
 };
 use smallvec::smallvec;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -165,21 +165,19 @@ impl ImageMap for ParallelsMap {
         Limits { size_bytes, block_bytes, is_diff: true, data_alignment: self.layout.alignment() }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| {
-            let extent = self.extent_at(rest)?;
-            let allocated = matches!(extent.kind, ExtentKind::Data { .. });
-            if why == Intent::Overwrite && (!allocated || self.must_write(rest.start())) {
-                return Err(Miss::NeedsPlan);
-            }
-            Ok(extent)
-        })
+        let extent = self.extent_at(r)?;
+        let allocated = matches!(extent.kind, ExtentKind::Data { .. });
+        if why == Intent::Overwrite && (!allocated || self.must_write(r.start())) {
+            return Err(Miss::NeedsPlan);
+        }
+        Ok(extent)
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

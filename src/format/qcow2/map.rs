@@ -9,9 +9,9 @@ use super::writer::{REFCOUNTS, Writer};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{SECTOR_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace,
-    Plan, PlanToken, Settled,
+    BlockIndex, ByteSource, Change, Codec, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Packed, PageCache, PagePlace, Plan,
+    PlanToken, Settled,
 };
 use crate::probe::paging::are_all_paged;
 use std::sync::Mutex;
@@ -211,7 +211,7 @@ impl Qcow2Map {
     /// A cluster there can be data or a table: it begins where clusters do, and in none of the fixed parts.
     fn may_be_used(&self, at: HostOffset) -> bool {
         let bytes = self.layout.cluster_bytes();
-        at.0.is_multiple_of(bytes) && !self.fixed.iter().any(|(from, to)| at.0 < *to && at.0 + bytes > *from)
+        at.0 & (bytes - 1) == 0 && !self.fixed.iter().any(|(from, to)| at.0 < *to && at.0 + bytes > *from)
     }
 
     /// The second-level entry of a cluster, and its bitmap. Both are 0 without a table.
@@ -230,7 +230,8 @@ impl Qcow2Map {
         let index = block & ((1 << self.layout.l2_bits()) - 1);
         let at = table.0 + index * self.layout.entry_bytes();
         let page = self.layout.page_bytes();
-        (at / page, usize::try_from(at % page / 8).expect("inside a page"))
+        // a power of two: no division
+        (at >> page.trailing_zeros(), usize::try_from((at & (page - 1)) / 8).expect("inside a page"))
     }
 
     fn entry_in(&self, table: HostOffset, block: u64) -> std::result::Result<(u64, u64), Miss> {
@@ -426,17 +427,17 @@ impl ImageMap for Qcow2Map {
         }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| match why {
-            Intent::Read => self.extent_at(rest),
-            Intent::Overwrite => self.own_at(rest),
-        })
+        match why {
+            Intent::Read => self.extent_at(r),
+            Intent::Overwrite => self.own_at(r),
+        }
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

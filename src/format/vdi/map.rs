@@ -7,8 +7,8 @@ use super::table;
 use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled, Step,
+    BlockIndex, ByteSource, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled, Step,
 };
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -146,21 +146,19 @@ impl ImageMap for VdiMap {
         Limits { size_bytes, block_bytes, is_diff: self.is_diff, data_alignment: self.layout.alignment() }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| {
-            let extent = self.extent_at(rest)?;
-            let allocated = matches!(extent.kind, ExtentKind::Data { .. });
-            if why == Intent::Overwrite && (!allocated || self.must_write(rest.start())) {
-                return Err(Miss::NeedsPlan);
-            }
-            Ok(extent)
-        })
+        let extent = self.extent_at(r)?;
+        let allocated = matches!(extent.kind, ExtentKind::Data { .. });
+        if why == Intent::Overwrite && (!allocated || self.must_write(r.start())) {
+            return Err(Miss::NeedsPlan);
+        }
+        Ok(extent)
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

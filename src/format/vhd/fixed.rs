@@ -4,8 +4,8 @@ use super::super::{ImageFile, OpenHow};
 use super::footer::{FOOTER_BYTES, Footer, Footers, corrupt};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::map::{
-    BlockIndex, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset,
-    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled,
+    BlockIndex, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, ImageMap,
+    Intent, Limits, MetaKey, MetaOp, Miss, Plan, PlanToken, Settled,
 };
 use uuid::Uuid;
 
@@ -53,18 +53,15 @@ impl ImageMap for FixedMap {
         Limits { size_bytes: self.size_bytes, block_bytes: 0, is_diff: false, data_alignment: 512 }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite && self.read_only {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        if !r.is_empty() {
-            let kind = ExtentKind::Data { file: self.file, off: HostOffset(r.start().0) };
-            out.push(Extent { len: r.len(), kind });
-        }
-        Ok(())
+        let kind = ExtentKind::Data { file: self.file, off: HostOffset(r.start().0) };
+        Ok(Extent { len: r.len(), kind })
     }
 
     fn unit(&self, _at: GuestOffset) -> GuestRange {

@@ -11,8 +11,8 @@ use super::table;
 use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::map::{
-    BlockIndex, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset,
-    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PagePlace, Plan, PlanToken, Settled,
+    BlockIndex, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, ImageMap,
+    Intent, Limits, MetaKey, MetaOp, Miss, PagePlace, Plan, PlanToken, Settled,
 };
 use std::sync::atomic::{AtomicU32, Ordering};
 use uuid::Uuid;
@@ -167,20 +167,18 @@ impl ImageMap for VhdMap {
         Limits { size_bytes, block_bytes, is_diff: self.is_diff, data_alignment: 512 }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Overwrite && self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| {
-            let extent = self.extent_at(rest)?;
-            if why == Intent::Overwrite && !self.may_overwrite(rest.start(), &extent)? {
-                return Err(Miss::NeedsPlan);
-            }
-            Ok(extent)
-        })
+        let extent = self.extent_at(r)?;
+        if why == Intent::Overwrite && !self.may_overwrite(r.start(), &extent)? {
+            return Err(Miss::NeedsPlan);
+        }
+        Ok(extent)
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

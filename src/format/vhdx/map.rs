@@ -13,9 +13,9 @@ use super::{corrupt, unsupported};
 use crate::error::{Failure, Result};
 use crate::limits::{MAX_PAGE_CACHE_BYTES, META_PAGE_BYTES};
 use crate::map::{
-    BlockIndex, ByteSource, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange,
-    HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan,
-    PlanToken, Settled,
+    BlockIndex, ByteSource, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset,
+    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan, PlanToken,
+    Settled,
 };
 use crate::probe::small::SIMULATED;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -212,21 +212,21 @@ impl ImageMap for VhdxMap {
         Limits { size_bytes: disk_bytes, block_bytes, is_diff, data_alignment: BLOCK_UNIT }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if !self.parts.layout.disk().contains(r) {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
         if why == Intent::Read {
-            return out.fill(r, |rest| self.extent_at(rest));
+            return self.extent_at(r);
         }
         if self.writer.is_none() {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
         // A block of which a part is missing is changed by a plan, which makes it whole.
-        out.fill(r, |rest| match self.entry_of(self.block_or_end(rest.start()))? {
-            Entry::At(_) if !self.must_write(rest.start()) => self.extent_at(rest),
+        match self.entry_of(self.block_or_end(r.start()))? {
+            Entry::At(_) if !self.must_write(r.start()) => self.extent_at(r),
             _ => Err(Miss::NeedsPlan),
-        })
+        }
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {

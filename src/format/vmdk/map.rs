@@ -10,8 +10,8 @@ use super::text::{TEXT, Text};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::{META_PAGE_BYTES, SECTOR_BYTES};
 use crate::map::{
-    BlockIndex, Change, Extent, ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, HostOffset,
-    ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PagePlace, Plan, PlanToken, Settled, Step,
+    BlockIndex, Change, Extent, ExtentKind, FileId, GuestOffset, GuestRange, HostOffset, ImageInfo, ImageMap,
+    Intent, Limits, MetaKey, MetaOp, Miss, PagePlace, Plan, PlanToken, Settled, Step,
 };
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -297,7 +297,7 @@ impl ImageMap for VmdkMap {
         Limits { size_bytes: self.size(), block_bytes: block_bytes.unwrap_or(0), is_diff, data_alignment }
     }
 
-    fn map(&self, r: GuestRange, why: Intent, out: &mut ExtentList) -> std::result::Result<(), Miss> {
+    fn look(&self, r: GuestRange, why: Intent) -> std::result::Result<Extent, Miss> {
         if r.end().0 > self.size() {
             return Err(Miss::Fail(Failure::OutOfRange));
         }
@@ -305,15 +305,13 @@ impl ImageMap for VmdkMap {
         if overwrite && self.read_only {
             return Err(Miss::Fail(Failure::ReadOnly));
         }
-        out.fill(r, |rest| {
-            let (_, part) = self.part_at(rest.start()).ok_or(Miss::Fail(Failure::OutOfRange))?;
-            match part.extent_at(rest)? {
-                _ if overwrite && !part.writable => Err(Miss::Fail(Failure::ReadOnly)),
-                e if overwrite && !matches!(e.kind, ExtentKind::Data { .. }) => Err(Miss::NeedsPlan),
-                _ if overwrite && part.must_write(rest.start()) => Err(Miss::NeedsPlan),
-                e => Ok(e),
-            }
-        })
+        let (_, part) = self.part_at(r.start()).ok_or(Miss::Fail(Failure::OutOfRange))?;
+        match part.extent_at(r)? {
+            _ if overwrite && !part.writable => Err(Miss::Fail(Failure::ReadOnly)),
+            e if overwrite && !matches!(e.kind, ExtentKind::Data { .. }) => Err(Miss::NeedsPlan),
+            _ if overwrite && part.must_write(r.start()) => Err(Miss::NeedsPlan),
+            e => Ok(e),
+        }
     }
 
     fn unit(&self, at: GuestOffset) -> GuestRange {
