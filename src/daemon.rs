@@ -174,6 +174,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         allow_parent_mismatch: config.allow_parent_mismatch,
         allow_write_to_parent: config.allow_write_to_parent,
         allow_raw_device: config.allow_raw_device,
+        write_optical: false,
         options,
     };
     match &config.overlay {

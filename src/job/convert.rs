@@ -72,6 +72,7 @@ fn copy(how: &Convert, source: &Arc<Disk>, watch: &mut Watch<'_>) -> Result<()> 
         lock_wait: Some(Duration::ZERO),
         // It is new: nobody has it as a parent, and a look for children could take long.
         allow_write_to_parent: true,
+        write_optical: true,
         // One sync at the end is enough: until then the file is removed when anything goes wrong.
         options: DiskOptions { read_only: false, skip_syncs: true, ..DiskOptions::default() },
         ..OpenDisk::new(&how.target)

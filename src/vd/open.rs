@@ -63,6 +63,8 @@ pub struct OpenDisk {
     pub allow_write_to_parent: bool,
     /// Images may describe disks of this host.
     pub allow_raw_device: bool,
+    /// A raw file whose name says that it is a CD or DVD may be written: for whoever has just made it.
+    pub write_optical: bool,
     /// What channels may do.
     pub options: DiskOptions,
 }
@@ -80,6 +82,7 @@ impl OpenDisk {
             allow_parent_mismatch: false,
             allow_write_to_parent: false,
             allow_raw_device: false,
+            write_optical: false,
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
         }
     }
@@ -133,7 +136,7 @@ pub struct OpenedDisk {
 /// # Errors
 /// With the file and one line saying what to do. Nothing has been written.
 pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
-    let read_only = how.options.read_only || is_optical(&how.image);
+    let read_only = how.options.read_only || (is_optical(&how.image) && !how.write_optical);
     let (write, options) = (!read_only, DiskOptions { read_only, ..how.options });
     if read_only && !how.options.read_only {
         tracing::info!("{}: is an optical medium, and only read", how.image.path.display());
