@@ -17,7 +17,7 @@ if [ "$FORMER" -lt 8 ] && echo 8 2>/dev/null >"$HUGE"; then
 fi
 
 step "packages"
-scripts/guest/deps.sh
+scripts/guest/deps.sh valgrind
 step "formatting"
 cargo fmt --check
 step "lints"
@@ -29,10 +29,11 @@ step "tests"
 # kills are counted below, in the build that is used
 VDBLK_KILLS=12 VDBLK_QUEUE_OPS=2000000 cargo test --locked
 step "release build"
-cargo build --release --bins --example vubench --locked
+cargo build --release --bins --examples --locked
+step "instructions"
+scripts/instructions.sh
 step "tests with the bounds of a release build"
-# More states; resumed within 1 s of the last I/O after each of 54 kills; 1 s and 256 MiB for an input of the fuzzers.
-cargo test --release --locked --lib powercut
+# Resumed within 1 s of the last I/O after each of 54 kills; 1 s and 256 MiB for an input of the fuzzers.
 VDBLK_KILLS=54 cargo test --release --locked --test kill --test fuzz_smoke
 if [ "$GUEST" = 1 ]; then
   step "guests"

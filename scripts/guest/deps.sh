@@ -1,6 +1,7 @@
 #!/bin/sh
 # deps.sh - installs the Debian 12 packages that the guest tests need, only those that are missing.
-#   deps.sh [--check]      --check: installs nothing, says what is missing, fails if there is any
+#   deps.sh [--check] [PACKAGE...]      --check: installs nothing, says what is missing, fails if there is any
+#                                       PACKAGE: needed as well
 # Works as root or through sudo, asks nothing.
 set -eu
 
@@ -8,6 +9,10 @@ set -eu
 # gcc binutils cpio xz-utils python3 ca-certificates  mkguest.sh: kernel and initramfs of the guest
 # (fio, e2fsprogs, busybox for the guest itself are downloaded by mkguest.sh, not installed)
 NEED="qemu-system-x86 qemu-utils gcc libc6-dev binutils cpio xz-utils python3 ca-certificates"
+
+check=
+[ "${1:-}" != --check ] || { check=yes; shift; }
+NEED="$NEED $*"
 
 say() { echo "deps: $*"; }
 
@@ -21,7 +26,7 @@ done
 lists=yes
 apt-cache show busybox-static >/dev/null 2>&1 || lists=
 
-if [ "${1:-}" = --check ]; then
+if [ -n "$check" ]; then
     [ -z "$missing" ] || say "missing:$missing"
     [ -n "$lists" ] || say "missing: package lists (apt-get update)"
     [ -z "$missing" ] && [ -n "$lists" ]
