@@ -319,6 +319,29 @@ fn what_would_lose_something_is_refused_before_anything_is_written() {
     ok(d, "compare m1.vdi s.raw");
 }
 
+/// Internal snapshots go with their image, and show what is beneath it.
+#[test]
+fn internal_snapshots_are_not_lost() {
+    if !has("qemu-img") {
+        return;
+    }
+    let dir = scratch();
+    let d = dir.path();
+    chain(d, ("qcow2", "qcow2"), 2 * MIB, &mut Rng(6));
+    tool(d, "qemu-img", "snapshot -c one m2.qcow2");
+    for args in
+        ["--from m2.qcow2 --into b.qcow2", "--from m1.qcow2 --into m2.qcow2", "--from b.qcow2 --into t.qcow2"]
+    {
+        let line = fails(d, 1, &format!("merge t.qcow2 {args}"));
+        assert!(line.contains("m2.qcow2") && line.contains("internal snapshots"), "{args}: {line}");
+    }
+    ok(d, "convert --output-format raw --snapshot one m2.qcow2 one.raw");
+    ok(d, "merge t.qcow2");
+    ok(d, "compare m2.qcow2 s.raw");
+    ok(d, "compare --snapshot one m2.qcow2 one.raw");
+    ok(d, "check m2.qcow2");
+}
+
 /// Somebody goes on with an image after a merge of it was interrupted: what he has written is not removed.
 #[test]
 fn what_was_written_after_an_interrupted_merge_is_merged_too() {

@@ -184,6 +184,12 @@ impl Span {
                     .hint("convert them with --snapshot first, or pass --keep"));
             }
         }
+        if !self.is_down() && !self.infos[self.into].snapshots.is_empty() {
+            let what = "has internal snapshots, which show what is beneath it, and would show something else";
+            return Err(Error::new(ErrorKind::Unsupported, what)
+                .at(&self.images[self.into].path)
+                .hint("convert them with --snapshot first, and delete them"));
+        }
         let above = self.from.checked_sub(1).filter(|_| self.is_down()).map_or(0, |n| self.sizes[n]);
         if above > self.sizes[self.from] && self.sizes[self.into] > self.sizes[self.from] {
             let what = format!(
