@@ -163,6 +163,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         skip_syncs: config.cache == CacheMode::Unsafe,
         write_through: config.cache == CacheMode::Writethrough,
         discard: config.discard,
+        write_same: false,
     };
     let how = OpenDisk {
         image: config.image.clone(),

@@ -99,3 +99,57 @@ fn bug_21_a_diff_below_a_larger_parent_is_not_enlarged() {
     ok(d, "resize --parent base.vdi diff.vdi 4M");
     io_ok(d, "--parent base.vdi diff.vdi", &["read -P 7 0 4M"]);
 }
+
+/// The value of a key of `vdimg info --output json`, as text.
+fn said(d: &std::path::Path, image: &str, key: &str) -> Option<String> {
+    let info = ok(d, &format!("info --output json {image}"));
+    let from = info.find(&format!("\"{key}\": \""))? + key.len() + 5;
+    info[from..].split('"').next().map(str::to_string)
+}
+
+/// Bug 9: after a merge VirtualBox leaves the child's parent-modification UUID stale, or the base's modification UUID as it was
+/// although its bytes are others.
+#[test]
+fn bug_9_a_merge_leaves_modification_uuids_right() {
+    for format in ["vdi", "vmdk"] {
+        for (from, into, child) in [("m", "b", "t"), ("b", "m", "t")] {
+            let dir = scratch();
+            let d = dir.path();
+            let name = |n: &str| format!("{n}.{format}");
+            ok(d, &format!("create --format {format} --size 8M {}", name("b")));
+            io_ok(d, &name("b"), &["write -P 1 0 8M"]);
+            ok(d, &format!("create --format {format} --parent {} {}", name("b"), name("m")));
+            io_ok(d, &name("m"), &["write -P 2 1M 1M"]);
+            let named = format!("--parent {} --parent {}", name("b"), name("m"));
+            ok(d, &format!("create --format {format} {named} {}", name("t")));
+            io_ok(d, &name("t"), &["write -P 3 2M 1M"]);
+            let before = said(d, &name(into), "modification_uuid").expect("a UUID");
+            ok(d, &format!("merge {} --from {} --into {}", name("t"), name(from), name(into)));
+            let now = said(d, &name(into), "modification_uuid");
+            assert_ne!(now.as_deref(), Some(&*before), "{format}: its bytes are others");
+            assert_eq!(said(d, &name(child), "parent_modification_uuid"), now, "{format}");
+            assert_eq!(said(d, &name(child), "parent_uuid"), said(d, &name(into), "uuid"), "{format}");
+            let out = io(
+                d,
+                &name("t"),
+                &["read -P 1 0 1M", "read -P 2 1M 1M", "read -P 3 2M 1M", "read -P 1 3M 5M"],
+            );
+            assert!(out.status.success() && out.stderr.is_empty(), "{format}: {}", text(&out.stderr));
+        }
+    }
+}
+
+/// The other half of it: chains that VirtualBox has merged are read, with a warning.
+#[test]
+fn bug_9_a_stale_parent_modification_uuid_is_told_and_no_error() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format vdi --size 8M b.vdi");
+    ok(d, "create --format vdi --parent b.vdi t.vdi");
+    // As after a merge by VirtualBox into the base: its modification UUID is another than the child says.
+    io_ok(d, "--allow-write-to-parent b.vdi", &["write -P 1 0 8M"]);
+    let out = io(d, "t.vdi", &["read -P 1 0 8M"]);
+    assert!(out.status.success() && text(&out.stderr).contains("was changed since"), "{}", text(&out.stderr));
+    ok(d, "merge t.vdi");
+    io_ok(d, "b.vdi", &["read -P 1 0 8M"]);
+}

@@ -1,4 +1,4 @@
-//! vdimg: makes, converts, compares, checks, repairs, resizes and looks at disk images. Arguments in, library calls out.
+//! vdimg: makes, converts, compares, checks, repairs, resizes, merges and looks at disk images. Arguments in, library calls out.
 
 #[path = "vdimg/args.rs"]
 mod args;
@@ -16,6 +16,8 @@ mod io;
 mod make;
 #[path = "vdimg/map.rs"]
 mod map;
+#[path = "vdimg/merge.rs"]
+mod merge;
 #[path = "vdimg/resize.rs"]
 mod resize;
 #[path = "vdimg/terminal.rs"]
@@ -59,6 +61,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Repair(a) => check::repair(&a),
         Command::Resize(a) => resize::run(&a),
         Command::Compact(a) => compact::run(&a),
+        Command::Merge(a) => merge::run(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),
     }

@@ -16,6 +16,7 @@ mod qcow;
 pub mod qcow2;
 mod qed;
 pub mod raw;
+mod relink;
 mod report;
 mod sector_bits;
 mod spare;
@@ -253,6 +254,8 @@ struct Driver {
     compact: Option<fn(Files<'_>, &Spare) -> Steps>,
     /// `None`: the disk keeps its size.
     resize: Option<fn(Files<'_>, u64) -> Steps>,
+    /// `None`: the parent's name stays what it is.
+    relink: Option<fn(Files<'_>, Option<&NewParent>) -> Steps>,
     /// `None`: none can be made.
     blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
     keeps_comment: bool,
@@ -372,6 +375,22 @@ pub fn compact(format: Format, files: &[ImageFile<'_>], spare: &Spare) -> Result
         None => {
             let what = format!("compacting {} images is not supported", format.title());
             Err(Error::new(ErrorKind::Unsupported, what).hint("vdimg convert leaves out what is zeros"))
+        }
+    }
+}
+
+/// Plans to give an image another parent, or none: all it says of it. Nothing is written. The bytes of its own stay. Whatever of the
+/// steps is durable, the image opens, and names the old parent or the new one; planned again they come to the same.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] for formats without it, and images that cannot say so; [`ErrorKind::InvalidArgument`] where there is
+/// no room for the parent's name; those of opening.
+pub fn relink(format: Format, files: &[ImageFile<'_>], parent: Option<&NewParent>) -> Result<Vec<FileStep>> {
+    match format.driver().relink {
+        Some(f) => f(files, parent),
+        None => {
+            let what = format!("changing the parent of {} images is not supported", format.title());
+            Err(Error::new(ErrorKind::Unsupported, what))
         }
     }
 }

@@ -30,6 +30,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: None,
     compact: None,
     resize: Some(resize),
+    relink: None,
     blueprint: Some(blueprint),
     keeps_comment: false,
     keeps_geometry: false,

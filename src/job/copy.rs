@@ -1,26 +1,55 @@
-//! Copying what one disk shows onto another that reads as zeros so far.
+//! Copying what one disk shows onto another: all of it, where the other reads as zeros so far, or what some of its images decide.
 
 use super::lanes::{Ended, Lanes};
 use super::survey::Survey;
 use super::{Job, LANE_BYTES, LANES, Progress, Step};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::map::{GuestOffset, GuestRange};
-use crate::vd::{Channel, Disk, Outcome};
+use crate::vd::{Channel, Disk, Outcome, Request};
+use std::ops::Range;
 
 /// Zero runs of this length at such a multiple are not written: the block of common file systems.
 const ZERO_UNIT: u64 = 4096;
+/// Shorter runs of zeros are written with the bytes around them where zeros have to be written.
+const ZERO_RUN: u64 = 64 << 10;
+/// Zeros that one request writes, at most.
+const ZEROS_BYTES: u64 = 16 << 20;
 /// The channels among the lanes'.
 const SOURCE: usize = 0;
 const TARGET: usize = 1;
 
-/// Copies the whole view of a chain. What is known to be zeros is not read, what is found to be is not written. Several
-/// reads and writes run at a time.
+/// What is copied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selection {
+    /// The images of the source's chain whose bytes are, by their depth, 0 for the top one.
+    pub depths: Range<usize>,
+    /// What they say is zeros is written too: something else may show there in the target.
+    pub zeros: bool,
+}
+
+impl Selection {
+    /// What a merge of an image into another one moves, both counted from the top of a chain of so many: the image whose view is
+    /// read, and what of it.
+    pub fn of_merge(from: usize, into: usize, images: usize) -> (usize, Selection) {
+        if from < into {
+            return (from, Selection { depths: 0..into - from, zeros: true });
+        }
+        // Where nothing is beneath, what is not there reads as zeros.
+        (into, Selection { depths: 1..from - into + 1, zeros: from + 1 < images })
+    }
+}
+
+/// Copies the whole view of a chain, or a part of it. What is known to be zeros is not read. Several reads and writes run at a
+/// time.
 pub struct CopyJob {
     lanes: Lanes,
     survey: Survey,
+    selection: Selection,
     states: Vec<State>,
-    /// Data that the survey has found and no lane has taken yet.
+    /// What the survey has found and no lane has taken yet.
     found: GuestRange,
+    /// It has to be read.
+    found_data: bool,
     /// The survey has come to the end.
     exhausted: bool,
     ended: Vec<Ended>,
@@ -40,6 +69,8 @@ enum State {
     Idle,
     /// The range is being read.
     Reading(GuestRange),
+    /// Zeros are being written there.
+    Clearing(GuestRange),
     /// Of the range that was read, the first `done` bytes are dealt with; `run` of them behind that are being written.
     Writing {
         range: GuestRange,
@@ -55,6 +86,14 @@ impl CopyJob {
     /// # Errors
     /// If the target is smaller; if no descriptor is left.
     pub fn new(source: Channel, target: Channel) -> Result<CopyJob> {
+        Self::of(source, target, Selection { depths: 0..usize::MAX, zeros: false })
+    }
+
+    /// A copy of what is selected. The target need not read as zeros if zeros are copied too.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of(source: Channel, target: Channel, selection: Selection) -> Result<CopyJob> {
         let disk = source.disk().clone();
         let (have, need) = (target.disk().size_bytes(), disk.size_bytes());
         if have < need {
@@ -64,6 +103,8 @@ impl CopyJob {
         Ok(CopyJob {
             lanes: Lanes::new(vec![source, target], LANES)?,
             survey: Survey::new(disk),
+            selection,
+            found_data: false,
             states: vec![State::Idle; usize::from(LANES)],
             found: GuestRange::EMPTY,
             exhausted: false,
@@ -86,17 +127,19 @@ impl CopyJob {
         self.lanes.close_disk(TARGET, true)
     }
 
-    /// The next range to copy: at most what a lane holds, never across a multiple of that.
+    /// The next range to copy: at most what a lane holds, never across a multiple of that; or of zeros to write.
     fn next_range(&mut self) -> Result<Option<GuestRange>> {
         while self.found.is_empty() {
             let Some(piece) = self.survey.next_piece()? else { return Ok(None) };
             self.progress.done = piece.range.start().0;
-            if piece.kind.is_data() {
+            self.found_data = piece.kind.is_data();
+            if (self.found_data || self.selection.zeros) && self.selection.depths.contains(&piece.depth) {
                 self.found = piece.range;
             }
         }
         let start = self.found.start().0;
-        let range = self.found.take(LANE_BYTES - start % LANE_BYTES);
+        let most = if self.found_data { LANE_BYTES } else { ZEROS_BYTES };
+        let range = self.found.take(most - start % most);
         self.found = self.found.skip(range.len());
         self.progress.done = start;
         Ok(Some(range))
@@ -112,8 +155,13 @@ impl CopyJob {
                 self.exhausted = true;
                 break;
             };
-            self.states[usize::from(lane)] = State::Reading(range);
-            if let Some(outcome) = self.lanes.read(lane, SOURCE, range) {
+            let (state, started) = if self.found_data {
+                (State::Reading(range), self.lanes.read(lane, SOURCE, range))
+            } else {
+                (State::Clearing(range), self.clear(lane, range))
+            };
+            self.states[usize::from(lane)] = state;
+            if let Some(outcome) = started {
                 self.advance(lane, outcome);
             }
         }
@@ -121,23 +169,39 @@ impl CopyJob {
         Ok(idle && (self.exhausted || self.failure.is_some()))
     }
 
-    /// A request of the lane has ended: on to the next run that is not zeros.
+    /// Zeros in the target.
+    fn clear(&mut self, lane: u16, range: GuestRange) -> Option<Outcome> {
+        self.lanes.start(lane, TARGET, Request::WriteZeroes { range, unmap: true }, &[])
+    }
+
+    /// A request of the lane has ended: on to the next run that is to be written.
     fn advance(&mut self, lane: u16, mut outcome: Outcome) {
         loop {
             let (range, done) = match (outcome, self.states[usize::from(lane)]) {
                 (_, State::Idle) => unreachable!("an end in an idle lane"),
                 (Err(f), state) => return self.fail(lane, state, f),
+                (Ok(()), State::Clearing(_)) => {
+                    self.states[usize::from(lane)] = State::Idle;
+                    return;
+                }
                 (Ok(()), State::Reading(range)) => (range, 0),
                 (Ok(()), State::Writing { range, done, run }) => (range, done + run),
             };
             let read = usize::try_from(range.len()).expect("inside a lane");
-            let Some((skip, run)) = next_run(&self.lanes.bytes(lane)[..read], range.start(), done) else {
+            let bytes = &self.lanes.bytes(lane)[..read];
+            let next = if self.selection.zeros {
+                next_part(bytes, range.start(), done)
+            } else {
+                next_run(bytes, range.start(), done).map(|(skip, run)| (skip, run, false))
+            };
+            let Some((skip, run, zeros)) = next else {
                 self.states[usize::from(lane)] = State::Idle;
                 return;
             };
             self.states[usize::from(lane)] = State::Writing { range, done: skip, run };
-            let part = usize::try_from(skip).expect("inside a lane");
-            match self.lanes.write(lane, TARGET, part, range.skip(skip).take(run)) {
+            let (part, to) = (usize::try_from(skip).expect("inside a lane"), range.skip(skip).take(run));
+            let started = if zeros { self.clear(lane, to) } else { self.lanes.write(lane, TARGET, part, to) };
+            match started {
                 Some(o) => outcome = o,
                 None => return,
             }
@@ -147,12 +211,13 @@ impl CopyJob {
     fn fail(&mut self, lane: u16, state: State, f: Failure) {
         self.states[usize::from(lane)] = State::Idle;
         let e = match state {
-            State::Writing { range, done, .. } => {
-                let at = range.start().0 + done;
-                Error::new(
-                    Error::from(f).kind(),
-                    format!("cannot write {} of its disk: {f}", GuestOffset(at)),
-                )
+            State::Writing { .. } | State::Clearing(_) => {
+                let at = match state {
+                    State::Writing { range, done, .. } => range.skip(done).start(),
+                    State::Clearing(range) | State::Reading(range) => range.start(),
+                    State::Idle => GuestOffset(0),
+                };
+                Error::new(Error::from(f).kind(), format!("cannot write {at} of its disk: {f}"))
             }
             State::Reading(range) => {
                 Error::new(Error::from(f).kind(), format!("cannot read {} of its disk: {f}", range.start()))
@@ -209,6 +274,28 @@ fn next_run(bytes: &[u8], at: GuestOffset, done: u64) -> Option<(u64, u64)> {
     Some((start, end - start))
 }
 
+/// The next part behind `done`, where everything is to be written: how far it is from the start of `bytes`, its length, and
+/// whether it is a run of zeros that is worth a request of its own.
+fn next_part(bytes: &[u8], at: GuestOffset, done: u64) -> Option<(u64, u64, bool)> {
+    let len = bytes.len() as u64;
+    if done >= len {
+        return None;
+    }
+    let (mut end, mut data) = (done, done);
+    // Runs of data as long as the zeros between them are few.
+    while let Some((skip, run)) = next_run(bytes, at, end) {
+        if skip - data >= ZERO_RUN {
+            break;
+        }
+        (data, end) = (skip + run, skip + run);
+    }
+    if data > done {
+        return Some((done, data - done, false));
+    }
+    let zeros = next_run(bytes, at, done).map_or(len, |(skip, _)| skip);
+    Some((done, zeros - done, zeros - done >= ZERO_RUN || zeros == len))
+}
+
 /// True without a byte but zeros, for up to [`ZERO_UNIT`] bytes.
 fn all_zero(unit: &[u8]) -> bool {
     // A comparison of memory is several times as fast as a loop that may stop at each byte.
@@ -219,6 +306,25 @@ fn all_zero(unit: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_are_data_or_long_zeros_and_leave_nothing_out() {
+        let run = ZERO_RUN as usize;
+        let mut b = vec![0u8; 4 * run];
+        assert_eq!(next_part(&b, GuestOffset(0), 0), Some((0, 4 * ZERO_RUN, true)));
+        b[5000] = 1;
+        b[5000 + run / 2] = 1;
+        let end = (5000 + ZERO_RUN / 2).next_multiple_of(4096);
+        assert_eq!(next_part(&b, GuestOffset(0), 0), Some((0, end, false)), "few zeros are data");
+        assert_eq!(next_part(&b, GuestOffset(0), end), Some((end, 4 * ZERO_RUN - end, true)));
+        b[4 * run - 1] = 1;
+        assert_eq!(next_part(&b, GuestOffset(0), end), Some((end, 4 * ZERO_RUN - 4096 - end, true)));
+        assert_eq!(
+            next_part(&b, GuestOffset(0), 4 * ZERO_RUN - 4096),
+            Some((4 * ZERO_RUN - 4096, 4096, false))
+        );
+        assert_eq!(next_part(&b, GuestOffset(0), 4 * ZERO_RUN), None);
+    }
 
     #[test]
     fn runs_between_zeros() {

@@ -48,7 +48,7 @@ impl PieceKind {
 pub struct Piece {
     /// Where.
     pub range: GuestRange,
-    /// The image that decides: 0 for the top one.
+    /// The image that decides: 0 for the top one. Behind the end of an image that is shorter than those above it is that image.
     pub depth: usize,
     /// What.
     pub kind: PieceKind,
@@ -109,7 +109,10 @@ impl Survey {
         let start = GuestOffset(self.at);
         let (mut len, mut depth, mut kind) = (rest, self.layers.len() - 1, PieceKind::Unallocated);
         for (i, layer) in self.disk.chain().layers().iter().enumerate() {
-            let Some(e) = self.layers[i].extent_at(&self.disk, layer, start)? else { break };
+            let Some(e) = self.layers[i].extent_at(&self.disk, layer, start)? else {
+                depth = i;
+                break;
+            };
             len = len.min(e.len);
             kind = match e.kind {
                 ExtentKind::Parent => continue,

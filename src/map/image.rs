@@ -192,6 +192,9 @@ pub trait ImageMap: Send + Sync + Debug {
         Plan::default()
     }
 
+    /// Images above know this one by its content ID alone: the changes to come leave that as it is. Before [`Self::begin`].
+    fn keep_content_id(&self) {}
+
     /// A page that [`Self::end`] has to see next. Asked before each call of it, until there is none.
     fn end_needs(&self) -> Option<MetaKey> {
         None

@@ -321,6 +321,16 @@ pub(super) fn compact(format: Format, bytes: &Bytes, spare: &Spare) -> Result<Ve
     format::compact(format, &[ImageFile { id: FileId(0), source: bytes }], spare)
 }
 
+/// Another parent for an image of one file.
+pub(super) fn relink(format: Format, bytes: &Bytes, parent: Option<&NewParent>) -> Result<Vec<FileStep>> {
+    format::relink(format, &[ImageFile { id: FileId(0), source: bytes }], parent)
+}
+
+/// What an image of one file says of itself.
+pub(super) fn info_of(format: Format, bytes: &Bytes) -> Result<ImageInfo> {
+    Ok(open_map(bytes, format, FileId(0), true)?.info())
+}
+
 /// The change of size of an image of one file.
 pub(super) fn resize(format: Format, bytes: &Bytes, size: u64) -> Result<Vec<FileStep>> {
     format::resize(format, &[ImageFile { id: FileId(0), source: bytes }], size)
@@ -344,7 +354,7 @@ impl Images {
             let images = Images {
                 shape: own,
                 top: SimFile::new("parent.vdi", bytes),
-                below: sealed(&below, 1),
+                below: sealed(&of_vdi(&below), 1),
                 forgets: None,
             };
             past = written_full(&images, past, rng);
@@ -362,7 +372,20 @@ impl Images {
             vhdx::add_parts(&mut bytes, &mut past, rng);
         }
         let first = 1 + bytes.further().len();
-        (Images { shape, top: SimFile::new("top", bytes), below: sealed(&below, first), forgets: None }, past)
+        let below = sealed(&of_vdi(&below), first);
+        (Images { shape, top: SimFile::new("top", bytes), below, forgets: None }, past)
+    }
+
+    /// A new image over these, the nearest first, one file each.
+    pub(super) fn over(shape: Shape, uuid: u128, below: &[(Bytes, Format)]) -> Images {
+        let parent = (!below.is_empty()).then(|| uuid - 1);
+        let bytes = new_image(shape.kind, shape.size, shape.block, uuid, parent);
+        Self::of(shape, bytes, below)
+    }
+
+    /// Images of one file each.
+    pub(super) fn of(shape: Shape, top: Bytes, below: &[(Bytes, Format)]) -> Images {
+        Images { shape, top: SimFile::new("top", top), below: sealed(below, 1), forgets: None }
     }
 
     /// A copy whose top file is its own.
@@ -477,13 +500,17 @@ impl Images {
 }
 
 /// Images as parents, the nearest first, their files from this number on.
-fn sealed(images: &[Bytes], first: usize) -> Vec<(Arc<SimFile>, Arc<dyn ImageMap>)> {
-    let one = |(id, bytes): (u16, &Bytes)| {
-        let map = open_map(bytes, Format::Vdi, FileId(id), true).expect("a new parent");
-        (SimFile::sealed("parent.vdi", bytes.clone()), map)
+fn sealed(images: &[(Bytes, Format)], first: usize) -> Vec<(Arc<SimFile>, Arc<dyn ImageMap>)> {
+    let one = |(id, (bytes, format)): (u16, &(Bytes, Format))| {
+        let map = open_map(bytes, *format, FileId(id), true).expect("a good parent");
+        (SimFile::sealed("parent", bytes.clone()), map)
     };
     let first = u16::try_from(first).expect("few");
     (first..).zip(images).map(one).collect()
+}
+
+fn of_vdi(images: &[Bytes]) -> Vec<(Bytes, Format)> {
+    images.iter().map(|b| (b.clone(), Format::Vdi)).collect()
 }
 
 /// Writes data all over, and here and there zeros; what the sectors hold then.

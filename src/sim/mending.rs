@@ -54,7 +54,7 @@ pub fn interrupted_repairs(
 
 /// Shows to `judge` what the steps on `state` can leave: `samples` states of each moment before a sync ends, and what is
 /// there between any two steps. Sometimes on a file system without fallocate. Returns the states shown.
-fn interrupted(
+pub(super) fn interrupted(
     state: &Bytes,
     steps: Vec<FileStep>,
     samples: u64,
@@ -168,7 +168,7 @@ pub fn interrupted_compacting(
 }
 
 /// A copy with these steps done.
-fn carried_out(state: &Bytes, steps: Vec<FileStep>) -> Result<Bytes, String> {
+pub(super) fn carried_out(state: &Bytes, steps: Vec<FileStep>) -> Result<Bytes, String> {
     let file = SimFile::new("mended", state.clone());
     let files = file.all();
     let mut job = StepsJob::new(as_host_files(&files), steps);
@@ -176,7 +176,7 @@ fn carried_out(state: &Bytes, steps: Vec<FileStep>) -> Result<Bytes, String> {
     Ok(file.bytes())
 }
 
-fn refuse_damage(format: Format, state: &Bytes) -> Result<(), String> {
+pub(super) fn refuse_damage(format: Format, state: &Bytes) -> Result<(), String> {
     match check(format, state).map_err(|e| e.to_string())? {
         Some(report) if report.corruptions > 0 => Err(format!("damaged: {:?}", report.findings)),
         _ => Ok(()),

@@ -4,6 +4,7 @@ mod chains;
 mod compacting;
 mod failing;
 mod faults;
+mod merging;
 mod powercut;
 mod repairing;
 mod resizing;

@@ -107,7 +107,7 @@ impl Channel {
         let beneath_zero = self.reads_as_zero(unit)?;
         // After a failed metadata write the file may say something else than we do: then nothing may be left out
         // because it seems to be there already.
-        let in_doubt = self.disk.chain.top().map.must_write(part.start());
+        let in_doubt = self.disk.options.write_same || self.disk.chain.top().map.must_write(part.start());
         let discard = matches!(request, Request::Discard(_));
         let change = match (beneath_zero, zeros) {
             (true, true) if !in_doubt || discard => return Ok(None),

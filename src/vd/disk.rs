@@ -51,11 +51,19 @@ pub struct DiskOptions {
     pub write_through: bool,
     /// Discards give space back.
     pub discard: bool,
+    /// What is written is kept although it is what shows through: what is beneath will go.
+    pub write_same: bool,
 }
 
 impl Default for DiskOptions {
     fn default() -> Self {
-        DiskOptions { read_only: false, skip_syncs: false, write_through: false, discard: true }
+        DiskOptions {
+            read_only: false,
+            skip_syncs: false,
+            write_through: false,
+            discard: true,
+            write_same: false,
+        }
     }
 }
 

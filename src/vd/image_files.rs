@@ -8,7 +8,7 @@ use super::references::{device_path, extent_path};
 use super::source::FileSource;
 use super::stand_in::stand_in;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, CheckReport, FileStep, Format, ImageFile, Reference, Repair, Spare};
+use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewParent, Reference, Repair, Spare};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::MAX_FILES;
 use crate::map::{FileId, ImageInfo, ImageMap};
@@ -172,6 +172,14 @@ impl ImageFiles {
     /// As [`format::compact`], with the file.
     pub fn compact(&self, spare: &Spare) -> Result<Vec<FileStep>> {
         self.with(FileId(0), |files| format::compact(self.format, files, spare))
+    }
+
+    /// Plans to give it another parent, or none.
+    ///
+    /// # Errors
+    /// As [`format::relink`], with the file.
+    pub fn relink(&self, parent: Option<&NewParent>) -> Result<Vec<FileStep>> {
+        self.with(FileId(0), |files| format::relink(self.format, files, parent))
     }
 
     /// What holds for every writer: nobody's parent is changed, nor an image of which a sync has failed since the machine was

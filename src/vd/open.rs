@@ -373,14 +373,18 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
-    let Some(uuid) = uuid else { return Ok(()) };
-    let Some(dir) = path.parent() else { return Ok(()) };
-    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-    let Some(child) = ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid) else { return Ok(()) };
+    let Some(child) = other_child(path, uuid, &[]) else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(path)
         .hint("serve the child, use --overlay or --read-only, or pass --allow-write-to-parent"))
+}
+
+/// An image in the folder of the one at `path`, whose UUID this is, that has it as its parent and is none of `but`.
+pub(crate) fn other_child(path: &Path, uuid: Option<Uuid>, but: &[&Path]) -> Option<PathBuf> {
+    let dir = path.parent()?;
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid?, but)
 }
 
 /// Unbuffered I/O writes whole device sectors. Guests write sectors of 512 bytes, and metadata may share a sector with

@@ -34,7 +34,7 @@ pub(super) struct ParentSearch {
 #[derive(Debug, Default)]
 struct Found {
     by_uuid: HashMap<Uuid, Vec<PathBuf>>,
-    by_parent: HashMap<Uuid, PathBuf>,
+    by_parent: HashMap<Uuid, Vec<PathBuf>>,
     files: usize,
 }
 
@@ -64,9 +64,11 @@ impl ParentSearch {
         }
     }
 
-    /// A file that names `uuid` as its parent.
-    pub(super) fn child_of(&mut self, uuid: Uuid) -> Option<PathBuf> {
-        self.found().by_parent.get(&uuid).cloned()
+    /// A file that names `uuid` as its parent, and is none of `but`.
+    pub(super) fn child_of(&mut self, uuid: Uuid, but: &[&Path]) -> Option<PathBuf> {
+        let known: Vec<_> = but.iter().map(|p| identity(p)).collect();
+        let children = self.found().by_parent.get(&uuid)?;
+        children.iter().find(|p| !known.contains(&identity(p))).cloned()
     }
 
     fn found(&mut self) -> &Found {
@@ -121,6 +123,6 @@ fn look(path: &Path, found: &mut Found) {
         found.by_uuid.entry(u).or_default().push(path.to_path_buf());
     }
     if let Some(p) = info.parent_uuid {
-        found.by_parent.entry(p).or_insert_with(|| path.to_path_buf());
+        found.by_parent.entry(p).or_default().push(path.to_path_buf());
     }
 }

@@ -10,7 +10,7 @@ use uuid::Uuid;
 /// name, inode, size and the time of its last change, so that the same command finds its overlay again, and that of another
 /// file, or of this one before somebody wrote to it, is refused. `None` for devices: their names and numbers belong to
 /// another after the next boot.
-pub(super) fn stand_in(path: &Path) -> Option<Uuid> {
+pub(crate) fn stand_in(path: &Path) -> Option<Uuid> {
     let path = fs::canonicalize(path).ok()?;
     let meta = fs::metadata(&path).ok()?;
     if !meta.is_file() {

@@ -34,7 +34,7 @@ The first command that fails ends the script; what was written before stays.
 Exit status: 0 all done, 1 an error or a pattern that is not there, 2 wrong
 usage, also of a --command.";
 
-/// Makes, converts, compares, checks, repairs, resizes and looks at disk images.
+/// Makes, converts, compares, checks, repairs, resizes, merges and looks at disk images.
 #[derive(Debug, Parser)]
 #[command(name = "vdimg", version, max_term_width = 100, after_help = ENDS)]
 pub(crate) struct Cli {
@@ -63,6 +63,9 @@ pub(crate) enum Command {
     /// Take from images what they need not keep: blocks of zeros, blocks equal to what the parent shows, and holes.
     #[command(after_help = COMPACT)]
     Compact(Compact),
+    /// Merge images of a chain: into the parent (as qemu-img commit), another one beneath, or upwards into a child.
+    #[command(after_help = MERGE)]
+    Merge(Merge),
     /// Tell where each range of the disk lies.
     Map(Map),
     /// Read and write by commands: read, write, discard, flush, sleep.
@@ -81,6 +84,18 @@ The disk shows the same before, after and at any moment between; ended early,
 the same command completes it. A diff is compared with its parents, which have
 to be there. Fill free space of the guest's file systems with zeros first.
 Example: vdimg compact disk.vdi";
+
+const MERGE: &str = "\
+Downwards an image beneath takes in what those above it hold, and the image
+above the last of them gets it as its parent; upwards a child takes in what its
+parents hold, and gets the parent of the last of them. The top shows the same
+before, after and at any moment between, and files are removed only when all is
+durable; ended early, the same command completes it. Other images over the one
+that changes would be corrupted: those whose parents are told by UUID, in its
+folder, are found, and the merge is refused.
+Examples: vdimg merge snapshot.qcow2
+          vdimg merge top.vdi --from mid.vdi --into base.vdi
+          vdimg merge top.vmdk --from base.vmdk --into top.vmdk";
 
 impl Command {
     /// Exit status of an error.
@@ -346,6 +361,28 @@ pub(crate) struct Compact {
     /// The images, one after the other; the options are about each of them.
     #[arg(required = true)]
     pub(crate) files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Merge {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    /// The image of the chain that is merged, with those between it and --into [default: the one on top].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from: Option<PathBuf>,
+    /// The image of the chain that takes it in, beneath it or above [default: its parent].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) into: Option<PathBuf>,
+    /// Leave the files that are not needed any more.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Merge although another image in the folder has one of those that change or go as its parent: it will be lost.
+    #[arg(long)]
+    pub(crate) allow_write_to_parent: bool,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The image on top of the chain.
+    pub(crate) top: PathBuf,
 }
 
 #[derive(Debug, Args)]

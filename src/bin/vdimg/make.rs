@@ -2,9 +2,8 @@
 
 use super::args::{Convert, Create};
 use super::terminal;
-use std::path::{Path, PathBuf};
 use vdblk::format::NewParent;
-use vdblk::job::{self, CreateImage, RawDiskWish, create_image, look_at_raw_disk};
+use vdblk::job::{self, CreateImage, RawDiskWish, create_image, look_at_raw_disk, named_from};
 use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
 use vdblk::{Error, ErrorKind, Result};
 
@@ -40,19 +39,6 @@ pub(crate) fn create(args: &Create) -> Result<u8> {
         ..CreateImage::new(&args.file, args.format, size_bytes)
     })?;
     Ok(0)
-}
-
-/// What a new image calls its parent: the bare name in the same folder, otherwise where it is.
-fn named_from(image: &Path, parent: &Path) -> Option<String> {
-    let folder = |p: &Path| {
-        std::fs::canonicalize(p.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."))).ok()
-    };
-    let name = if folder(image) == folder(parent) {
-        PathBuf::from(parent.file_name()?)
-    } else {
-        std::fs::canonicalize(parent).ok()?
-    };
-    name.to_str().map(str::to_string)
 }
 
 /// The last parent that was named, on top of those before.

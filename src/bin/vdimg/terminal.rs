@@ -1,8 +1,10 @@
 //! What goes to the terminal and what comes from it: output, warnings, progress, signals.
 
 use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -44,11 +46,18 @@ where
         if *event.metadata().level() != Level::WARN {
             return Ok(());
         }
-        write!(w, "vdimg: warning: ")?;
-        ctx.field_format().format_fields(w.by_ref(), event)?;
-        writeln!(w)
+        let mut line = String::new();
+        ctx.field_format().format_fields(Writer::new(&mut line), event)?;
+        // A job may open an image several times.
+        if !SHOWN.lock().is_ok_and(|mut shown| shown.insert(line.clone())) {
+            return Ok(());
+        }
+        writeln!(w, "vdimg: warning: {line}")
     }
 }
+
+/// Warnings that were shown: each is, once.
+static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// Set by a signal that asks us to end.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);

@@ -19,6 +19,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: None,
     compact: None,
     resize: None,
+    relink: None,
     blueprint: None,
     keeps_comment: false,
     keeps_geometry: false,

@@ -26,6 +26,8 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| repair::repair(only(files).source)),
     compact: Some(|files, spare| compact::compact(only(files).source, spare)),
     resize: Some(|files, size| resize::resize(only(files).source, size)),
+    // its images do not say that they have one
+    relink: Some(|_, _| Ok(Vec::new())),
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,

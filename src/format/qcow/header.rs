@@ -21,8 +21,8 @@ pub(super) struct Header {
     disk_bytes: u64,
     l1_at: u64,
     backing: Option<String>,
-    /// Where the parent's name ends.
-    name_end: u64,
+    /// Where the parent's name stands, and how long it is.
+    name: Option<(u64, u64)>,
 }
 
 fn corrupt(what: impl Into<String>) -> Error {
@@ -61,12 +61,12 @@ impl Header {
             1 => return Err(unsupported("it is encrypted (AES), which is not supported")),
             n => return Err(unsupported(format!("it is encrypted by method {n}, which is not known"))),
         }
-        let (backing, name_end) = match (long(8), word(16)) {
-            (0, _) | (_, 0) => (None, 0),
-            (at, len) => (Some(read_name(source, at, len)?), at + u64::from(len)),
+        let (backing, name) = match (long(8), word(16)) {
+            (0, _) | (_, 0) => (None, None),
+            (at, len) => (Some(read_name(source, at, len)?), Some((at, u64::from(len)))),
         };
         let (cluster_bits, l2_bits) = (raw[32], raw[33]);
-        Ok(Header { cluster_bits, l2_bits, disk_bytes: long(24), l1_at: long(40), backing, name_end })
+        Ok(Header { cluster_bits, l2_bits, disk_bytes: long(24), l1_at: long(40), backing, name })
     }
 
     /// Where everything is.
@@ -108,9 +108,18 @@ impl Header {
         Ok(geometry)
     }
 
+    /// Where the parent's name stands, and how long it is.
+    pub(super) fn name_span(&self) -> Option<(u64, u64)> {
+        self.name
+    }
+
+    fn name_end(&self) -> u64 {
+        self.name.map_or(0, |(at, len)| at + len)
+    }
+
     pub(super) fn extra(&self, g: &Geometry) -> Extra {
         let l1_end = g.l1_at + g.l1_entries() * 8;
-        Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end), mark: None }
+        Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end()), mark: None }
     }
 
     pub(super) fn info(&self) -> ImageInfo {

@@ -2,6 +2,7 @@
 
 mod create;
 mod header;
+mod relink;
 
 use super::levels::{self, Extra, Geometry, LevelMap};
 use super::{Driver, ImageFile, only};
@@ -27,6 +28,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| levels::repair(only(files).source, examine)),
     compact: None,
     resize: None,
+    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,

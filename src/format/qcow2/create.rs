@@ -208,7 +208,7 @@ fn backing_name(parent: &NewParent) -> Result<String> {
 }
 
 /// QEMU's word for a format.
-fn backing_format(ours: &'static str) -> &'static str {
+pub(super) fn backing_format(ours: &'static str) -> &'static str {
     if ours == "vhd" { "vpc" } else { ours }
 }
 

@@ -25,6 +25,8 @@ pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 pub(super) const MAX_NAME_BYTES: u32 = 1023;
 /// Extensions looked at.
 const MAX_EXTENSIONS: usize = 64;
+/// Longest extension whose bytes are taken over.
+const MAX_EXTENSION_BYTES: u32 = 4096;
 
 /// Features without whose knowledge an image must not be opened.
 pub(super) mod incompatible {
@@ -46,6 +48,28 @@ const EXT_END: u32 = 0;
 /// The format of the backing file.
 pub(super) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+
+/// An extension of the header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Extension {
+    pub(super) kind: u32,
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Extension {
+    /// The bytes of extensions one behind the other, and of their end.
+    pub(super) fn area(all: impl Iterator<Item = Extension>) -> Vec<u8> {
+        let mut out = Vec::new();
+        for e in all {
+            out.extend(e.kind.to_be_bytes());
+            out.extend(u32::try_from(e.bytes.len()).expect("MAX_EXTENSION_BYTES").to_be_bytes());
+            out.extend(&e.bytes);
+            out.resize(out.len().next_multiple_of(8), 0);
+        }
+        out.extend([0; 8]);
+        out
+    }
+}
 
 /// The header as it is in the file, and the texts it names.
 #[derive(Clone, Debug)]
@@ -272,9 +296,44 @@ impl Header {
         }
     }
 
+    /// Where the extensions begin.
+    pub(super) fn extensions_start(&self) -> u64 {
+        u64::from(self.header_bytes()).next_multiple_of(8)
+    }
+
+    /// Where the backing file's name stands, and how long it is.
+    pub(super) fn name_span(&self) -> Option<(u64, u64)> {
+        Some((self.u64(8), u64::from(self.u32(16)))).filter(|(at, len)| *at > 0 && *len > 0)
+    }
+
+    /// All extensions.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Limit`] for those that no sector holds; those of reading.
+    pub(super) fn extensions(&self, source: &dyn ByteSource) -> Result<Vec<Extension>> {
+        let end = self.extensions_end().min(source.len());
+        let (mut at, mut all) = (self.extensions_start(), Vec::new());
+        while at + 8 <= end {
+            let mut head = [0; 8];
+            source.read_at(HostOffset(at), &mut head)?;
+            let (kind, len) = (be32(&head, 0).unwrap_or(0), be32(&head, 4).unwrap_or(0));
+            if kind == EXT_END {
+                break;
+            }
+            if u64::from(len) > end - at - 8 || len > MAX_EXTENSION_BYTES || all.len() == MAX_EXTENSIONS {
+                return Err(Error::new(ErrorKind::Limit, "its header has too many extensions"));
+            }
+            let mut bytes = vec![0; usize::try_from(len).expect("MAX_EXTENSION_BYTES")];
+            source.read_at(HostOffset(at + 8), &mut bytes)?;
+            all.push(Extension { kind, bytes });
+            at += 8 + u64::from(len).next_multiple_of(8);
+        }
+        Ok(all)
+    }
+
     fn read_extensions(&mut self, source: &dyn ByteSource) -> Result<()> {
         let end = self.extensions_end().min(source.len());
-        let mut at = u64::from(self.header_bytes()).next_multiple_of(8);
+        let mut at = self.extensions_start();
         for _ in 0..MAX_EXTENSIONS {
             if at + 8 > end {
                 return Ok(());

@@ -7,6 +7,7 @@ mod header;
 mod layout;
 mod map;
 mod refcounts;
+mod relink;
 mod repair;
 mod resize;
 mod snapshots;
@@ -26,6 +27,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| repair(only(files).source)),
     compact: None,
     resize: Some(|files, size| resize::resize(only(files).source, size)),
+    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,

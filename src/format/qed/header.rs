@@ -10,7 +10,7 @@ pub(super) const MAGIC: &[u8; 4] = b"QED\0";
 /// Bytes of the fields.
 pub(super) const FIELD_BYTES: usize = 64;
 /// Where the features are.
-const FEATURES_AT: u64 = 16;
+pub(super) const FEATURES_AT: u64 = 16;
 /// Features that whoever writes has to clear if he does not know them, and we know none.
 const AUTOCLEAR: std::ops::Range<usize> = 32..40;
 /// There is a backing file.
@@ -32,8 +32,8 @@ pub(super) struct Header {
     l1_at: u64,
     disk_bytes: u64,
     backing: Option<String>,
-    /// Where the parent's name ends.
-    name_end: u64,
+    /// Where the parent's name stands, and how long it is.
+    name: Option<(u64, u64)>,
 }
 
 fn corrupt(what: impl Into<String>) -> Error {
@@ -66,7 +66,7 @@ impl Header {
             l1_at: long(40),
             disk_bytes: long(48),
             backing: None,
-            name_end: 0,
+            name: None,
         };
         let unknown = header.features & !(BACKING | NEED_CHECK | BACKING_RAW);
         if unknown != 0 {
@@ -76,7 +76,7 @@ impl Header {
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
         if header.features & BACKING != 0 {
-            header.name_end = u64::from(word(56)) + u64::from(word(60));
+            header.name = Some((u64::from(word(56)), u64::from(word(60))));
             header.backing = Some(read_name(source, u64::from(word(56)), word(60))?);
         }
         Ok(header)
@@ -126,18 +126,27 @@ impl Header {
         Ok(geometry)
     }
 
+    /// Where the parent's name stands, and how long it is.
+    pub(super) fn name_span(&self) -> Option<(u64, u64)> {
+        self.name
+    }
+
+    fn name_end(&self) -> u64 {
+        self.name.map_or(0, |(at, len)| at + len)
+    }
+
     pub(super) fn extra(&self, g: &Geometry) -> Extra {
         let l1_end = g.l1_at + g.table_bytes;
         let byte = u8::try_from(self.features & !NEED_CHECK).expect("no other features are known");
         let mark = (self.features & NEED_CHECK != 0).then_some((FEATURES_AT, byte));
-        Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end), mark }
+        Extra { metadata_end: l1_end.max(g.header_bytes).max(self.name_end()), mark }
     }
 
     /// The entry of a cluster of zeros. VirtualBox knows none: it shows what is at byte 1 of the file, and writes there. So diffs of
     /// its own get none, which are told by their parents' names: nobody else puts those where QEMU refuses them.
     pub(super) fn zeros(&self) -> Option<u64> {
         let header_bytes = u64::from(self.header_clusters) * u64::from(self.cluster_bytes);
-        (self.name_end <= header_bytes).then_some(1)
+        (self.name_end() <= header_bytes).then_some(1)
     }
 
     /// How a writer leaves its mark. Whatever others have added that a writer has to know goes with it.

@@ -284,6 +284,21 @@ impl Header {
         }
     }
 
+    /// Another parent; the nil UUID: none any more, and what is not allocated reads as zeros.
+    pub(super) fn set_parent(&mut self, parent: Uuid, modification: Uuid) {
+        let base = parent.is_nil() && self.is_diff();
+        match &mut self.body {
+            Body::V0(h) => {
+                h.parent = parent.to_bytes_le();
+                h.kind = if base { Kind::Dynamic.code().into() } else { h.kind };
+            }
+            Body::V1(h, _) => {
+                (h.parent, h.parent_modification) = (parent.to_bytes_le(), modification.to_bytes_le());
+                h.kind = if base { Kind::Dynamic.code().into() } else { h.kind };
+            }
+        }
+    }
+
     fn kind_code(&self) -> u32 {
         match &self.body {
             Body::V0(h) => h.kind.get(),

@@ -8,6 +8,7 @@ mod dense;
 mod header;
 mod layout;
 mod map;
+mod relink;
 mod repair;
 mod resize;
 mod table;
@@ -32,6 +33,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| repair(only(files).source)),
     compact: Some(|files, spare| compact::compact(only(files).source, spare)),
     resize: Some(|files, size| resize::resize(only(files).source, size)),
+    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
     keeps_comment: true,
     keeps_geometry: true,

@@ -171,6 +171,22 @@ impl Footer {
         self.checksum = self.sum().into();
     }
 
+    pub(super) fn is_diff(&self) -> bool {
+        self.kind.get() == 4
+    }
+
+    /// The image has a parent, or none.
+    pub(super) fn set_parent(&mut self, has_one: bool) {
+        self.kind = if has_one { 4 } else { 3 }.into();
+        self.checksum = self.sum().into();
+    }
+
+    /// The header is elsewhere.
+    pub(super) fn set_header_at(&mut self, at: u64) {
+        self.data_offset = at.into();
+        self.checksum = self.sum().into();
+    }
+
     fn chs(&self) -> (u32, u32, u32) {
         (self.cylinders.get().into(), self.heads.into(), self.sectors.into())
     }

@@ -55,7 +55,16 @@ impl Header {
         h.version = VERSION.into();
         h.entries = n.entries.into();
         h.block_bytes = n.block_bytes.into();
-        if let Some((id, name)) = n.parent {
+        h.with_parent(n.parent, &n.locators)
+    }
+
+    /// The same with another parent's UUID and name, and the locators that go with it.
+    pub(super) fn with_parent(&self, parent: Option<(Uuid, &str)>, locators: &[Locator]) -> Self {
+        let mut h = self.clone();
+        (h.parent, h.parent_time) = ([0; 16], 0.into());
+        h.parent_name = [0; 2 * NAME_UNITS];
+        h.locators = std::array::from_fn(|_| Locator::new_zeroed());
+        if let Some((id, name)) = parent {
             h.parent = id.to_bytes_le();
             // the last unit stays the closing NUL
             for (out, unit) in h.parent_name.chunks_exact_mut(2).zip(name.encode_utf16().take(NAME_UNITS - 1))
@@ -63,7 +72,7 @@ impl Header {
                 out.copy_from_slice(&unit.to_be_bytes());
             }
         }
-        for (own, new) in h.locators.iter_mut().zip(&n.locators) {
+        for (own, new) in h.locators.iter_mut().zip(locators) {
             *own = new.clone();
         }
         h.checksum = h.sum().into();

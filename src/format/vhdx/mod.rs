@@ -32,6 +32,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| repair::repair(only(files).source)),
     compact: None,
     resize: None,
+    relink: None,
     blueprint: if SIMULATED { Some(create::blueprint) } else { None },
     keeps_comment: false,
     keeps_geometry: false,

@@ -211,7 +211,7 @@ pub(in super::super) fn raw_disk(new: &NewImage, disk: &RawDisk) -> Result<Bluep
 }
 
 /// A name that cannot stand in a descriptor.
-fn is_unspeakable(name: &str) -> bool {
+pub(super) fn is_unspeakable(name: &str) -> bool {
     name.chars().any(|c| c.is_control() || matches!(c, '"' | '\u{fffd}'))
 }
 

@@ -207,7 +207,7 @@ pub(super) fn with_sectors(bytes: &[u8], sectors: u64) -> Option<(usize, Vec<u8>
 }
 
 /// A comment line that makes up for a line that was `from` bytes long and has `to`.
-fn resized(comment: &[u8], from: usize, to: usize) -> Option<Vec<u8>> {
+pub(super) fn resized(comment: &[u8], from: usize, to: usize) -> Option<Vec<u8>> {
     let body = comment.iter().rposition(|b| !b.is_ascii_whitespace())? + 1;
     let keep = (body + from).checked_sub(to).filter(|keep| *keep > 0)?;
     let mut out = comment[..keep.min(body)].to_vec();

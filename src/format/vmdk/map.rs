@@ -449,6 +449,10 @@ impl ImageMap for VmdkMap {
         Plan { token: Some(PlanToken(ALL_EXTENTS << TOKEN_SHIFT)), ..Plan::of(steps) }
     }
 
+    fn keep_content_id(&self) {
+        self.text.keep_ids();
+    }
+
     fn end(&self) -> Plan {
         let mut plan = Plan::default();
         for (_, s) in self.sparse_parts() {

@@ -10,6 +10,7 @@ mod layout;
 mod map;
 mod open;
 mod places;
+mod relink;
 mod repair;
 mod resize;
 mod sesparse;
@@ -33,6 +34,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(repair::repair),
     compact: Some(compact::compact),
     resize: Some(resize::resize),
+    relink: Some(relink::relink),
     blueprint: Some(create::blueprint),
     keeps_comment: true,
     keeps_geometry: true,

@@ -273,7 +273,7 @@ fn flat(p: &Placed<'_>, id: crate::map::FileId, source: &dyn ByteSource) -> Resu
 }
 
 /// VirtualBox says whose child an image is by UUID alone, the others by content id and name.
-fn is_diff(d: &Descriptor) -> bool {
+pub(super) fn is_diff(d: &Descriptor) -> bool {
     d.parent_cid().is_some() || d.uuid("ddb.uuid.parent").is_some()
 }
 

@@ -132,7 +132,7 @@ fn sparse(
 }
 
 /// Where all grains are whole and all metadata ends: a place for grains begins there, and what stands behind is nobody's.
-fn whole_end(extent: &Extent<'_>) -> u64 {
+pub(super) fn whole_end(extent: &Extent<'_>) -> u64 {
     let (layout, size) = (&extent.layout, extent.layout.header.grain_bytes);
     let ends = extent.entries.iter().zip(0..layout.grains()).filter_map(|(e, _)| match layout.entry(*e) {
         Entry::At(at) => Some(at.0 + size),

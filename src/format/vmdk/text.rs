@@ -7,6 +7,7 @@ use crate::limits::SECTOR_BYTES;
 use crate::map::{FileId, HostOffset, MetaKey, MetaOp, Step};
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 /// The kind of page that changes of the descriptor are.
@@ -30,6 +31,8 @@ pub(super) struct Text {
     at: HostOffset,
     bytes: Mutex<Vec<u8>>,
     values: Vec<(What, Range<usize>)>,
+    /// Content ids stay.
+    keeps_ids: AtomicBool,
 }
 
 /// The content id that goes with a modification UUID; never one that says there is none.
@@ -78,7 +81,7 @@ impl Text {
             .filter_map(|(what, key)| Some((what, value_span(&bytes, key)?)))
             .filter(|(what, span)| what.fits(&bytes[span.clone()]))
             .collect();
-        Text { file, at, bytes: Mutex::new(bytes), values }
+        Text { file, at, bytes: Mutex::new(bytes), values, keeps_ids: AtomicBool::new(false) }
     }
 
     fn bytes(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
@@ -88,12 +91,21 @@ impl Text {
     /// The steps that give the contents another name. One after the other: values may share a sector.
     pub(super) fn change(&self, modification: Uuid) -> Steps {
         let mut steps = Steps::new();
-        for number in 0..self.values.len() as u64 {
+        let keeps_ids = self.keeps_ids.load(Ordering::Relaxed);
+        for (number, (what, _)) in (0..).zip(&self.values) {
+            if keeps_ids && *what != What::Modification {
+                continue;
+            }
             let key = MetaKey::Page { table: TEXT, number };
             steps.push(Step::Meta { key, op: MetaOp::Modification(modification) });
             steps.push(Step::Barrier);
         }
         steps
+    }
+
+    /// From here on content ids stay as they are.
+    pub(super) fn keep_ids(&self) {
+        self.keeps_ids.store(true, Ordering::Relaxed);
     }
 
     fn value(&self, number: u64) -> Option<&(What, Range<usize>)> {

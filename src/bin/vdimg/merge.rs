@@ -1,0 +1,26 @@
+//! `vdimg merge`.
+
+use super::args::Merge;
+use super::terminal;
+use vdblk::Result;
+use vdblk::job::{self, merge_images};
+use vdblk::vd::OpenDisk;
+
+pub(crate) fn run(args: &Merge) -> Result<u8> {
+    terminal::end_in_order();
+    let how = job::Merge {
+        chain: OpenDisk {
+            allow_write_to_parent: args.allow_write_to_parent,
+            ..args.image.open(&args.top, None, args.lock)
+        },
+        from: args.from.clone(),
+        into: args.into.clone(),
+        keep: args.keep,
+    };
+    let done = terminal::watched(|watch| merge_images(&how, watch))?;
+    let what = if args.keep { "not needed any more" } else { "removed" };
+    for path in &done.spent {
+        terminal::print(&format!("{}: merged into {}, {what}\n", path.display(), done.into.display()))?;
+    }
+    Ok(0)
+}
