@@ -17,7 +17,6 @@ use crate::map::{
     HostOffset, ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan,
     PlanToken, Settled,
 };
-use crate::probe::small::SIMULATED;
 use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
 
@@ -90,13 +89,9 @@ impl VhdxMap {
     /// Opens the image. Its log is replayed in memory; it goes to the file before the first change, not before.
     ///
     /// # Errors
-    /// As [`super::super::open`]; [`crate::ErrorKind::Unsupported`] for writing outside of the simulator.
+    /// As [`super::super::open`].
     pub(super) fn open(source: &dyn ByteSource, file: FileId, how: OpenHow) -> Result<Self> {
         let parts = Parts::read(source)?;
-        if !how.read_only && !SIMULATED {
-            return Err(unsupported("VHDX images are only read so far, not written")
-                .hint("open it read-only, or convert it to vdi or vhd"));
-        }
         let table = parts.table(source)?;
         let has_place =
             |raw: &&u64| matches!(parts.layout.entry(**raw), Some(Entry::At(_) | Entry::Partly(_)));

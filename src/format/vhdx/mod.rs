@@ -1,6 +1,5 @@
 //! VHDX, Hyper-V's disk image of the second generation: two headers, a log, two copies of a table of regions, metadata by
-//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes, which only
-//! the simulator may make yet.
+//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes.
 
 mod bat;
 mod check;
@@ -18,7 +17,6 @@ mod replayed;
 mod writer;
 
 use super::{Driver, ImageFile, only};
-use crate::probe::small::SIMULATED;
 use map::VhdxMap;
 
 /// VHDX as one of the formats.
@@ -32,7 +30,7 @@ pub(super) const DRIVER: Driver = Driver {
     repair: Some(|files| repair::repair(only(files).source)),
     compact: None,
     resize: None,
-    blueprint: if SIMULATED { Some(create::blueprint) } else { None },
+    blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };
