@@ -2,8 +2,9 @@
 //! failed, and the next entry takes its place: a hole would be the end of all that follows.
 //!
 //! A checkpoint makes durable in its place what entries say, then an entry says that the run begins with it. Where nothing was
-//! logged meanwhile, that entry may be the first of the ring again. So no run that counts ever goes over the ring's end: QEMU looks
-//! for runs from the ring's beginning on, and does not believe what entries say of where they begin.
+//! logged meanwhile, that entry may be the first of the ring again, and is durable before another follows. So no run that counts ever
+//! goes over the ring's end: QEMU looks for runs from the ring's beginning on, and does not believe what entries say of where they
+//! begin.
 
 use super::corrupt;
 use super::log::{NewEntry, SECTOR};

@@ -144,7 +144,13 @@ impl Writer {
         if !is_broken(Sabotage::LogBeforeTable) {
             steps.push(Step::Sync { file });
         }
-        steps.push(LOG_MARK);
+        // Durable before the next entry is written: where the log begins anew, the run before it would count again, cut short, as
+        // soon as its second entry is written over.
+        if is_broken(Sabotage::LogAnewUnsynced) {
+            steps.push(Step::Meta { key: LOG, op: MARK });
+        } else {
+            steps.extend([Step::HoldSyncs { file }, Step::Through { key: LOG, op: MARK }]);
+        }
         Some(Plan { token: Some(CHECKPOINT), ..Plan::of(steps) })
     }
 
@@ -188,7 +194,8 @@ impl Writer {
                 n if n > end.0 => steps.push(Step::Truncate { file, to: end }),
                 _ => {}
             }
-            steps.extend([LOG_MARK, Step::Sync { file }, header(slot, true)]);
+            let mark = Step::Meta { key: LOG, op: MARK };
+            steps.extend([mark, Step::Sync { file }, header(slot, true)]);
             steps.extend([Step::Sync { file }, header(1 - slot, true)]);
             steps
         })
@@ -343,8 +350,8 @@ impl BlockFormat for VhdxMap {
     }
 }
 
-/// An entry of the log without a sector: the run begins where the checkpoint says.
-const LOG_MARK: Step = Step::Meta { key: LOG, op: MetaOp::Count(0) };
+/// The run begins where the checkpoint says: an entry of the log without a sector, if no others ride along.
+const MARK: MetaOp = MetaOp::Count(0);
 
 fn page(table: u8, number: u64, op: MetaOp) -> Step {
     Step::Meta { key: MetaKey::Page { table, number }, op }
