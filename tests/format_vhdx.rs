@@ -277,6 +277,65 @@ fn any_vhdx_is_read_or_refused() {
     assert!((20..110).contains(&opened), "{opened} of 120 opened");
 }
 
+/// What a repair of these bytes leaves.
+fn repaired(file: &[u8]) -> Vec<u8> {
+    let mut bytes = file.to_vec();
+    let files = [ImageFile { id: FileId(0), source: &file.to_vec() }];
+    let steps = format::repair(Format::Vhdx, &files).expect("it can be").expect("a plan").steps;
+    carry_out(steps, &mut bytes);
+    let files = [ImageFile { id: FileId(0), source: &bytes }];
+    let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
+    assert!(report.is_clean(), "{report:?}");
+    bytes
+}
+
+#[test]
+fn entries_that_cannot_be_are_repaired_and_lose_nothing_that_is_there() {
+    // two on each other, and one upon the half of both
+    let table = vec![(0, entry(6, 4)), (1, entry(6, 4)), (2, entry(6, 5))];
+    let mut f = Spec { table, block: 2 << 20, size: 6 << 20, ..Spec::default() }.build();
+    f[4 * MIB..5 * MIB].fill(1);
+    f[5 * MIB..6 * MIB].fill(2);
+    f[6 * MIB..7 * MIB].fill(3);
+    let all = content(&repaired(&f));
+    let shown: Vec<_> =
+        all.chunks(MIB).map(|m| if m.iter().all(|b| *b == m[0]) { m[0] } else { 99 }).collect();
+    assert_eq!(shown, [1, 2, 1, 2, 2, 3]);
+    // one on the block table, one behind the file, one that is cut off
+    let table = vec![(0, entry(6, 3)), (1, entry(6, 100)), (2, entry(6, 7)), (3, entry(6, 4))];
+    let mut f = Spec { table, ..Spec::default() }.build();
+    f[4 * MIB..].fill(4);
+    f.truncate(7 * MIB + 512);
+    let all = content(&repaired(&f));
+    assert!(all[..2 * MIB].iter().all(|b| *b == 0) && all[3 * MIB..].iter().all(|b| *b == 4));
+    assert!(all[2 * MIB..2 * MIB + 512].iter().all(|b| *b == 4));
+    assert!(all[2 * MIB + 512..3 * MIB].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn a_bitmap_that_is_gone_is_impossible_to_repair() {
+    let (mut f, _) = diff(512, ".\\base.vhdx");
+    let bitmap = 3 * MIB + 4096 * 8;
+    f[bitmap..bitmap + 8].copy_from_slice(&entry(6, 100).to_le_bytes());
+    let files = [ImageFile { id: FileId(0), source: &f }];
+    let e = format::repair(Format::Vhdx, &files).map(drop).expect_err("nobody knows the parts");
+    assert!(e.kind() == ErrorKind::Corrupt && e.to_string().contains("cannot be repaired: a bitmap"), "{e}");
+}
+
+#[test]
+fn what_belongs_to_no_block_and_an_image_that_was_not_closed_are_leaks() {
+    let mut f = two_blocks();
+    f.truncate(6 * MIB);
+    use_log(&mut f);
+    let files = [ImageFile { id: FileId(0), source: &f }];
+    let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
+    assert_eq!((report.exit_code(), report.leaks), (3, 2), "{report:?}");
+    let before = content(&f);
+    let after = repaired(&f);
+    assert_eq!(after.len(), 5 * MIB);
+    assert!(content(&after) == before);
+}
+
 fn vdimg(args: &[&str]) -> String {
     let out = Command::new(env!("CARGO_BIN_EXE_vdimg")).args(args).output().expect("it runs");
     assert!(out.status.success(), "vdimg {args:?}: {}", String::from_utf8_lossy(&out.stderr));

@@ -3,7 +3,7 @@
 use super::super::OpenHow;
 use super::super::sector_bits::run;
 use super::bat::{CHUNK_SECTORS, Entry, Layout};
-use super::header::{BLOCK_UNIT, Headers};
+use super::header::{BLOCK_UNIT, Headers, MIB};
 use super::log;
 use super::metadata::Metadata;
 use super::region::{Region, Regions};
@@ -61,6 +61,13 @@ impl Parts {
 
     pub(super) fn table(&self, source: &dyn ByteSource) -> Result<Vec<u64>> {
         self.layout.load(&Replayed { file: source, patches: &self.patches })
+    }
+
+    /// End of all that is used: of the regions, the log, and what the table names.
+    pub(super) fn used_end(&self, table: &[u64]) -> u64 {
+        let places = self.layout.survey(table, &[], u64::MAX, |_| ());
+        let ends = self.taken().into_iter().map(Region::end).chain(places.iter().map(|p| p.end()));
+        ends.fold(MIB, u64::max).checked_next_multiple_of(BLOCK_UNIT).unwrap_or(u64::MAX)
     }
 
     /// Where no block can be.
@@ -185,13 +192,13 @@ impl VhdxMap {
 /// Refuses what the table cannot say, and blocks that only the log has.
 fn verify(parts: &Parts, table: &[u64], file_bytes: u64) -> Result<()> {
     let mut first = None;
-    let places = parts.layout.survey(table, &parts.taken(), file_bytes, |what| {
-        first.get_or_insert(what);
+    let places = parts.layout.survey(table, &parts.taken(), file_bytes, |fault| {
+        first.get_or_insert_with(|| fault.describe(file_bytes));
     });
     if let Some(what) = first {
         return Err(corrupt(what).hint("vdimg check tells everything that is wrong"));
     }
-    let payload = places.iter().filter(|p| p.block.is_some());
+    let payload = places.iter().filter(|p| p.is_block());
     match payload.into_iter().find_map(|p| parts.patches.touching(p.at, p.len)) {
         None => Ok(()),
         Some(p) => {

@@ -3,7 +3,7 @@
 
 use super::super::blocks::{Block, BlockFormat, BlockWriter, Rest, Steps};
 use super::bat::{Entry, Layout};
-use super::header::{BLOCK_UNIT, Header, Headers, Ids, MIB};
+use super::header::{Header, Headers, Ids, MIB};
 use super::journal::Journal;
 use super::map::{Parts, VhdxMap};
 use super::region::Region;
@@ -76,7 +76,7 @@ impl Writer {
             return Err(unsupported("the numbers of its headers have come to their end"));
         }
         let taken = taken(parts, table);
-        let used_end = taken.iter().map(|r| r.end()).fold(MIB, u64::max).next_multiple_of(BLOCK_UNIT);
+        let used_end = parts.used_end(table);
         let base = used_end % layout.block_bytes;
         let ends = u32::try_from((used_end - base) / layout.block_bytes).ok();
         let most = ends.and_then(|end| end.checked_add(u32::try_from(layout.blocks).ok()?));
@@ -212,8 +212,7 @@ impl Writer {
         steps.extend(pages.into_iter().map(table_page));
         steps.extend([Step::Sync { file }, header(slot, false)]);
         steps.extend([Step::Sync { file }, header(1 - slot, false)]);
-        let used = taken(&map.parts, &map.entries()).iter().map(|r| r.end()).fold(MIB, u64::max);
-        steps.push(Step::Truncate { file, to: HostOffset(used.next_multiple_of(BLOCK_UNIT)) });
+        steps.push(Step::Truncate { file, to: HostOffset(map.parts.used_end(&map.entries())) });
         Plan::of(steps)
     }
 
