@@ -1,9 +1,8 @@
 //! The table of blocks: payload blocks, and after every so many of them the block with the bitmap of their sectors.
 
 use super::corrupt;
-use super::header::{BLOCK_UNIT, MIB};
 use super::metadata::Metadata;
-use super::region::Region;
+use super::place::{BLOCK_UNIT, MIB, Region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_TABLE_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
@@ -225,6 +224,11 @@ impl Layout {
         let left = self.disk_bytes - (block << self.block_shift);
         let (len, needed) = (self.block_bytes, self.block_bytes.min(left));
         Ok(Some(Place { index, at, len, needed, what: Named::Block(block) }))
+    }
+
+    /// The places that the table names, in its order; of entries that cannot be there is none.
+    pub(super) fn places(&self, table: &[u64]) -> impl Iterator<Item = Place> {
+        (0..self.entries).zip(table).filter_map(|(index, raw)| self.place(index, *raw, table).ok().flatten())
     }
 
     /// The places that the table names, in the order of the file. Each fault is told. Of places that overlap the first is right.

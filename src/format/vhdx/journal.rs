@@ -8,7 +8,7 @@
 
 use super::corrupt;
 use super::log::{NewEntry, SECTOR};
-use super::region::Region;
+use super::place::Region;
 use crate::error::{Failure, Result};
 use crate::map::{HostOffset, Miss};
 use crate::probe::sabotage::{Sabotage, is_broken};
@@ -198,7 +198,8 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
-    use super::super::header::{MIB, MIN_LOG_BYTES};
+    use super::super::header::MIN_LOG_BYTES;
+    use super::super::place::MIB;
     use super::*;
 
     /// Each change alone in its entry, and a checkpoint that ends right behind it: the most of the ring that changes can take.

@@ -3,10 +3,11 @@
 use super::super::OpenHow;
 use super::super::sector_bits::run;
 use super::bat::{CHUNK_SECTORS, Entry, Layout};
-use super::header::{BLOCK_UNIT, Headers, MIB};
+use super::header::Headers;
 use super::log;
 use super::metadata::Metadata;
-use super::region::{Region, Regions};
+use super::place::{BLOCK_UNIT, MIB, Region};
+use super::region::Regions;
 use super::replayed::{Patches, Replayed};
 use super::writer::Writer;
 use super::{corrupt, unsupported};
@@ -65,8 +66,8 @@ impl Parts {
 
     /// End of all that is used: of the regions, the log, and what the table names.
     pub(super) fn used_end(&self, table: &[u64]) -> u64 {
-        let places = self.layout.survey(table, &[], u64::MAX, |_| ());
-        let ends = self.taken().into_iter().map(Region::end).chain(places.iter().map(|p| p.end()));
+        let places = self.layout.places(table).map(|p| p.end());
+        let ends = self.taken().into_iter().map(Region::end).chain(places);
         ends.fold(MIB, u64::max).checked_next_multiple_of(BLOCK_UNIT).unwrap_or(u64::MAX)
     }
 

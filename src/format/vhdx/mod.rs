@@ -11,6 +11,7 @@ mod locator;
 mod log;
 mod map;
 mod metadata;
+mod place;
 mod region;
 mod repair;
 mod replayed;

@@ -3,10 +3,10 @@
 
 use super::super::blocks::{Block, BlockFormat, BlockWriter, Rest, Steps};
 use super::bat::{Entry, Layout};
-use super::header::{Header, Headers, Ids, MIB};
+use super::header::{Header, Headers, Ids};
 use super::journal::Journal;
 use super::map::{Parts, VhdxMap};
-use super::region::Region;
+use super::place::{MIB, Region};
 use super::replayed::Patches;
 use super::{corrupt, unsupported};
 use crate::error::{self, Error, ErrorKind, Failure};
@@ -384,9 +384,7 @@ fn ids_of(modification: Uuid) -> Ids {
 fn taken(parts: &Parts, table: &[u64]) -> Vec<Region> {
     let head = Region { at: 0, len: MIB };
     let mut taken = parts.taken();
-    taken.extend(
-        parts.layout.survey(table, &[], u64::MAX, |_| ()).iter().map(|p| Region { at: p.at, len: p.len }),
-    );
+    taken.extend(parts.layout.places(table).map(|p| Region { at: p.at, len: p.len }));
     taken.push(head);
     taken.sort_unstable();
     taken
