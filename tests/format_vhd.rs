@@ -261,7 +261,7 @@ fn a_log_is_written_and_a_bad_copy_renewed_by_a_repair() {
 }
 
 #[test]
-fn vhdx_images_are_never_written() {
+fn opening_and_reading_a_vhdx_writes_nothing() {
     let dir = tempfile::tempdir().expect("temporary folder");
     let file = copy(dir.path(), "crash-vhdx-w8of27.vhdx");
     let before = hex(&std::fs::read(&file).expect("a file"));
@@ -273,9 +273,7 @@ fn vhdx_images_are_never_written() {
             .clone();
     assert_eq!(hex(&std::fs::read(&raw).expect("the copy")), text(&expected));
     let source = FileSource::open(&file);
-    let err =
-        open_single(Format::Vhdx, &source, FileId(0), OpenHow::default()).map(drop).expect_err("read-only");
-    assert_eq!(err.kind(), ErrorKind::Unsupported, "{err}");
+    open_single(Format::Vhdx, &source, FileId(0), OpenHow::default()).map(drop).expect("an image");
     assert_eq!(hex(&std::fs::read(&file).expect("a file")), before);
 }
 

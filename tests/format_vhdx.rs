@@ -5,6 +5,8 @@ mod format_support;
 use format_support::hostile::{Random, carry_out, judge};
 use format_support::vhdx::{BLOCKS_AT, Logged, MIB, Spec, entry, log, reseal, table_sector, use_log};
 use format_support::{Layer, read_all};
+use std::path::Path;
+use std::process::Command;
 use uuid::Uuid;
 use vdblk::error::{Error, ErrorKind};
 use vdblk::format::{self, Format, ImageFile, OpenHow, open_single};
@@ -273,4 +275,205 @@ fn any_vhdx_is_read_or_refused() {
         opened += u32::from(seen.unwrap_or_else(|_| panic!("seed {seed}")));
     }
     assert!((20..110).contains(&opened), "{opened} of 120 opened");
+}
+
+/// What a repair of these bytes leaves.
+fn repaired(file: &[u8]) -> Vec<u8> {
+    let mut bytes = file.to_vec();
+    let files = [ImageFile { id: FileId(0), source: &file.to_vec() }];
+    let steps = format::repair(Format::Vhdx, &files).expect("it can be").expect("a plan").steps;
+    carry_out(steps, &mut bytes);
+    let files = [ImageFile { id: FileId(0), source: &bytes }];
+    let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
+    assert!(report.is_clean(), "{report:?}");
+    bytes
+}
+
+#[test]
+fn entries_that_cannot_be_are_repaired_and_lose_nothing_that_is_there() {
+    // two on each other, and one upon the half of both
+    let table = vec![(0, entry(6, 4)), (1, entry(6, 4)), (2, entry(6, 5))];
+    let mut f = Spec { table, block: 2 << 20, size: 6 << 20, ..Spec::default() }.build();
+    f[4 * MIB..5 * MIB].fill(1);
+    f[5 * MIB..6 * MIB].fill(2);
+    f[6 * MIB..7 * MIB].fill(3);
+    let all = content(&repaired(&f));
+    let shown: Vec<_> =
+        all.chunks(MIB).map(|m| if m.iter().all(|b| *b == m[0]) { m[0] } else { 99 }).collect();
+    assert_eq!(shown, [1, 2, 1, 2, 2, 3]);
+    // one on the block table, one behind the file, one that is cut off
+    let table = vec![(0, entry(6, 3)), (1, entry(6, 100)), (2, entry(6, 7)), (3, entry(6, 4))];
+    let mut f = Spec { table, ..Spec::default() }.build();
+    f[4 * MIB..].fill(4);
+    f.truncate(7 * MIB + 512);
+    let all = content(&repaired(&f));
+    assert!(all[..2 * MIB].iter().all(|b| *b == 0) && all[3 * MIB..].iter().all(|b| *b == 4));
+    assert!(all[2 * MIB..2 * MIB + 512].iter().all(|b| *b == 4));
+    assert!(all[2 * MIB + 512..3 * MIB].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn a_bitmap_that_is_gone_is_impossible_to_repair() {
+    let (mut f, _) = diff(512, ".\\base.vhdx");
+    let bitmap = 3 * MIB + 4096 * 8;
+    f[bitmap..bitmap + 8].copy_from_slice(&entry(6, 100).to_le_bytes());
+    let files = [ImageFile { id: FileId(0), source: &f }];
+    let e = format::repair(Format::Vhdx, &files).map(drop).expect_err("nobody knows the parts");
+    assert!(e.kind() == ErrorKind::Corrupt && e.to_string().contains("cannot be repaired: a bitmap"), "{e}");
+}
+
+#[test]
+fn what_belongs_to_no_block_and_an_image_that_was_not_closed_are_leaks() {
+    let mut f = two_blocks();
+    f.truncate(6 * MIB);
+    use_log(&mut f);
+    let files = [ImageFile { id: FileId(0), source: &f }];
+    let report = format::check(Format::Vhdx, &files).expect("a VHDX").expect("a report");
+    assert_eq!((report.exit_code(), report.leaks), (3, 2), "{report:?}");
+    let before = content(&f);
+    let after = repaired(&f);
+    assert_eq!(after.len(), 5 * MIB);
+    assert!(content(&after) == before);
+}
+
+fn vdimg(args: &[&str]) -> String {
+    let out = Command::new(env!("CARGO_BIN_EXE_vdimg")).args(args).output().expect("it runs");
+    assert!(out.status.success(), "vdimg {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+fn path(p: &Path) -> &str {
+    p.to_str().expect("a name")
+}
+
+/// Carries out a script on an image.
+fn io(p: &Path, commands: &[String]) {
+    let args = commands.iter().flat_map(|c| ["-c", c.as_str()]);
+    vdimg(&["io", path(p)].into_iter().chain(args).collect::<Vec<_>>());
+}
+
+fn commands<const N: usize>(all: [&str; N]) -> [String; N] {
+    all.map(str::to_string)
+}
+
+fn is_clean(p: &Path) {
+    assert!(vdimg(&["check", path(p)]).contains("No errors"), "{}", p.display());
+}
+
+#[test]
+fn a_log_goes_to_its_places_before_anything_else_is_written() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut f = two_blocks();
+    let (len, sector) = (f.len() as u64, [table_sector(&f, &[(1, entry(6, 5)), (500, 77)])]);
+    let zeros = [(6 * MIB as u64, 65536)];
+    f[6 * MIB..7 * MIB].fill(9);
+    log(&mut f, 8192, &Logged { sequence: 9, tail: 8192, file_bytes: len, sectors: &sector, zeros: &zeros });
+    use_log(&mut f);
+    let mut expected = content(&f);
+    let file = dir.path().join("a.vhdx");
+    std::fs::write(&file, &f).expect("a file");
+    io(&file, &commands(["write -P 3 1M 512", "write -P 4 3M 1k", "flush"]));
+    expected[MIB..MIB + 512].fill(3);
+    expected[3 * MIB..3 * MIB + 1024].fill(4);
+    let now = std::fs::read(&file).expect("a file");
+    assert!(content(&now) == expected);
+    is_clean(&file);
+    // what nobody understands stays in the table, and no header speaks of a log
+    assert_eq!(now[3 * MIB + 500 * 8..3 * MIB + 501 * 8], 77u64.to_le_bytes());
+    let id = |f: &[u8], at: usize| f[at..at + 16].to_vec();
+    for header in [64 << 10, 128 << 10] {
+        assert_eq!(id(&now, header + 48), [0; 16]);
+        for changed in [16, 32] {
+            assert_ne!(id(&now, header + changed), id(&f, header + changed), "GUID at {changed}");
+        }
+    }
+}
+
+#[test]
+fn a_block_that_is_there_in_parts_is_made_whole_by_its_first_change() {
+    for sector in [512u32, 4096] {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let mut base =
+            Spec { table: (0..4).map(|i| (i, entry(6, 4 + i))).collect(), sector, ..Spec::default() }.build();
+        base[4 * MIB..].fill(0xb0);
+        let (diff, there) = diff(sector, ".\\base.vhdx");
+        let file = dir.path().join("a.vhdx");
+        std::fs::write(dir.path().join("base.vhdx"), &base).expect("a file");
+        std::fs::write(&file, &diff).expect("a file");
+        io(&file, &commands(["write -P 1 1M 4k", "write -z 3M 1M", "write -P 2 2M 4k", "flush"]));
+        let now = std::fs::read(&file).expect("a file");
+        let (below, above) = (open(&base).expect("a base"), open(&now).expect("a diff"));
+        let layers = [
+            Layer { map: &*above, bytes: &now as &dyn ByteSource },
+            Layer { map: &*below, bytes: &base as &dyn ByteSource },
+        ];
+        let all = read_all(&layers);
+        for (i, bytes) in all[MIB..2 * MIB].chunks(sector as usize).enumerate() {
+            let at = i * sector as usize;
+            let expected = if at < 4096 {
+                1
+            } else if there[i] {
+                0xa5
+            } else {
+                0xb0
+            };
+            assert!(bytes.iter().all(|b| *b == expected), "sector {i}");
+        }
+        assert!(all[2 * MIB..2 * MIB + 4096].iter().all(|b| *b == 2));
+        assert!(all[2 * MIB + 4096..].iter().all(|b| *b == 0), "zeros hide the parent");
+        let state = |block: usize| now[3 * MIB + block * 8] & 7;
+        assert_eq!([0, 1, 2, 3].map(state), [6, 6, 6, 2]);
+        is_clean(&file);
+    }
+}
+
+/// More blocks than fit into one log, so that it begins anew.
+#[test]
+fn a_log_that_is_full_begins_anew() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let file = dir.path().join("a.vhdx");
+    let create = ["create", "--format", "vhdx", "--size", "1G", "--option", "block_size=1M", path(&file)];
+    vdimg(&create);
+    // one after the other, far from each other, then the rest
+    let at = |n: u64| n * 389 % 1024;
+    let writes: Vec<_> = (0..600).map(|n| format!("write -P {} {}M 512", 1 + n % 250, at(n))).collect();
+    io(&file, &writes);
+    is_clean(&file);
+    let reads: Vec<_> = (0..600).map(|n| format!("read -P {} {}M 512", 1 + n % 250, at(n))).collect();
+    io(&file, &reads);
+    assert!(vdimg(&["info", path(&file)]).contains("600"));
+}
+
+#[test]
+fn new_images_are_clean_and_say_what_they_are() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let at = |name: &str| dir.path().join(name);
+    let create = |name: &str, more: &[&str]| {
+        let file = at(name);
+        vdimg(&[&["create", "--format", "vhdx"], more, &[path(&file)]].concat());
+        is_clean(&file);
+        let source = std::fs::read(&file).expect("a file");
+        open(&source).expect("an image").info()
+    };
+    let dynamic = create("d.vhdx", &["--size", "5M"]);
+    assert_eq!(
+        (dynamic.variant, dynamic.block_size, dynamic.allocated_blocks),
+        ("dynamic", Some(8 << 20), Some(0))
+    );
+    let fixed = create("f.vhdx", &["--size", "3584k", "--variant", "fixed", "--option", "block_size=1M"]);
+    assert_eq!((fixed.variant, fixed.allocated_blocks), ("fixed", Some(4)));
+    let big = ["--size", "4M", "--option", "logical_sector_size=4096", "--option", "log_size=2M"];
+    assert_eq!(create("s.vhdx", &big).virtual_size, 4 << 20);
+    let parent = at("d.vhdx");
+    let diff = create("c.vhdx", &["--parent", path(&parent)]);
+    assert_eq!((diff.variant, diff.block_size, diff.parent_uuid), ("diff", Some(2 << 20), dynamic.uuid));
+    assert_eq!(diff.parent_names, [".\\d.vhdx"]);
+    io(
+        &at("f.vhdx"),
+        &commands(["write -P 7 1M 64k", "read -P 7 1M 64k", "write -z 1M 64k", "read -P 0 1M 64k"]),
+    );
+    io(&at("c.vhdx"), &commands(["write -P 7 1M 64k", "read -P 7 1M 64k", "read -P 0 2M 3M"]));
+    for name in ["f.vhdx", "c.vhdx"] {
+        is_clean(&at(name));
+    }
 }

@@ -89,9 +89,9 @@ fn bug_4_parallels_of_the_second_signature_is_no_raw_file() {
     }
 }
 
-/// A VHDX of QEMU, which leaves a bit clear that VirtualBox demands, is refused by it; it replays no log either.
+/// A VHDX of QEMU, which leaves a bit clear that VirtualBox demands, is refused by it; it replays no log either, and writes none.
 #[test]
-fn bug_5_vhdx_of_qemu_opens_and_its_log_is_replayed() {
+fn bug_5_vhdx_of_qemu_opens_is_written_and_its_log_is_replayed() {
     let dir = scratch();
     let d = dir.path();
     let folder = unpacked("vhd");
@@ -101,6 +101,9 @@ fn bug_5_vhdx_of_qemu_opens_and_its_log_is_replayed() {
         let before = sha(&fs::read(&file).expect("read"));
         assert_eq!(sha(&shown(d, &file.display().to_string())), f.sha, "{}", f.id);
         assert_eq!(sha(&fs::read(&file).expect("read")), before, "{}: reading has changed it", f.id);
+        fs::copy(&file, d.join("copy.vhdx")).expect("a copy");
+        io_ok(d, "copy.vhdx", &["write -P 7 64k 64k", "flush", "read -P 7 64k 64k"]);
+        ok(d, "check copy.vhdx");
         *(if f.id.starts_with("crash") { &mut crashed } else { &mut good }) += 1;
     }
     assert!(good >= 5 && crashed >= 4, "{good} {crashed}");

@@ -47,7 +47,7 @@ FORMATS = {
         # VirtualBox counts no references and knows no clusters of zeros.
         Format("qcow2", "qcow2", "qcow2", None, WRITES, 0),
         Format("parallels", "hdd", "parallels", "Parallels", 0, 0),
-        Format("vhdx", "vhdx", "vhdx", None, 0, 0),
+        Format("vhdx", "vhdx", "vhdx", "VHDX", 0, 0),
         Format("qed", "qed", "qed", "QED", WRITES, 0),
         Format("qcow", "qcow", "qcow", "QCOW", WRITES, 0),
     )
@@ -100,7 +100,8 @@ KINDS = (
     option("qcow2", "cluster-512", "cluster_size=512", sizes=(1 * MiB, 4 * MiB)),
     option("qcow2", "refcount-64", "refcount_bits=64", "cluster_size=4K"),
     variant("parallels", "dynamic"), diff("parallels"), option("parallels", "cluster-64k", "cluster_size=64K"),
-    variant("vhdx", "dynamic", vbox=0), variant("vhdx", "fixed", vbox=0), diff("vhdx"),
+    variant("vhdx", "dynamic", vbox=READS), variant("vhdx", "fixed", vbox=READS), diff("vhdx"),
+    option("vhdx", "block-1m", "block_size=1M", vbox=READS),
     variant("qed", "dynamic"), diff("qed"),
     variant("qcow", "dynamic"), diff("qcow"),
 )

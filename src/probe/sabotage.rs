@@ -32,6 +32,8 @@ pub enum Sabotage {
     LogBeforeTable,
     /// A VHDX's log: it begins anew although something was logged since the checkpoint began.
     LogReused,
+    /// A VHDX's log: it begins anew, and goes on before that is durable.
+    LogAnewUnsynced,
     /// A chain is not marked as in flight before it is started.
     UnmarkedChain,
     /// The mark of a chain is cleared before its answer is visible.
@@ -60,7 +62,7 @@ impl Sabotage {
     ];
 
     /// Those of a log, which only a VHDX has.
-    pub const LOG: [Sabotage; 2] = [Sabotage::LogBeforeTable, Sabotage::LogReused];
+    pub const LOG: [Sabotage; 3] = [Sabotage::LogBeforeTable, Sabotage::LogReused, Sabotage::LogAnewUnsynced];
 
     /// Those that only a queue worker can break.
     pub const RINGS: [Sabotage; 4] =

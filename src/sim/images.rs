@@ -66,14 +66,16 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them that are written outside of the simulator.
-    pub const ALL: [Kind; 19] = [
+    /// All of them.
+    pub const ALL: [Kind; 21] = [
         Kind::Raw,
         Kind::Vdi,
         Kind::Diff,
         Kind::DiffDiscard,
         Kind::Vhd,
         Kind::VhdDiff,
+        Kind::Vhdx,
+        Kind::VhdxDiff,
         Kind::Parallels,
         Kind::ParallelsDiff,
         Kind::Vmdk,

@@ -205,7 +205,7 @@ pub(crate) struct Info {
 
 #[derive(Debug, Args)]
 pub(crate) struct Create {
-    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2, qcow, qed or parallels.
+    /// Format of the new image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Format,
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
@@ -255,7 +255,7 @@ pub(crate) struct Convert {
     pub(crate) image: Image,
     #[command(flatten)]
     pub(crate) snapshot: Snapshot,
-    /// Format of the new image: raw, vdi, vmdk, vhd, qcow2, qcow, qed or parallels.
+    /// Format of the new image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed or parallels.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert

@@ -1,9 +1,8 @@
 //! The table of blocks: payload blocks, and after every so many of them the block with the bitmap of their sectors.
 
 use super::corrupt;
-use super::header::{BLOCK_UNIT, MIB};
 use super::metadata::Metadata;
-use super::region::Region;
+use super::place::{BLOCK_UNIT, MIB, Region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_TABLE_BYTES, META_PAGE_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
@@ -129,6 +128,11 @@ impl Layout {
         block >> self.chunk_shift
     }
 
+    /// Entries of a chunk: its blocks, and their bitmap.
+    fn chunk_entries(&self) -> u64 {
+        (1 << self.chunk_shift) + 1
+    }
+
     /// Where the entry of a chunk's bitmap is in the table.
     pub(super) fn bitmap_index(&self, chunk: u64) -> u64 {
         (chunk << self.chunk_shift) + (1 << self.chunk_shift) + chunk
@@ -141,10 +145,9 @@ impl Layout {
 
     /// The payload block of an entry; `None` for a bitmap's.
     pub(super) fn block_of(&self, index: u64) -> Option<u64> {
-        let per_chunk = (1 << self.chunk_shift) + 1;
-        let (chunk, into) = (index / per_chunk, index % per_chunk);
+        let (chunk, into) = (index / self.chunk_entries(), index % self.chunk_entries());
         let block = (chunk << self.chunk_shift) + into;
-        (into + 1 < per_chunk && block < self.blocks).then_some(block)
+        (into + 1 < self.chunk_entries() && block < self.blocks).then_some(block)
     }
 
     /// The whole table, in whole pages.
@@ -194,41 +197,47 @@ impl Layout {
         (self.is_diff && raw & 7 == 6).then_some(place_in(raw))
     }
 
+    /// Some block of the chunk is there in parts, so it needs its bitmap.
+    fn needs_bitmap(&self, chunk: u64, table: &[u64]) -> bool {
+        let first = self.bitmap_index(chunk) - (1 << self.chunk_shift);
+        let entries = (first..self.bitmap_index(chunk)).map_while(|i| table.get(usize::try_from(i).ok()?));
+        entries.into_iter().any(|raw| matches!(self.entry(*raw), Some(Entry::Partly(_))))
+    }
+
     /// What an entry of the table names; `None` for nothing, an error for what it cannot say.
-    fn place(&self, index: u64, raw: u64, table: &[u64]) -> std::result::Result<Option<Place>, String> {
+    fn place(&self, index: u64, raw: u64, table: &[u64]) -> std::result::Result<Option<Place>, Fault> {
         let Some(block) = self.block_of(index) else {
-            return Ok(self.bitmap(raw).map(|at| Place {
-                at,
-                len: BLOCK_UNIT,
-                needed: BLOCK_UNIT,
-                block: None,
+            return Ok(self.bitmap(raw).map(|at| {
+                let is_needed = self.needs_bitmap(index / self.chunk_entries(), table);
+                Place { index, at, len: BLOCK_UNIT, needed: BLOCK_UNIT, what: Named::Bitmap { is_needed } }
             }));
         };
         let at = match self.entry(raw) {
-            None => {
-                let state = raw & 7;
-                return Err(format!(
-                    "block {block} is in state {state}, in which a block of this image cannot be"
-                ));
-            }
+            None => return Err(Fault::State { block, state: raw & 7 }),
             Some(Entry::Free | Entry::Zero) => return Ok(None),
             Some(Entry::At(at) | Entry::Partly(at)) => at,
         };
         let bitmap = usize::try_from(self.bitmap_index(self.chunk_of(block))).ok().and_then(|i| table.get(i));
         if raw & 7 == 7 && bitmap.and_then(|b| self.bitmap(*b)).is_none() {
-            return Err(format!("block {block} is there in parts, but nothing says in which"));
+            return Err(Fault::NoBitmap { block });
         }
         let left = self.disk_bytes - (block << self.block_shift);
-        Ok(Some(Place { at, len: self.block_bytes, needed: self.block_bytes.min(left), block: Some(block) }))
+        let (len, needed) = (self.block_bytes, self.block_bytes.min(left));
+        Ok(Some(Place { index, at, len, needed, what: Named::Block(block) }))
     }
 
-    /// The places that the table names, in the order of the file. Each fault is told.
+    /// The places that the table names, in its order; of entries that cannot be there is none.
+    pub(super) fn places(&self, table: &[u64]) -> impl Iterator<Item = Place> {
+        (0..self.entries).zip(table).filter_map(|(index, raw)| self.place(index, *raw, table).ok().flatten())
+    }
+
+    /// The places that the table names, in the order of the file. Each fault is told. Of places that overlap the first is right.
     pub(super) fn survey(
         &self,
         table: &[u64],
         taken: &[Region],
         file_bytes: u64,
-        mut fault: impl FnMut(String),
+        mut fault: impl FnMut(Fault),
     ) -> Vec<Place> {
         let mut places = Vec::new();
         for (index, raw) in (0..self.entries).zip(table) {
@@ -237,34 +246,114 @@ impl Layout {
                 Err(what) => fault(what),
             }
         }
-        places.sort_unstable_by_key(|p| (p.at, p.block));
+        places.sort_unstable_by_key(|p| (p.at, p.index));
+        let mut before: Option<Place> = None;
         for p in &places {
             if p.at < MIB || taken.iter().any(|r| r.overlaps(p.at, p.len)) {
-                fault(format!("{} is said to lie at byte {}, where no block can be", p.name(), p.at));
-            } else if p.at.saturating_add(p.needed) > file_bytes {
-                fault(format!("{} lies at byte {}, behind the file's end at {file_bytes}", p.name(), p.at));
+                fault(Fault::Inside(*p));
+                continue;
             }
-        }
-        for w in places.windows(2).filter(|w| w[0].at.saturating_add(w[0].len) > w[1].at) {
-            fault(format!("{} lies at byte {}, where {} lies already", w[1].name(), w[1].at, w[0].name()));
+            if p.at.saturating_add(p.needed) > file_bytes {
+                fault(Fault::Missing(*p));
+            }
+            if p.at >= file_bytes {
+                continue;
+            }
+            if let Some(first) = before.filter(|b| b.end() > p.at) {
+                fault(Fault::Shared(*p, first));
+            } else {
+                before = Some(*p);
+            }
         }
         places
     }
 }
 
+/// What lies at a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Named {
+    Block(u64),
+    Bitmap {
+        /// Some of its blocks are there in parts.
+        is_needed: bool,
+    },
+}
+
 /// A range of the file that the table names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
+    /// Of the entry.
+    pub(super) index: u64,
     pub(super) at: u64,
     pub(super) len: u64,
     /// Bytes of it that have to be in the file.
     pub(super) needed: u64,
-    /// `None`: a bitmap.
-    pub(super) block: Option<u64>,
+    pub(super) what: Named,
 }
 
 impl Place {
+    pub(super) fn end(&self) -> u64 {
+        self.at.saturating_add(self.len)
+    }
+
+    pub(super) fn is_block(&self) -> bool {
+        matches!(self.what, Named::Block(_))
+    }
+
     pub(super) fn name(&self) -> String {
-        self.block.map_or_else(|| "a bitmap".to_string(), |b| format!("block {b}"))
+        match self.what {
+            Named::Block(block) => format!("block {block}"),
+            Named::Bitmap { .. } => "a bitmap".into(),
+        }
+    }
+}
+
+/// What is wrong with an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    State {
+        block: u64,
+        state: u64,
+    },
+    NoBitmap {
+        block: u64,
+    },
+    /// Where something else is for certain.
+    Inside(Place),
+    /// Not all of it is in the file.
+    Missing(Place),
+    /// The second lies there already.
+    Shared(Place, Place),
+}
+
+impl Fault {
+    pub(super) fn describe(&self, file_bytes: u64) -> String {
+        match self {
+            Fault::State { block, state } => {
+                format!("block {block} is in state {state}, in which a block of this image cannot be")
+            }
+            Fault::NoBitmap { block } => {
+                format!("block {block} is there in parts, but nothing says in which")
+            }
+            Fault::Inside(p) => {
+                format!("{} is said to lie at byte {}, where no block can be", p.name(), p.at)
+            }
+            Fault::Missing(p) => {
+                format!("{} lies at byte {}, behind the file's end at {file_bytes}", p.name(), p.at)
+            }
+            Fault::Shared(p, first) => {
+                format!("{} lies at byte {}, where {} lies already", p.name(), p.at, first.name())
+            }
+        }
+    }
+
+    /// What there was to be read is still there. Which parts of its blocks are there only a bitmap says, and what an unknown state
+    /// means nobody does.
+    pub(super) fn is_repairable(&self) -> bool {
+        match self {
+            Fault::State { .. } | Fault::NoBitmap { .. } => false,
+            Fault::Inside(p) | Fault::Missing(p) => p.what != Named::Bitmap { is_needed: true },
+            Fault::Shared(..) => true,
+        }
     }
 }

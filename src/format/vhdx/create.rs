@@ -3,10 +3,11 @@
 use super::super::blueprint::refused;
 use super::super::{Blueprint, Format, NewImage};
 use super::bat::{Entry, Layout};
-use super::header::{BLOCK_UNIT, Header, Ids, MIB, SIGNATURE};
+use super::header::{Header, Ids, SIGNATURE};
 use super::locator;
 use super::metadata::{Metadata, NewItems};
-use super::region::{Region, Regions};
+use super::place::{BLOCK_UNIT, MIB, Region};
+use super::region::Regions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_BLOCK_BYTES, MAX_VHDX_LOG_BYTES, TABLE_PIECE_BYTES};
 use crate::map::HostOffset;

@@ -1,7 +1,7 @@
 //! The file's signature and its two headers, of which the one with the higher number counts.
 
 use super::crc32c::checksum;
-use super::region::Region;
+use super::place::{MIB, Region};
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_VHDX_LOG_BYTES;
@@ -16,11 +16,6 @@ const HEADERS_AT: [u64; 2] = [64 << 10, 128 << 10];
 const HEADER_SIGNATURE: [u8; 4] = *b"head";
 /// Shortest log that is written.
 pub(super) const MIN_LOG_BYTES: u64 = 16 * unit(64 << 10);
-/// What regions and blocks lie behind, and regions are aligned to.
-pub(super) const MIB: u64 = 1 << 20;
-/// What blocks are aligned to, and bytes of a bitmap.
-pub(super) const BLOCK_UNIT: u64 = unit(MIB);
-
 #[derive(Clone, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub(super) struct Header {

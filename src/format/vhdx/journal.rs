@@ -2,12 +2,13 @@
 //! failed, and the next entry takes its place: a hole would be the end of all that follows.
 //!
 //! A checkpoint makes durable in its place what entries say, then an entry says that the run begins with it. Where nothing was
-//! logged meanwhile, that entry may be the first of the ring again. So no run that counts ever goes over the ring's end: QEMU looks
-//! for runs from the ring's beginning on, and does not believe what entries say of where they begin.
+//! logged meanwhile, that entry may be the first of the ring again, and is durable before another follows. So no run that counts ever
+//! goes over the ring's end: QEMU looks for runs from the ring's beginning on, and does not believe what entries say of where they
+//! begin.
 
 use super::corrupt;
 use super::log::{NewEntry, SECTOR};
-use super::region::Region;
+use super::place::Region;
 use crate::error::{Failure, Result};
 use crate::map::{HostOffset, Miss};
 use crate::probe::sabotage::{Sabotage, is_broken};
@@ -197,7 +198,8 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
-    use super::super::header::{MIB, MIN_LOG_BYTES};
+    use super::super::header::MIN_LOG_BYTES;
+    use super::super::place::MIB;
     use super::*;
 
     /// Each change alone in its entry, and a checkpoint that ends right behind it: the most of the ring that changes can take.

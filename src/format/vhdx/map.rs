@@ -3,10 +3,11 @@
 use super::super::OpenHow;
 use super::super::sector_bits::run;
 use super::bat::{CHUNK_SECTORS, Entry, Layout};
-use super::header::{BLOCK_UNIT, Headers};
+use super::header::Headers;
 use super::log;
 use super::metadata::Metadata;
-use super::region::{Region, Regions};
+use super::place::{BLOCK_UNIT, MIB, Region};
+use super::region::Regions;
 use super::replayed::{Patches, Replayed};
 use super::writer::Writer;
 use super::{corrupt, unsupported};
@@ -17,7 +18,6 @@ use crate::map::{
     ImageInfo, ImageMap, Intent, Limits, MetaKey, MetaOp, Miss, PageCache, PagePlace, Plan, PlanToken,
     Settled,
 };
-use crate::probe::small::SIMULATED;
 use std::sync::atomic::{AtomicU64, Ordering};
 use uuid::Uuid;
 
@@ -64,6 +64,13 @@ impl Parts {
         self.layout.load(&Replayed { file: source, patches: &self.patches })
     }
 
+    /// End of all that is used: of the regions, the log, and what the table names.
+    pub(super) fn used_end(&self, table: &[u64]) -> u64 {
+        let places = self.layout.places(table).map(|p| p.end());
+        let ends = self.taken().into_iter().map(Region::end).chain(places);
+        ends.fold(MIB, u64::max).checked_next_multiple_of(BLOCK_UNIT).unwrap_or(u64::MAX)
+    }
+
     /// Where no block can be.
     pub(super) fn taken(&self) -> Vec<Region> {
         let (at, len) = self.headers.current.log_extent();
@@ -90,13 +97,9 @@ impl VhdxMap {
     /// Opens the image. Its log is replayed in memory; it goes to the file before the first change, not before.
     ///
     /// # Errors
-    /// As [`super::super::open`]; [`crate::ErrorKind::Unsupported`] for writing outside of the simulator.
+    /// As [`super::super::open`].
     pub(super) fn open(source: &dyn ByteSource, file: FileId, how: OpenHow) -> Result<Self> {
         let parts = Parts::read(source)?;
-        if !how.read_only && !SIMULATED {
-            return Err(unsupported("VHDX images are only read so far, not written")
-                .hint("open it read-only, or convert it to vdi or vhd"));
-        }
         let table = parts.table(source)?;
         let has_place =
             |raw: &&u64| matches!(parts.layout.entry(**raw), Some(Entry::At(_) | Entry::Partly(_)));
@@ -190,13 +193,13 @@ impl VhdxMap {
 /// Refuses what the table cannot say, and blocks that only the log has.
 fn verify(parts: &Parts, table: &[u64], file_bytes: u64) -> Result<()> {
     let mut first = None;
-    let places = parts.layout.survey(table, &parts.taken(), file_bytes, |what| {
-        first.get_or_insert(what);
+    let places = parts.layout.survey(table, &parts.taken(), file_bytes, |fault| {
+        first.get_or_insert_with(|| fault.describe(file_bytes));
     });
     if let Some(what) = first {
         return Err(corrupt(what).hint("vdimg check tells everything that is wrong"));
     }
-    let payload = places.iter().filter(|p| p.block.is_some());
+    let payload = places.iter().filter(|p| p.is_block());
     match payload.into_iter().find_map(|p| parts.patches.touching(p.at, p.len)) {
         None => Ok(()),
         Some(p) => {

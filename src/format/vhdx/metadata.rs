@@ -1,8 +1,7 @@
 //! The metadata: what the disk is like, by GUIDs.
 
-use super::header::BLOCK_UNIT;
 use super::locator;
-use super::region::Region;
+use super::place::{BLOCK_UNIT, Region};
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MAX_BLOCK_BYTES, MAX_DISK_BYTES};

@@ -1,6 +1,5 @@
 //! VHDX, Hyper-V's disk image of the second generation: two headers, a log, two copies of a table of regions, metadata by
-//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes, which only
-//! the simulator may make yet.
+//! GUIDs, one table of blocks. docs/formats/vhdx.md tells the facts and the orders of our writes.
 
 mod bat;
 mod check;
@@ -12,13 +11,13 @@ mod locator;
 mod log;
 mod map;
 mod metadata;
+mod place;
 mod region;
 mod repair;
 mod replayed;
 mod writer;
 
 use super::{Driver, ImageFile, only};
-use crate::probe::small::SIMULATED;
 use map::VhdxMap;
 
 /// VHDX as one of the formats.
@@ -33,7 +32,7 @@ pub(super) const DRIVER: Driver = Driver {
     compact: None,
     resize: None,
     relink: None,
-    blueprint: if SIMULATED { Some(create::blueprint) } else { None },
+    blueprint: Some(create::blueprint),
     keeps_comment: false,
     keeps_geometry: false,
 };

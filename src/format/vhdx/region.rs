@@ -1,7 +1,7 @@
 //! The table of regions, of which there are two copies.
 
 use super::crc32c::checksum;
-use super::header::MIB;
+use super::place::{MIB, Region};
 use super::{corrupt, unsupported};
 use crate::error::Result;
 use crate::map::{ByteSource, HostOffset};
@@ -27,23 +27,6 @@ struct Entry {
     at: U64,
     bytes: U32,
     required: U32,
-}
-
-/// A range of the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Region {
-    pub(super) at: u64,
-    pub(super) len: u64,
-}
-
-impl Region {
-    pub(super) fn end(self) -> u64 {
-        self.at.saturating_add(self.len)
-    }
-
-    pub(super) fn overlaps(self, at: u64, len: u64) -> bool {
-        self.at < at.saturating_add(len) && at < self.end()
-    }
 }
 
 #[derive(Clone, Debug)]

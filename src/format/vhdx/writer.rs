@@ -3,10 +3,10 @@
 
 use super::super::blocks::{Block, BlockFormat, BlockWriter, Rest, Steps};
 use super::bat::{Entry, Layout};
-use super::header::{BLOCK_UNIT, Header, Headers, Ids, MIB};
+use super::header::{Header, Headers, Ids};
 use super::journal::Journal;
 use super::map::{Parts, VhdxMap};
-use super::region::Region;
+use super::place::{MIB, Region};
 use super::replayed::Patches;
 use super::{corrupt, unsupported};
 use crate::error::{self, Error, ErrorKind, Failure};
@@ -76,7 +76,7 @@ impl Writer {
             return Err(unsupported("the numbers of its headers have come to their end"));
         }
         let taken = taken(parts, table);
-        let used_end = taken.iter().map(|r| r.end()).fold(MIB, u64::max).next_multiple_of(BLOCK_UNIT);
+        let used_end = parts.used_end(table);
         let base = used_end % layout.block_bytes;
         let ends = u32::try_from((used_end - base) / layout.block_bytes).ok();
         let most = ends.and_then(|end| end.checked_add(u32::try_from(layout.blocks).ok()?));
@@ -144,7 +144,13 @@ impl Writer {
         if !is_broken(Sabotage::LogBeforeTable) {
             steps.push(Step::Sync { file });
         }
-        steps.push(LOG_MARK);
+        // Durable before the next entry is written: where the log begins anew, the run before it would count again, cut short, as
+        // soon as its second entry is written over.
+        if is_broken(Sabotage::LogAnewUnsynced) {
+            steps.push(Step::Meta { key: LOG, op: MARK });
+        } else {
+            steps.extend([Step::HoldSyncs { file }, Step::Through { key: LOG, op: MARK }]);
+        }
         Some(Plan { token: Some(CHECKPOINT), ..Plan::of(steps) })
     }
 
@@ -188,7 +194,8 @@ impl Writer {
                 n if n > end.0 => steps.push(Step::Truncate { file, to: end }),
                 _ => {}
             }
-            steps.extend([LOG_MARK, Step::Sync { file }, header(slot, true)]);
+            let mark = Step::Meta { key: LOG, op: MARK };
+            steps.extend([mark, Step::Sync { file }, header(slot, true)]);
             steps.extend([Step::Sync { file }, header(1 - slot, true)]);
             steps
         })
@@ -205,8 +212,7 @@ impl Writer {
         steps.extend(pages.into_iter().map(table_page));
         steps.extend([Step::Sync { file }, header(slot, false)]);
         steps.extend([Step::Sync { file }, header(1 - slot, false)]);
-        let used = taken(&map.parts, &map.entries()).iter().map(|r| r.end()).fold(MIB, u64::max);
-        steps.push(Step::Truncate { file, to: HostOffset(used.next_multiple_of(BLOCK_UNIT)) });
+        steps.push(Step::Truncate { file, to: HostOffset(map.parts.used_end(&map.entries())) });
         Plan::of(steps)
     }
 
@@ -343,8 +349,8 @@ impl BlockFormat for VhdxMap {
     }
 }
 
-/// An entry of the log without a sector: the run begins where the checkpoint says.
-const LOG_MARK: Step = Step::Meta { key: LOG, op: MetaOp::Count(0) };
+/// The run begins where the checkpoint says: an entry of the log without a sector, if no others ride along.
+const MARK: MetaOp = MetaOp::Count(0);
 
 fn page(table: u8, number: u64, op: MetaOp) -> Step {
     Step::Meta { key: MetaKey::Page { table, number }, op }
@@ -378,9 +384,7 @@ fn ids_of(modification: Uuid) -> Ids {
 fn taken(parts: &Parts, table: &[u64]) -> Vec<Region> {
     let head = Region { at: 0, len: MIB };
     let mut taken = parts.taken();
-    taken.extend(
-        parts.layout.survey(table, &[], u64::MAX, |_| ()).iter().map(|p| Region { at: p.at, len: p.len }),
-    );
+    taken.extend(parts.layout.places(table).map(|p| Region { at: p.at, len: p.len }));
     taken.push(head);
     taken.sort_unstable();
     taken

@@ -68,7 +68,9 @@ fn must_show_as(what: Sabotage) -> &'static [Verdict] {
         Sabotage::ZeroInMemoryOnly => &[Stale, Unopenable, Foreign],
         Sabotage::LateJoin | Sabotage::ForgottenWrite => &[Stale],
         // a flushed entry is neither in its place nor in the log; or its place is another's by now
-        Sabotage::LogBeforeTable | Sabotage::LogReused => &[Stale, Foreign, Unopenable],
+        Sabotage::LogBeforeTable | Sabotage::LogReused | Sabotage::LogAnewUnsynced => {
+            &[Stale, Foreign, Unopenable]
+        }
         Sabotage::UnmarkedChain
         | Sabotage::ClearedTooEarly
         | Sabotage::MarkKept
