@@ -32,6 +32,10 @@ pub enum Sabotage {
     LogBeforeTable,
     /// A VHDX's log: it begins anew although something was logged since the checkpoint began.
     LogReused,
+    /// A cache image: a block is shown in its place before it is written there.
+    CachedBeforeData,
+    /// A cache image: what a session left that was not ended in order is taken over, whichever wrote it.
+    UncleanTrusted,
     /// A chain is not marked as in flight before it is started.
     UnmarkedChain,
     /// The mark of a chain is cleared before its answer is visible.
@@ -61,6 +65,9 @@ impl Sabotage {
 
     /// Those of a log, which only a VHDX has.
     pub const LOG: [Sabotage; 2] = [Sabotage::LogBeforeTable, Sabotage::LogReused];
+
+    /// Those of a cache image.
+    pub const CACHE: [Sabotage; 2] = [Sabotage::CachedBeforeData, Sabotage::UncleanTrusted];
 
     /// Those that only a queue worker can break.
     pub const RINGS: [Sabotage; 4] =

@@ -130,6 +130,21 @@ impl Chain {
         Ok(())
     }
 
+    /// The same through the images from the one at `depth` on, which is not the top.
+    ///
+    /// # Errors
+    /// As [`Self::map`].
+    pub(super) fn map_beneath(
+        &self,
+        depth: usize,
+        r: GuestRange,
+        out: &mut ExtentList,
+        scratch: &mut Scratch,
+    ) -> Result<(), Lack> {
+        out.clear();
+        self.map_through(depth, r, out, &mut scratch.0)
+    }
+
     fn map_through(
         &self,
         depth: usize,
