@@ -63,6 +63,8 @@ pub struct Config {
     pub allow_write_to_parent: bool,
     /// Images may describe disks of this host.
     pub allow_raw_device: bool,
+    /// A cache image for those of the images that nobody writes.
+    pub cache_image: Option<PathBuf>,
     /// A diff that takes the writes; made if it is not there.
     pub overlay: Option<PathBuf>,
     /// No changes.
@@ -104,18 +106,28 @@ pub fn run(config: &Config) -> Result<()> {
             .at(&opened.images[0].path)
             .hint("vdimg create makes one"));
     }
+    let served = serve_disk(config, &opened, &mut overlay, Told { shutdown, resize });
+    if served.is_err() {
+        opened.disk.end_cache(); // what it held it may as well go on with
+    }
+    served?;
+    close(&opened.disk, config)
+}
+
+/// Serves it until a signal, or as long as the configuration says.
+fn serve_disk(config: &Config, opened: &OpenedDisk, overlay: &mut overlay::Fresh, told: Told) -> Result<()> {
+    let Told { shutdown, resize } = told;
     let (endpoint, _name) = endpoint(&config.socket)?;
     let engine = engine(config.engine)?;
-    let device = device(config, &opened, resize, engine.kind);
-    let line = describe(config, &opened, &device.shape, &engine);
+    let device = device(config, opened, resize, engine.kind);
+    let line = describe(config, opened, &device.shape, &engine);
     let options = ServeOptions { once: config.once };
     serve(device, endpoint, options, &shutdown, || {
         overlay.keep();
         tracing::info!("serving {line}");
         // Without systemd nobody listens, and nothing depends on it.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    })?;
-    close(&opened.disk, config)
+    })
 }
 
 /// What signals ask for.
@@ -176,6 +188,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         allow_write_to_parent: config.allow_write_to_parent,
         allow_raw_device: config.allow_raw_device,
         write_optical: false,
+        cache_image: config.cache_image.clone(),
         options,
     };
     match &config.overlay {
@@ -303,6 +316,7 @@ fn describe(config: &Config, opened: &OpenedDisk, shape: &DeviceShape, engine: &
             Socket::Activated => "socket of systemd".to_string(),
         },
     ];
+    parts.extend(config.cache_image.as_ref().map(|path| format!("cache image {}", path.display())));
     if opened.disk.is_read_only() {
         parts.insert(1, "read-only".to_string());
     }
@@ -327,6 +341,7 @@ fn geometry(info: &crate::map::ImageInfo) -> Option<Geometry> {
 /// All channels are gone: leave the image as a clean close does.
 fn close(disk: &Arc<Disk>, config: &Config) -> Result<()> {
     if disk.is_read_only() {
+        disk.end_cache();
         return Ok(());
     }
     let mut last = channel(disk, EngineKind::Threads, 1)?;

@@ -71,6 +71,14 @@ pub const MAX_UNIT_BYTES: u32 = 4 << 20;
 pub const UNIT_CACHE_BYTES: usize = 16 << 20;
 /// Packed units of one disk that are on their way at a time; others wait.
 pub const MAX_UNITS_LOADING: usize = 8;
+/// Places of a cache image: 256 GiB in blocks of 64 KiB, and 64 MiB of memory.
+pub const MAX_CACHE_PLACES: u64 = 4 << 20;
+/// Blocks that one channel copies into a cache image at a time.
+pub const MAX_CACHE_FILLS: u16 = 4;
+/// Blocks that one channel has still to copy into a cache image; of what comes meanwhile nothing is kept.
+pub const MAX_CACHE_WISHES: usize = 64;
+/// Places of a cache image that one request reads from; the rest of it comes from the base.
+pub const MAX_CACHE_PINS: usize = 1024;
 /// Largest property list of a DMG: chunks of 256 KiB for 150 GiB.
 pub const MAX_PLIST_BYTES: u64 = 32 << 20;
 /// Bytes of the window a packed unit may ask for to be unpacked.

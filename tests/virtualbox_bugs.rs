@@ -142,6 +142,42 @@ fn bug_7_a_vmdk_names_its_parent_in_every_way() {
     }
 }
 
+/// VirtualBox cannot make a cache image, and its format for them is a stub.
+#[test]
+fn bug_11_a_cache_image_is_made_filled_and_read_after_a_restart() {
+    let dir = scratch();
+    let d = dir.path();
+    let data: Vec<u8> = (0..4u32 << 18).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    fs::write(d.join("data.raw"), &data).expect("write");
+    ok(d, "convert --output-format vmdk --variant stream data.raw base.vmdk");
+    ok(d, "create-cache --size 5M base.vci");
+    assert_eq!(&fs::read(d.join("base.vci")).expect("read")[..4], b"VCI\0");
+    ok(d, "create --format vdi --parent base.vmdk top.vdi");
+    let kept = || info(d, "base.vci")["kept_blocks"].as_u64();
+    let cache = d.join("base.vci").display().to_string();
+    let session = |written: u8| {
+        let daemon = Daemon::serve(&d.join("top.vdi"), &["--cache-image", &cache, "--num-queues", "1"]);
+        let mut guest = daemon.connect();
+        assert_eq!(guest.write(1 << 20, &[written; 4096]), OK);
+        for at in (0..data.len()).step_by(64 << 10) {
+            let mut there = data[at..at + (64 << 10)].to_vec();
+            if at == 1 << 20 {
+                there[..4096].fill(written);
+            }
+            assert!(guest.read(at as u64, 64 << 10) == there, "at {at}");
+        }
+        assert_eq!(kept(), None, "a session is under way");
+        drop(guest);
+        daemon.stop().err
+    };
+    assert_eq!(kept(), Some(0));
+    (0..3).for_each(|n| drop(session(n)));
+    assert!(kept().is_some_and(|n| n > 32), "{:?} blocks are kept", kept());
+    let log = session(9);
+    assert!(log.contains("are here from before") && log.contains("MiB were read from this cache"), "{log}");
+    ok(d, "check base.vci");
+}
+
 /// A VHD of VirtualBox has another size for QEMU: QEMU believes the geometry unless it knows the creator.
 #[test]
 fn bug_8_a_vhd_has_the_same_size_for_everybody() {

@@ -75,6 +75,10 @@ struct Args {
     /// this image is gone on with, and any other file refused
     #[arg(long, value_name = "FILE", conflicts_with = "read_only")]
     overlay: Option<PathBuf>,
+    /// Keep blocks of what is below the image that is written (of --read-only: of all) in this cache image, which vdimg
+    /// create-cache makes; for slow storage and packed images. It is used by one disk at a time, and begins empty after a crash
+    #[arg(long, value_name = "FILE")]
+    cache_image: Option<PathBuf>,
     /// Take no changes; several may serve an image so at a time
     #[arg(long)]
     read_only: bool,
@@ -189,6 +193,7 @@ impl Args {
             allow_parent_mismatch: self.allow_parent_mismatch,
             allow_write_to_parent: self.allow_write_to_parent,
             allow_raw_device: self.allow_raw_device,
+            cache_image: self.cache_image,
             overlay: self.overlay,
             read_only: self.read_only,
             lock_wait: Duration::from_secs(self.lock_wait),

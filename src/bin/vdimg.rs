@@ -2,6 +2,8 @@
 
 #[path = "vdimg/args.rs"]
 mod args;
+#[path = "vdimg/cache.rs"]
+mod cache;
 #[path = "vdimg/check.rs"]
 mod check;
 #[path = "vdimg/compact.rs"]
@@ -62,6 +64,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Resize(a) => resize::run(&a),
         Command::Compact(a) => compact::run(&a),
         Command::Merge(a) => merge::run(&a),
+        Command::CreateCache(a) => cache::create(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),
     }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 pub(super) fn open(how: OpenDisk, overlay: &Path) -> Result<(OpenedDisk, Fresh)> {
     let mut fresh = Fresh(None);
     let parents = {
-        let below = open_disk(&how)?;
+        let below = open_disk(&OpenDisk { cache_image: None, ..how.clone() })?;
         let image = &below.images[0];
         let uuid = image.uuid();
         match create_overlay(overlay, &image.info, uuid) {

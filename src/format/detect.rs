@@ -95,6 +95,9 @@ fn advice(
     if source.is_empty() {
         return Ok("the file is empty; vdimg create makes a new image, under a name that is free".into());
     }
+    if is_cache_image(source)? {
+        return Ok("it is a cache image and no disk; vdblk takes it with --cache-image".into());
+    }
     if describes_a_machine(path, source)? {
         return Ok("it describes a machine; name one of the image files it lists".into());
     }
@@ -110,6 +113,15 @@ fn advice(
         (None, Some(s)) => format!("if it is one say so with {}", say(s)),
         (None, None) => format!("if it is a raw disk say so with {}", say(Format::Raw)),
     })
+}
+
+fn is_cache_image(source: &dyn ByteSource) -> Result<bool> {
+    let mut head = [0; 4];
+    if source.len() < head.len() as u64 {
+        return Ok(false);
+    }
+    source.read_at(HostOffset(0), &mut head)?;
+    Ok(super::vci::Header::is_signed(&head))
 }
 
 /// Settings of VirtualBox, or another XML file beside the images they list.

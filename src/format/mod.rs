@@ -6,6 +6,7 @@
 mod blocks;
 mod blueprint;
 mod bytes;
+mod crc32c;
 pub mod cue;
 mod detect;
 pub mod dmg;
@@ -21,6 +22,7 @@ mod report;
 mod sector_bits;
 mod spare;
 mod steps;
+pub mod vci;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;

@@ -80,7 +80,7 @@ impl CheckReport {
     }
 
     /// The report on an image of which nothing more can be said than why it does not open.
-    pub(super) fn hopeless(why: &Error) -> Self {
+    pub(crate) fn hopeless(why: &Error) -> Self {
         let mut report = CheckReport::default();
         report.add(Severity::Corruption, false, why.to_string());
         report

@@ -146,7 +146,7 @@ fn make(new: &CreateImage, file: NewFile, made: &mut Vec<PathBuf>) -> Result<()>
     fill(&host, file).map_err(|e| e.at(&path))
 }
 
-fn open_new(path: &Path) -> Result<OsFile> {
+pub(super) fn open_new(path: &Path) -> Result<OsFile> {
     let opened = OsFile::open(path, OpenHow { create_new: true, ..OpenHow::default() });
     opened.map_err(|e| match e.kind() {
         ErrorKind::Exists => e.hint("nothing is overwritten: choose another name"),

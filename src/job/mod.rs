@@ -1,6 +1,7 @@
 //! Long work on containers: making, copying, comparing, checking, repairing images. Each [`Job`] is a state machine that
 //! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
 
+mod cache_image;
 mod check;
 mod compact;
 mod compare;
@@ -21,6 +22,7 @@ mod survey;
 mod tests;
 
 pub use crate::size::{human_bytes, parse_size};
+pub use cache_image::{CACHE_BLOCK_BYTES, InspectedCache, check_cache, create_cache, inspect_cache};
 pub use check::{Checked, check_image, check_image_with};
 pub use compact::{Compacted, SpareJob, compact_image};
 pub use compare::{CompareJob, Comparison, compare_disks};

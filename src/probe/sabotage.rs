@@ -34,6 +34,10 @@ pub enum Sabotage {
     LogReused,
     /// A VHDX's log: it begins anew, and goes on before that is durable.
     LogAnewUnsynced,
+    /// A cache image: a block is shown in its place before it is written there.
+    CachedBeforeData,
+    /// A cache image: what a session left that was not ended in order is taken over, whichever wrote it.
+    UncleanTrusted,
     /// A chain is not marked as in flight before it is started.
     UnmarkedChain,
     /// The mark of a chain is cleared before its answer is visible.
@@ -63,6 +67,9 @@ impl Sabotage {
 
     /// Those of a log, which only a VHDX has.
     pub const LOG: [Sabotage; 3] = [Sabotage::LogBeforeTable, Sabotage::LogReused, Sabotage::LogAnewUnsynced];
+
+    /// Those of a cache image.
+    pub const CACHE: [Sabotage; 2] = [Sabotage::CachedBeforeData, Sabotage::UncleanTrusted];
 
     /// Those that only a queue worker can break.
     pub const RINGS: [Sabotage; 4] =

@@ -4,7 +4,7 @@ use super::bytes::Bytes;
 use super::foreign::{vhd, vhdx, vmdk};
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
-use super::{DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
+use super::{CacheFile, DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewImage, NewParent, Repair, Spare};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
@@ -193,6 +193,8 @@ pub struct Images {
     pub top: Arc<SimFile>,
     /// The files below, which are not.
     below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
+    /// A cache image between the two.
+    pub cache: Option<CacheFile>,
     /// Processes hold the tables only in parts, which they forget by this chance.
     pub forgets: Option<u64>,
 }
@@ -357,6 +359,7 @@ impl Images {
                 shape: own,
                 top: SimFile::new("parent.vdi", bytes),
                 below: sealed(&of_vdi(&below), 1),
+                cache: None,
                 forgets: None,
             };
             past = written_full(&images, past, rng);
@@ -375,7 +378,7 @@ impl Images {
         }
         let first = 1 + bytes.further().len();
         let below = sealed(&of_vdi(&below), first);
-        (Images { shape, top: SimFile::new("top", bytes), below, forgets: None }, past)
+        (Images { shape, top: SimFile::new("top", bytes), below, cache: None, forgets: None }, past)
     }
 
     /// A new image over these, the nearest first, one file each.
@@ -387,7 +390,7 @@ impl Images {
 
     /// Images of one file each.
     pub(super) fn of(shape: Shape, top: Bytes, below: &[(Bytes, Format)]) -> Images {
-        Images { shape, top: SimFile::new("top", top), below: sealed(below, 1), forgets: None }
+        Images { shape, top: SimFile::new("top", top), below: sealed(below, 1), cache: None, forgets: None }
     }
 
     /// A copy whose top file is its own.
@@ -400,7 +403,12 @@ impl Images {
         self.below.iter().all(|(f, _)| !f.was_touched())
     }
 
-    /// The files an engine has to know.
+    /// The files that processes write.
+    pub(super) fn written(&self) -> impl Iterator<Item = &Arc<SimFile>> {
+        std::iter::once(&self.top).chain(self.cache.as_ref().map(|c| &c.file))
+    }
+
+    /// The files of the images.
     pub fn files(&self) -> Vec<Arc<SimFile>> {
         self.top.all().into_iter().chain(self.below.iter().map(|(f, _)| f.clone())).collect()
     }
@@ -425,7 +433,9 @@ impl Images {
         let on_failure = Box::new(move || {
             marks.fetch_add(1, Ordering::SeqCst);
         });
-        Ok(Disk::new(chain, files, options, Arc::new(SimHost::of(&self.top.bytes())), on_failure))
+        let cache = self.cache.as_ref().map(|c| c.begin(self)).transpose()?.flatten();
+        let host = Arc::new(SimHost::of(&self.top.bytes()));
+        Ok(Disk::with_cache(chain, (files, cache), options, host, on_failure))
     }
 
     fn layers(&self, top: Arc<dyn ImageMap>) -> Vec<Layer> {
@@ -543,13 +553,16 @@ pub(super) fn copy_target(size: u64) -> Images {
         shape,
         top: SimFile::new("copy.vdi", new_image(Kind::Vdi, size, 8192, 3, None)),
         below: vec![],
+        cache: None,
         forgets: None,
     }
 }
 
 /// An engine with habits of its own.
 pub(super) fn engine_for(images: &Images, faults: &Faults, trace: &Trace, rng: &mut Rng) -> SimEngine {
-    SimEngine::over(&images.files(), faults, trace, rng.draw())
+    let cache = images.cache.iter().map(|c| c.file.clone());
+    let files: Vec<_> = images.files().into_iter().chain(cache).collect();
+    SimEngine::over(&files, faults, trace, rng.draw())
 }
 
 /// The bytes of a request that writes `value`.

@@ -18,18 +18,19 @@ pub struct Life {
     events: AtomicU64,
     /// The event before which it dies.
     last: AtomicU64,
-    top: Arc<SimFile>,
+    files: Vec<Arc<SimFile>>,
     /// What outlives it, and its bytes at the moment of death.
     shared: Mutex<Vec<(File, Vec<u8>)>>,
 }
 
 impl Life {
-    pub(super) fn new(top: &Arc<SimFile>) -> Arc<Life> {
+    /// Of a process that writes these files.
+    pub(super) fn new(files: Vec<Arc<SimFile>>) -> Arc<Life> {
         Arc::new(Life {
             dead: AtomicBool::new(false),
             events: AtomicU64::new(0),
             last: AtomicU64::new(u64::MAX),
-            top: top.clone(),
+            files,
             shared: Mutex::default(),
         })
     }
@@ -67,7 +68,7 @@ impl Life {
         if self.dead.swap(true, Ordering::SeqCst) {
             return;
         }
-        self.top.freeze();
+        self.files.iter().for_each(|f| f.freeze());
         for (file, bytes) in self.shared.lock().expect("life lock").iter_mut() {
             let len = file.metadata().expect("its length").len();
             bytes.resize(usize::try_from(len).expect("a small file"), 0);

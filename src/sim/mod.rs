@@ -7,6 +7,7 @@
 //! which the power may go, and a [`Judge`] looks at what it can leave. [`play`] puts all of that together for a seed.
 
 mod bytes;
+mod caching;
 mod cut;
 mod dmlog;
 mod driver;
@@ -32,6 +33,7 @@ mod workload;
 mod world;
 
 pub use bytes::Bytes;
+pub use caching::CacheFile;
 pub use cut::{Change, Cut};
 pub use dmlog::DmLog;
 pub use engine::SimEngine;

@@ -1,5 +1,6 @@
 //! The simulator at work.
 
+mod caching;
 mod chains;
 mod compacting;
 mod failing;

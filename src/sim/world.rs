@@ -162,7 +162,7 @@ impl World {
         let mut rng = Rng(seed);
         let marks = Arc::default();
         let disk = images.open(options, &marks)?;
-        let life = Life::new(&images.top);
+        let life = Life::new(images.written().cloned().collect());
         let guest = match through {
             Through::Channels => None,
             Through::Rings => Some(left.guest.unwrap_or_else(|| Guest::new(&mut rng))),
@@ -611,7 +611,8 @@ impl World {
         self.life.die();
         self.let_go();
         self.life.bury();
-        self.images.top.kill(self.landing, &mut self.rng);
+        let Self { images, landing, rng, .. } = self;
+        images.written().for_each(|f| f.kill(*landing, rng));
         if !self.images.parents_are_untouched() {
             self.wrong.get_or_insert("somebody has tried to change a parent".into());
         }
@@ -706,7 +707,7 @@ impl Drop for World {
     fn drop(&mut self) {
         if !self.life.is_dead() {
             self.life.die();
-            self.images.top.kill(Landing::None, &mut Rng(0));
+            self.images.written().for_each(|f| f.kill(Landing::None, &mut Rng(0)));
         }
         self.let_go();
     }

@@ -52,6 +52,7 @@ impl Channel {
             Work::Comparing { .. } => self.step_comparing(slot),
             Work::Planning { .. } => self.step_planning(slot),
             Work::Running(_) => self.step_running(slot),
+            Work::Filling(_) => self.step_filling(slot),
             Work::Syncing => Next::Finished,
         }
     }
@@ -62,6 +63,7 @@ impl Channel {
         let Job::Request(request) = s.job else { unreachable!("the disk's own work only runs plans") };
         if s.failure.is_some() || s.cursor == s.range.len() {
             return match s.pending {
+                0 if s.again => self.read_again(slot),
                 0 => self.all_moved(slot, request),
                 _ => Next::Wait,
             };
@@ -90,6 +92,12 @@ impl Channel {
         let rest = self.slot(slot).rest();
         let mut extents = std::mem::take(&mut self.extents);
         let mut mapped = self.disk.chain.map(rest, &mut extents);
+        let cached = self.disk.cache.is_some();
+        if cached && mapped.is_ok() {
+            let mut pins = std::mem::take(&mut self.slot(slot).pins);
+            self.through_cache(rest, &mut extents, &mut pins);
+            self.slot(slot).pins = pins;
+        }
         match mapped {
             Ok(()) => {
                 for e in extents.as_slice() {
@@ -113,6 +121,9 @@ impl Channel {
                             }
                         },
                         ExtentKind::Zero | ExtentKind::Parent => self.clear_request_bytes(slot, at, e.len),
+                    }
+                    if cached {
+                        self.count_read(e.kind, e.len);
                     }
                 }
             }
@@ -223,11 +234,20 @@ impl Channel {
             return Next::Finished;
         }
         self.slot(slot).work = Work::Syncing;
-        for i in 0..self.disk.files.len() {
+        let disk = self.disk.clone();
+        for file in disk.image_file_ids() {
             // Parents too, once: a write that equals what they show was left out, and their bytes may still be in the
             // page cache, from whoever wrote them.
-            self.join_sync(slot, crate::map::FileId(u16::try_from(i).expect("limits::MAX_FILES")), false);
+            self.join_sync(slot, file, false);
         }
+        Next::Again
+    }
+
+    /// Begins a read anew: some of it came from a cache image that has failed.
+    fn read_again(&mut self, slot: u16) -> Next {
+        self.unpin_slot(slot);
+        let s = self.slot(slot);
+        (s.again, s.cursor) = (false, 0);
         Next::Again
     }
 
@@ -239,12 +259,18 @@ impl Channel {
         let job = std::mem::replace(&mut s.job, Job::None);
         s.work = Work::Moving;
         s.unit = None;
+        s.again = false;
+        let pinned = !s.pins.is_empty();
         self.busy -= 1;
+        if pinned {
+            self.unpin_slot(slot);
+        }
         self.give_buffer_back(slot);
         match job {
             Job::Request(_) => self.done.push(Done { slot, outcome }),
             Job::None => unreachable!("a free slot ended"),
             Job::Start | Job::Room | Job::End => self.internal_ended(job, outcome),
+            Job::Fill => {} // what came of it only the cache has to know
         }
     }
 

@@ -9,9 +9,9 @@ use super::chain::Lack;
 use super::channel::Channel;
 use super::slot::{Job, Run, Work};
 use crate::error::Failure;
-use crate::io::{gather, is_zero, sub_slices};
+use crate::io::{IoKind, IoOp, gather, is_zero, sub_slices};
 use crate::limits::BOUNCE_BYTES;
-use crate::map::{Change, ClaimKey, ExtentKind, GuestRange, Intent, Miss};
+use crate::map::{Change, ClaimKey, ExtentKind, ExtentList, GuestRange, Intent, Miss};
 
 /// Units one request changes before others have their turn.
 const UNITS_A_TURN: u32 = 128;
@@ -175,32 +175,37 @@ impl Channel {
 
     /// Fills the slot's buffer with what the disk reads from the start of `r` on; says how many bytes that is.
     pub(super) fn read_piece(&mut self, slot: u16, r: GuestRange) -> Result<u64, Lack> {
-        use crate::io::{IoKind, IoOp};
         let mut extents = std::mem::take(&mut self.extents);
-        let mut mapped = self.disk.chain.map(r, &mut extents);
-        let mut at = 0;
-        if mapped.is_ok() {
-            for e in extents.as_slice() {
-                match e.kind {
-                    ExtentKind::Data { file, off } => {
-                        self.issue_buffer_bytes(slot, IoOp { kind: IoKind::Read, file, off, len: e.len }, at);
-                    }
-                    ExtentKind::Packed { packed, into } => match self.unit_of(slot, packed) {
-                        Some(unit) => self.unit_to_buffer(slot, &unit, at, (into, e.len)),
-                        // what comes before it is a piece of its own
-                        None if at > 0 => break,
-                        None => {
-                            mapped = Err(Lack::Unit(packed));
-                            break;
-                        }
-                    },
-                    ExtentKind::Zero | ExtentKind::Parent => self.clear_buffer_bytes(slot, at, e.len),
-                }
-                at += e.len;
-            }
-        }
+        let mapped = self.disk.chain.map(r, &mut extents);
+        let read = mapped.and_then(|()| self.extents_to_buffer(slot, &extents, 0));
         self.extents = extents;
-        mapped.map(|()| at)
+        read
+    }
+
+    /// Reads what extents say into the slot's buffer from `start` on; says how many bytes that is.
+    pub(super) fn extents_to_buffer(
+        &mut self,
+        slot: u16,
+        extents: &ExtentList,
+        start: u64,
+    ) -> Result<u64, Lack> {
+        let mut at = start;
+        for e in extents.as_slice() {
+            match e.kind {
+                ExtentKind::Data { file, off } => {
+                    self.issue_buffer_bytes(slot, IoOp { kind: IoKind::Read, file, off, len: e.len }, at);
+                }
+                ExtentKind::Packed { packed, into } => match self.unit_of(slot, packed) {
+                    Some(unit) => self.unit_to_buffer(slot, &unit, at, (into, e.len)),
+                    // what comes before it is a piece of its own
+                    None if at > start => break,
+                    None => return Err(Lack::Unit(packed)),
+                },
+                ExtentKind::Zero | ExtentKind::Parent => self.clear_buffer_bytes(slot, at, e.len),
+            }
+            at += e.len;
+        }
+        Ok(at - start)
     }
 
     pub(super) fn clear_buffer_bytes(&mut self, slot: u16, at: u64, len: u64) {

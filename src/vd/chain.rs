@@ -111,9 +111,15 @@ impl Chain {
     ///
     /// # Errors
     /// What a format says of its metadata, or lacks of it.
+    #[inline]
     pub fn look(&self, r: GuestRange) -> Result<Extent, Lack> {
+        self.look_from(0, r)
+    }
+
+    /// The same through the images from the one at `depth` on.
+    fn look_from(&self, depth: usize, r: GuestRange) -> Result<Extent, Lack> {
         let mut rest = r;
-        for (layer, size) in self.layers.iter().zip(&self.sizes) {
+        for (layer, size) in self.layers.iter().zip(&self.sizes).skip(depth) {
             // what lies behind the end of an image reads as zeros: a diff may be larger than its parent
             let inside = rest.intersect(GuestRange::between(GuestOffset(0), GuestOffset(*size)));
             if inside.is_empty() {
@@ -136,5 +142,14 @@ impl Chain {
     pub fn map(&self, r: GuestRange, out: &mut ExtentList) -> Result<(), Lack> {
         out.clear();
         out.fill(r, |rest| self.look(rest))
+    }
+
+    /// The same through the images from the one at `depth` on, which is not the top.
+    ///
+    /// # Errors
+    /// As [`Self::map`].
+    pub(super) fn map_beneath(&self, depth: usize, r: GuestRange, out: &mut ExtentList) -> Result<(), Lack> {
+        out.clear();
+        out.fill(r, |rest| self.look_from(depth, rest))
     }
 }

@@ -1,12 +1,13 @@
 //! One thread's way to a disk: its slots, its engine, its event loop's hooks.
 
 use super::disk::Disk;
+use super::fills::Fills;
 use super::mailbox::{Event, Mailbox};
 use super::slot::{Job, Ops, Slot};
 use super::{BlockDevice, Done, Outcome, Request};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::io::{BufSlice, Completion, IoEngine, IoKind, IoOp};
-use crate::limits::INLINE_WRITE_BYTES;
+use crate::limits::{INLINE_WRITE_BYTES, MAX_CACHE_FILLS};
 use crate::map::{Extent, ExtentKind, ExtentList, GuestRange, Intent, Waiter};
 use std::collections::VecDeque;
 use std::io;
@@ -19,7 +20,7 @@ const MAX_ROUNDS: usize = 8;
 /// Nobody waits.
 pub(super) const NOBODY: Waiter = Waiter { channel: u16::MAX, slot: 0 };
 /// Slots for the disk's own work, behind those of the requests.
-const INTERNAL_SLOTS: u16 = 3;
+const INTERNAL_SLOTS: u16 = 3 + MAX_CACHE_FILLS;
 
 /// A channel to a disk, for one thread. Requests of several channels run at the same time.
 pub struct Channel {
@@ -41,6 +42,7 @@ pub struct Channel {
     pub(super) done: Vec<Done>,
     pub(super) extents: ExtentList,
     completions: Vec<Completion>,
+    pub(super) fills: Fills,
     pub(super) write_through: bool,
     /// How the plan at the clean close has ended.
     pub(super) end_outcome: Option<Outcome>,
@@ -79,6 +81,7 @@ impl Channel {
             done: Vec::new(),
             extents: ExtentList::new(),
             completions: Vec::new(),
+            fills: Fills::default(),
             write_through: disk.options().write_through,
             end_outcome: None,
             disk,
@@ -123,6 +126,7 @@ impl Channel {
     /// The common reads and writes: one extent, one operation that ends at once.
     fn try_at_once(&mut self, request: Request, bufs: &[BufSlice]) -> Option<Outcome> {
         let (kind, range) = match request {
+            Request::Read(r) if self.disk.cache.is_some() => return self.read_cached_at_once(r, bufs),
             Request::Read(r) => (IoKind::Read, r),
             Request::Write(r) if self.may_write_at_once(r) => (IoKind::Write, r),
             _ => return None,
@@ -158,6 +162,11 @@ impl Channel {
             && !self.write_through
             && self.disk.start.is_done()
             && self.disk.may_write().is_ok()
+    }
+
+    /// Has this channel polled again soon.
+    pub(super) fn come_back(&self) {
+        self.mailbox.ring();
     }
 
     fn handle(&mut self, e: Event) {
@@ -198,6 +207,7 @@ impl Channel {
     /// the disk holds is unknown (rule O4).
     pub fn close_disk(&mut self, sync: bool) -> Result<()> {
         self.settle_down()?;
+        self.disk.end_cache();
         if self.disk.may_write() == Err(Failure::SyncFailed) {
             let what = "a sync of it has failed: what was written since the last flush may be lost";
             return Err(Error::new(ErrorKind::SyncFailed, what)
@@ -208,7 +218,7 @@ impl Channel {
             self.run_ends()?;
         }
         if sync {
-            for id in self.disk.file_ids() {
+            for id in self.disk.image_file_ids() {
                 let f = &self.disk.file(id).file;
                 if self.disk.file(id).traits.writable {
                     f.sync().map_err(|e| {
@@ -287,6 +297,7 @@ impl BlockDevice for Channel {
     }
 
     fn flush_queue(&mut self) -> io::Result<()> {
+        self.start_fills();
         self.engine.enter()
     }
 

@@ -1,5 +1,6 @@
 //! What the channels of a disk share.
 
+use super::cache::Cache;
 use super::chain::Chain;
 use super::loads::Loads;
 use super::mailbox::Mailboxes;
@@ -96,7 +97,10 @@ impl DiskFile {
 /// touch nothing here but the chain and atomics.
 pub struct Disk {
     pub(crate) chain: Chain,
+    /// Those of the images, then that of the cache.
     pub(crate) files: Vec<DiskFile>,
+    /// Between the images nobody writes and those above.
+    pub(crate) cache: Option<Box<Cache>>,
     pub(crate) options: DiskOptions,
     pub(crate) host: Arc<dyn Host>,
     pub(crate) claims: Claims,
@@ -139,9 +143,25 @@ impl Disk {
         host: Arc<dyn Host>,
         on_sync_failure: Box<dyn Fn() + Send + Sync>,
     ) -> Arc<Disk> {
+        Self::with_cache(chain, (files, None), options, host, on_sync_failure)
+    }
+
+    /// The same with a cache image, whose file's number is the one behind the others.
+    pub(crate) fn with_cache(
+        chain: Chain,
+        (mut files, cache): (Vec<Arc<dyn HostFile>>, Option<Cache>),
+        options: DiskOptions,
+        host: Arc<dyn Host>,
+        on_sync_failure: Box<dyn Fn() + Send + Sync>,
+    ) -> Arc<Disk> {
+        if let Some(cache) = &cache {
+            assert_eq!(usize::from(cache.id.0), files.len(), "the cache's file comes last");
+            files.push(cache.file.clone());
+        }
         Arc::new(Disk {
             chain,
             files: files.into_iter().map(DiskFile::new).collect(),
+            cache: cache.map(Box::new),
             options,
             host,
             claims: Claims::default(),
@@ -202,6 +222,16 @@ impl Disk {
         &self.file(id).file
     }
 
+    /// The files of the images, by number.
+    pub(crate) fn image_file_ids(&self) -> impl Iterator<Item = FileId> + '_ {
+        self.file_ids().filter(|id| !self.is_cache(*id))
+    }
+
+    /// The file is the cache image's.
+    pub(crate) fn is_cache(&self, id: FileId) -> bool {
+        self.cache.as_ref().is_some_and(|c| c.id == id)
+    }
+
     /// The files by number.
     pub(crate) fn file_ids(&self) -> impl Iterator<Item = FileId> + '_ {
         (0..self.files.len()).map(|i| FileId(u16::try_from(i).expect("limits::MAX_FILES")))
@@ -234,6 +264,7 @@ impl Disk {
             + self.pages.in_flight_count()
             + self.loads.in_flight_count()
             + self.units.in_flight_count()
+            + self.cache.as_ref().map_or(0, |c| c.held())
             + waiters
     }
 

@@ -9,9 +9,13 @@ mod adc;
 mod advance;
 mod allocate;
 mod bounce;
+mod cache;
+mod cache_file;
 mod chain;
 mod channel;
 mod disk;
+mod fills;
+mod identity;
 mod image_files;
 mod loads;
 mod mailbox;
@@ -33,6 +37,10 @@ mod tests;
 mod units;
 mod unpack;
 
+pub use cache::CacheCounts;
+#[cfg(any(test, feature = "sim"))]
+pub(crate) use cache::{Cache, Scope};
+pub use cache_file::{read_cache_header, read_cache_table};
 pub use chain::{Chain, Lack, Layer};
 pub use channel::Channel;
 pub use disk::{CacheMode, Disk, DiskOptions};

@@ -1,6 +1,8 @@
 //! Opening a disk: its image, its parents, their locks.
 
+use super::cache::{Cache, Scope};
 use super::chain::{Chain, Layer};
+use super::identity::base_of;
 use super::image_files::{Further, ImageFiles};
 use super::marker::SyncFailureMarker;
 use super::parents::{ParentSearch, above_snapshots, default_dirs};
@@ -65,6 +67,9 @@ pub struct OpenDisk {
     pub allow_raw_device: bool,
     /// A raw file whose name says that it is a CD or DVD may be written: for whoever has just made it.
     pub write_optical: bool,
+    /// A cache image for those images of the chain that nobody writes: made by [`crate::job::create_cache`], used by one disk at a
+    /// time. Its session has to be ended, by [`super::Channel::close_disk`] or [`Disk::end_cache`], or the next begins empty.
+    pub cache_image: Option<PathBuf>,
     /// What channels may do.
     pub options: DiskOptions,
 }
@@ -83,6 +88,7 @@ impl OpenDisk {
             allow_write_to_parent: false,
             allow_raw_device: false,
             write_optical: false,
+            cache_image: None,
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
         }
     }
@@ -108,6 +114,11 @@ impl OpenImage {
     /// Bytes of the image's own disk, whatever those above it have.
     pub fn size_bytes(&self) -> u64 {
         self.map.limits().size_bytes
+    }
+
+    /// Its files, its own first.
+    pub(super) fn files(&self) -> &[Arc<dyn HostFile>] {
+        &self.files
     }
 
     /// The file that was named.
@@ -161,16 +172,35 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         marker.refuse_if_set().map_err(|e| e.at(&how.image.path))?;
         refuse_unaligned_metadata(&images[0])?;
     }
+    let cache = open_cache(how, &images, read_only)?;
     images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
     for image in &images {
         image.info.notes.iter().for_each(|note| tracing::warn!("{}: {note}", image.path.display()));
     }
     let layers = images.iter().zip(0u32..).map(|(i, number)| Layer { number, map: i.map.clone() }).collect();
-    let files = images.iter().flat_map(|i| i.files.iter().cloned()).collect();
+    let files = images.iter().flat_map(|i| i.files.iter().cloned()).collect::<Vec<_>>();
     let on_failure = Box::new(move || marker.set());
-    let disk = Disk::new(Chain::new(layers), files, options, Arc::new(OsHost), on_failure);
+    let disk = Disk::with_cache(Chain::new(layers), (files, cache), options, Arc::new(OsHost), on_failure);
     disk.hold(images.iter_mut().flat_map(|i| std::mem::take(&mut i.locks)).collect());
     Ok(OpenedDisk { disk, images })
+}
+
+/// The cache image, if one was named: its session begins.
+fn open_cache(how: &OpenDisk, images: &[OpenImage], read_only: bool) -> Result<Option<Cache>> {
+    let Some(path) = &how.cache_image else { return Ok(None) };
+    let files = images.iter().map(|i| i.files.len());
+    let Some(scope) = Scope::of(files.clone(), read_only) else {
+        let what = "a cache image needs images that nobody writes, and this one has no parent";
+        return Err(Error::new(ErrorKind::InvalidArgument, what)
+            .at(&images[0].path)
+            .hint("put an overlay above it (--overlay FILE), or pass --read-only"));
+    };
+    let base = base_of(&images[scope.layer..], how.snapshot.as_deref(), images[0].size_bytes())?;
+    let file: Arc<dyn HostFile> =
+        Arc::new(OsFile::open(path, OpenHow { write: true, ..OpenHow::default() })?);
+    let lock = ImageLock::exclusive(&*file, how.lock_wait.unwrap_or_default())?;
+    let id = FileId(u16::try_from(files.sum::<usize>()).expect("limits::MAX_FILES"));
+    Cache::begin((file, id, Some(lock)), base, scope)
 }
 
 /// A CD or DVD, by its name: nothing is ever written to one, as in VirtualBox.

@@ -163,7 +163,9 @@ impl Channel {
         if n > 0 && alignment.fits(op.io.off.0, &op.bufs) {
             return self.queue_op(i);
         }
-        let ended = if op.io.kind == IoKind::Read {
+        // A cache image has all its bytes, or is none.
+        let is_cut = self.disk.is_cache(op.io.file);
+        let ended = if op.io.kind == IoKind::Read && !is_cut {
             fill_behind_end(op, u64::from(alignment.offset))
         } else {
             Err(Failure::Os(libc::EIO))
@@ -232,6 +234,7 @@ impl Channel {
         let own = self.ops.free(i);
         match owner {
             Owner::Slot(s) => {
+                let result = result.or_else(|f| self.blame_cache(s, io.file, f));
                 self.slot(s).settle_one(result);
                 self.advance(s);
             }

@@ -37,7 +37,7 @@ impl Channel {
                 std::mem::take(&mut room.waiters)
             }
             Job::End => return self.end_outcome = Some(outcome),
-            Job::None | Job::Request(_) => unreachable!("not the disk's own work"),
+            Job::None | Job::Request(_) | Job::Fill => unreachable!("no plan of the disk's"),
         };
         // Whether a failed extension is the last word is the format's to say: those who wait ask it again.
         let result = if job == Job::Room { Ok(()) } else { outcome };
@@ -360,6 +360,6 @@ fn is_left_out(job: Job) -> bool {
         Job::Room => is_broken(Sabotage::RoomWithoutSync),
         Job::Start => is_broken(Sabotage::CutBeforeSync),
         Job::End => is_broken(Sabotage::CloseWithoutSync),
-        Job::None => false,
+        Job::None | Job::Fill => false,
     }
 }

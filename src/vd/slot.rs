@@ -1,6 +1,7 @@
 //! A request on its way, and the operations it has started.
 
 use super::Request;
+use super::fills::Fill;
 use super::own::Own;
 use super::pages::PageId;
 use crate::error::Failure;
@@ -22,6 +23,8 @@ pub(crate) enum Job {
     Room,
     /// The plan at a clean close.
     End,
+    /// A copy of a block into the cache image.
+    Fill,
 }
 
 /// The state of a slot. It lives until everything it started has ended: nothing is ever cancelled, and no memory is
@@ -44,6 +47,10 @@ pub(crate) struct Slot {
     pub(crate) buf: Option<Own>,
     /// A packed unit it has waited for.
     pub(crate) unit: Option<(Packed, Arc<[u8]>)>,
+    /// Places of the cache image that it reads from.
+    pub(crate) pins: Vec<u64>,
+    /// A read from the cache image has failed: it is to be done again, without.
+    pub(crate) again: bool,
     /// The claim that is held (or passed on to us by the event we wait for).
     pub(crate) claim: Option<ClaimKey>,
     /// Units it has changed.
@@ -66,6 +73,8 @@ impl Slot {
             work: Work::Moving,
             buf: None,
             unit: None,
+            pins: Vec::new(),
+            again: false,
             claim: None,
             units: 0,
             extended_unclean: false,
@@ -76,7 +85,7 @@ impl Slot {
     /// Occupies the slot.
     pub(crate) fn begin(&mut self, job: Job, range: GuestRange, bufs: &[BufSlice]) {
         assert!(self.job == Job::None && self.pending == 0, "slot in use");
-        debug_assert!(self.claim.is_none() && self.buf.is_none());
+        debug_assert!(self.claim.is_none() && self.buf.is_none() && self.pins.is_empty() && !self.again);
         self.job = job;
         self.range = range;
         self.cursor = 0;
@@ -119,6 +128,8 @@ pub(crate) enum Work {
     Planning { part: GuestRange, change: Change },
     /// A plan runs.
     Running(Box<Run>),
+    /// A block is copied into the cache image.
+    Filling(Fill),
     /// Everything is written; a sync has been joined because the disk is written through.
     Syncing,
 }

@@ -23,7 +23,7 @@ pub(crate) fn stand_in(path: &Path) -> Option<Uuid> {
 }
 
 /// FNV-1a of 128 bits: the UUIDs made from it have to be different, not secret.
-fn fnv(bytes: impl Iterator<Item = u8>) -> u128 {
+pub(super) fn fnv(bytes: impl Iterator<Item = u8>) -> u128 {
     const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
     bytes.fold(BASIS, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME))

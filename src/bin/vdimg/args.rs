@@ -66,6 +66,9 @@ pub(crate) enum Command {
     /// Merge images of a chain: into the parent (as qemu-img commit), another one beneath, or upwards into a child.
     #[command(after_help = MERGE)]
     Merge(Merge),
+    /// Make an empty cache image, for vdblk --cache-image.
+    #[command(after_help = CREATE_CACHE)]
+    CreateCache(CreateCache),
     /// Tell where each range of the disk lies.
     Map(Map),
     /// Read and write by commands: read, write, discard, flush, sleep.
@@ -96,6 +99,13 @@ folder, are found, and the merge is refused.
 Examples: vdimg merge snapshot.qcow2
           vdimg merge top.vdi --from mid.vdi --into base.vdi
           vdimg merge top.vmdk --from base.vmdk --into top.vmdk";
+
+const CREATE_CACHE: &str = "\
+The file takes space as it is filled, up to --size, and may be removed at any
+time it is not in use: everything in it can be read again. info and check take
+it too.
+Example: vdimg create-cache --size 10G base.vci
+         vdblk --cache-image base.vci --blk-file base.vmdk --overlay vm.vdi …";
 
 impl Command {
     /// Exit status of an error.
@@ -246,6 +256,19 @@ pub(crate) struct Create {
     #[command(flatten)]
     pub(crate) lock: Lock,
     /// The new image. Nothing may be there yet; an extension has to be that of the format.
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateCache {
+    /// Bytes the file has at most, such as 10G.
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: u64,
+    /// Bytes of a block: what is read from below at a time, and what goes for others when the cache is full. A power of two from
+    /// 4k to 256k.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64k")]
+    pub(crate) block: u64,
+    /// The new cache image. Nothing may be there yet; it is best called .vci.
     pub(crate) file: PathBuf,
 }
 

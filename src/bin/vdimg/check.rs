@@ -7,9 +7,18 @@ use std::fmt::Write;
 use std::path::Path;
 use vdblk::Result;
 use vdblk::format::{CheckReport, Format, Severity};
-use vdblk::job::{Checked, Repaired, check_image_with, repair_image_with};
+use vdblk::job::{Checked, Repaired, check_cache, check_image_with, repair_image_with};
 
 pub(crate) fn check(args: &Check) -> Result<u8> {
+    let named = args.image.format.is_some();
+    if let (false, Some(report)) = (named, check_cache(&args.file, args.lock.wait())?) {
+        let text = match args.output {
+            Output::Human => describe(&report),
+            Output::Json => json(&args.file, "vci", Some(&report)),
+        };
+        terminal::print(&text)?;
+        return Ok(report.exit_code());
+    }
     let Checked { format, report } = {
         let allow_raw_device = args.image.parents.allow_raw_device;
         check_image_with(&args.image.spec(&args.file), args.lock.wait(), allow_raw_device)?
@@ -20,7 +29,7 @@ pub(crate) fn check(args: &Check) -> Result<u8> {
     let status = report.as_ref().map_or(0, CheckReport::exit_code);
     let text = match (args.output, &report) {
         (Output::Human, Some(report)) => describe(report),
-        _ => json(&args.file, format, report.as_ref()),
+        _ => json(&args.file, format.name(), report.as_ref()),
     };
     terminal::print(&text)?;
     Ok(status)
@@ -51,7 +60,7 @@ struct JsonFinding<'a> {
     repairable: bool,
 }
 
-fn json(file: &Path, format: Format, report: Option<&CheckReport>) -> String {
+fn json(file: &Path, format: &str, report: Option<&CheckReport>) -> String {
     let none = CheckReport::default();
     let r = report.unwrap_or(&none);
     let findings = r.findings.iter().map(|f| JsonFinding {
@@ -64,7 +73,7 @@ fn json(file: &Path, format: Format, report: Option<&CheckReport>) -> String {
     });
     let json = Json {
         file: file.display().to_string(),
-        format: format.name(),
+        format,
         result: match (report, r.corruptions, r.leaks) {
             (None, ..) => "nothing-to-check",
             (_, 0, 0) => "clean",

@@ -1,13 +1,14 @@
 //! `vdimg info`.
 
 use super::args::{Info, Output};
+use super::cache;
 use super::terminal::print;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
-use vdblk::job::{Inspected, human_bytes, inspect_image_with};
+use vdblk::job::{Inspected, human_bytes, inspect_cache, inspect_image_with};
 use vdblk::map::{DeviceType, ImageInfo, Region, SnapshotInfo};
 use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
 
@@ -149,6 +150,10 @@ struct Geometry {
 }
 
 pub(crate) fn run(args: &Info) -> Result<u8> {
+    if let (None, Some(cache)) = (args.image.format, inspect_cache(&args.file)?) {
+        print(&cache::describe(&args.file, &cache, args.output))?;
+        return Ok(0);
+    }
     let image = inspect_image_with(&args.image.spec(&args.file), args.image.parents.allow_raw_device)?;
     let chain = chain(args, &image);
     let text = match args.output {

@@ -1,9 +1,9 @@
 //! The file's signature and its two headers, of which the one with the higher number counts.
 
-use super::crc32c::checksum;
 use super::place::{MIB, Region};
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::crc32c::checksum;
 use crate::limits::MAX_VHDX_LOG_BYTES;
 use crate::map::{ByteSource, HostOffset};
 use crate::probe::small::unit;

@@ -3,10 +3,10 @@
 //! Entries lie one behind the other in a ring. The newest run of them counts whose numbers follow each other, and whose last entry
 //! says where it begins; everything else is what was there before.
 
-use super::crc32c::checksum;
 use super::replayed::{Filling, Patch, Patches};
 use super::{corrupt, unsupported};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::crc32c::checksum;
 use crate::limits::MAX_VHDX_LOG_BYTES;
 use crate::map::{ByteSource, HostOffset};
 use zerocopy::little_endian::{U32, U64};

@@ -3,7 +3,6 @@
 
 mod bat;
 mod check;
-mod crc32c;
 mod create;
 mod header;
 mod journal;

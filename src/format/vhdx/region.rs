@@ -1,9 +1,9 @@
 //! The table of regions, of which there are two copies.
 
-use super::crc32c::checksum;
 use super::place::{MIB, Region};
 use super::{corrupt, unsupported};
 use crate::error::Result;
+use crate::format::crc32c::checksum;
 use crate::map::{ByteSource, HostOffset};
 use crate::probe::small::unit;
 use uuid::{Uuid, uuid};

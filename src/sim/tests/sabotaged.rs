@@ -74,8 +74,10 @@ fn must_show_as(what: Sabotage) -> &'static [Verdict] {
         Sabotage::UnmarkedChain
         | Sabotage::ClearedTooEarly
         | Sabotage::MarkKept
-        | Sabotage::RepeatedBesideNew => {
-            unreachable!("broken in `rings`")
+        | Sabotage::RepeatedBesideNew
+        | Sabotage::CachedBeforeData
+        | Sabotage::UncleanTrusted => {
+            unreachable!("broken in `rings` and `caching`")
         }
     }
 }

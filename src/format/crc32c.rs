@@ -1,4 +1,4 @@
-//! The checksum of VHDX: CRC-32C (Castagnoli).
+//! The checksum of VHDX and of cache images: CRC-32C (Castagnoli).
 
 /// The polynomial, lowest power in the highest bit.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
