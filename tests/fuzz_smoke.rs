@@ -13,7 +13,7 @@ mod format_support {
 use common::hostile::{Choices, Random};
 use fuzz_support::effort::Effort;
 use fuzz_support::messages::{Meeting, queue_threads};
-use fuzz_support::{chains, formats, image, mutate, one_file};
+use fuzz_support::{chains, image, mutate, one_file};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -95,19 +95,19 @@ fn any_image_is_served_and_repaired_or_refused() {
 #[test]
 fn any_vmdk_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("vmdk", 6_000, 96 << 10, mutate::vmdk, &one_file::vmdk);
+    smoke("vmdk", 6_000, 96 << 10, mutate::vmdk, &|case| one_file::run(Format::Vmdk, case));
 }
 
 #[test]
 fn any_qed_or_qcow_is_served_and_repaired_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("levels", 6_000, 96 << 10, mutate::levels, &one_file::levels);
+    smoke("levels", 6_000, 96 << 10, mutate::levels, &one_file::run_levels);
 }
 
 /// The same for a format whose cases have the script behind them.
 fn any_image_of(format: Format, cases: u64) {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke(format.name(), cases, 256 << 10, mutate::numbers, &|case| formats::run(format, case));
+    smoke(format.name(), cases, 256 << 10, mutate::numbers, &|case| one_file::run(format, case));
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn any_dmg_is_served_or_refused() {
 #[test]
 fn any_cue_sheet_is_read_or_refused() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    smoke("cue", 10_000, 4 << 10, mutate::bytes, &formats::run_cue);
+    smoke("cue", 10_000, 4 << 10, mutate::bytes, &one_file::run_cue);
 }
 
 #[test]

@@ -41,7 +41,7 @@ pub fn mutate_vdi(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
 
 /// Any bytes as a VMDK.
 pub fn vmdk(case: &[u8]) {
-    fuzz_support::one_file::vmdk(case);
+    fuzz_support::one_file::run(Format::Vmdk, case);
 }
 
 /// Changes a case by what is known of a VMDK.
@@ -51,7 +51,7 @@ pub fn mutate_vmdk(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
 
 /// Any bytes as a QED or a QCOW.
 pub fn levels(case: &[u8]) {
-    fuzz_support::one_file::levels(case);
+    fuzz_support::one_file::run_levels(case);
 }
 
 /// Changes a case by what is known of these.
@@ -61,12 +61,12 @@ pub fn mutate_levels(case: &mut Vec<u8>, seed: u32, max_bytes: usize) {
 
 /// Any bytes as an image of the format of this name.
 pub fn image(format: &str, case: &[u8]) {
-    fuzz_support::formats::run(format.parse::<Format>().expect("a format"), case);
+    fuzz_support::one_file::run(format.parse::<Format>().expect("a format"), case);
 }
 
 /// Any bytes as a cue sheet.
 pub fn cue(case: &[u8]) {
-    fuzz_support::formats::run_cue(case);
+    fuzz_support::one_file::run_cue(case);
 }
 
 /// Changes the numbers in a case.

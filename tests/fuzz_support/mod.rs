@@ -5,7 +5,6 @@
 
 pub(crate) mod chains;
 pub(crate) mod effort;
-pub(crate) mod formats;
 pub(crate) mod image;
 pub(crate) mod messages;
 pub(crate) mod mutate;
