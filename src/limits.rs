@@ -84,7 +84,7 @@ pub const MAX_PLIST_BYTES: u64 = 32 << 20;
 /// Bytes of the window a packed unit may ask for to be unpacked.
 pub const MAX_UNPACK_WINDOW: u64 = 8 << 20;
 /// First-level tables that are kept whole and pages of second-level ones, of one image: with what belongs to them, 32 MiB.
-pub const TABLE_CACHE_BYTES: u64 = 24 << 20;
+pub const TABLE_CACHE_BYTES: u64 = 20 << 20;
 /// Clean blocks prepared ahead of need, in bytes of the file.
 pub const POOL_STEP_BYTES: u64 = 64 << 20;
 /// Largest buffered write done by the queue's own thread rather than handed to the engine.

@@ -237,9 +237,24 @@ fn logs_that_cannot_be_are_refused() {
     refused(&with(len, &sector(64 << 10)), ErrorKind::Unsupported, "headers");
     refused(&with(len, &sector(4 << 20)), ErrorKind::Unsupported, "data of the disk");
     assert_eq!(content(&with(len, &sector(7 << 20))), content(&clean), "a place nobody names");
-    let huge = [(3 << 20, u64::MAX)];
-    log(&mut f, 0, &Logged { sequence: 1, tail: 0, file_bytes: len, sectors: &[], zeros: &huge });
-    refused(&f, ErrorKind::Unsupported, "headers");
+    let mut with_zeros = |zeros| {
+        log(
+            &mut f,
+            0,
+            &Logged { sequence: 1, tail: 0, file_bytes: len, sectors: &[], zeros: &[(3 << 20, zeros)] },
+        );
+        f.clone()
+    };
+    refused(&with_zeros(u64::MAX & !4095), ErrorKind::Limit, "would write");
+    refused(&with_zeros((64 << 20) + 4096), ErrorKind::Limit, "would write");
+    assert_eq!(content(&with_zeros(u64::MAX)), content(&clean), "half a sector of zeros makes no entry");
+    // a log that is not in use, and not in the file either
+    let mut f = two_blocks();
+    for at in [64 << 10, 128 << 10] {
+        f[at + 72..at + 80].copy_from_slice(&(10u64 << 40).to_le_bytes());
+    }
+    reseal(&mut f);
+    refused(&f, ErrorKind::Corrupt, "not in the file");
 }
 
 /// Changes that the checksums do not see: they are made right again.

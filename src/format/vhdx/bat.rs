@@ -231,14 +231,40 @@ impl Layout {
         (0..self.entries).zip(table).filter_map(|(index, raw)| self.place(index, *raw, table).ok().flatten())
     }
 
-    /// The places that the table names, in the order of the file. Each fault is told. Of places that overlap the first is right.
+    /// True if [`Self::survey`] has nothing to tell. It looks at a bit for each unit of the file instead of making a list of all places.
+    pub(super) fn is_sound(&self, table: &[u64], taken: &[Region], file_bytes: u64) -> bool {
+        let units = file_bytes.div_ceil(BLOCK_UNIT);
+        if units / 64 > self.entries {
+            return false; // a list is shorter
+        }
+        let mut used = vec![0u64; usize::try_from(units / 64 + 1).expect("no more than a table")];
+        let mut take = |unit: u64| {
+            let (word, bit) = (usize::try_from(unit / 64).unwrap_or(usize::MAX), 1 << (unit % 64));
+            used.get_mut(word).is_some_and(|w| std::mem::replace(w, *w | bit) & bit == 0)
+        };
+        (0..self.entries).zip(table).all(|(index, raw)| match self.place(index, *raw, table) {
+            Err(_) => false,
+            Ok(None) => true,
+            Ok(Some(p)) => {
+                let lies_well = p.at >= MIB
+                    && p.at.is_multiple_of(BLOCK_UNIT)
+                    && p.at.saturating_add(p.needed) <= file_bytes
+                    && !taken.iter().any(|r| r.overlaps(p.at, p.len));
+                // the last block may end behind the file
+                let last = p.end().min(file_bytes).div_ceil(BLOCK_UNIT);
+                lies_well && (p.at / BLOCK_UNIT..last).all(&mut take)
+            }
+        })
+    }
+
+    /// Tells each fault, of places in the order of the file. Of those that overlap the first is right.
     pub(super) fn survey(
         &self,
         table: &[u64],
         taken: &[Region],
         file_bytes: u64,
         mut fault: impl FnMut(Fault),
-    ) -> Vec<Place> {
+    ) {
         let mut places = Vec::new();
         for (index, raw) in (0..self.entries).zip(table) {
             match self.place(index, *raw, table) {
@@ -265,7 +291,6 @@ impl Layout {
                 before = Some(*p);
             }
         }
-        places
     }
 }
 

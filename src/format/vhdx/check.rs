@@ -1,7 +1,7 @@
 //! What is wrong with a VHDX, as far as it can be told.
 
 use super::super::report::{CheckReport, Severity};
-use super::bat::Fault;
+use super::bat::{Fault, Place};
 use super::map::Parts;
 use crate::error::{ErrorKind, Result};
 use crate::map::ByteSource;
@@ -39,11 +39,13 @@ pub(super) fn examine(source: &dyn ByteSource) -> Result<std::result::Result<Exa
     let (table, file_bytes) = (parts.table(source)?, source.len());
     let mut report = CheckReport { blocks: parts.layout.blocks, ..CheckReport::default() };
     let mut faults = Vec::new();
-    let places = parts.layout.survey(&table, &parts.taken(), file_bytes, |fault| {
-        report.add(Severity::Corruption, fault.is_repairable(), fault.describe(file_bytes));
-        faults.push(fault);
-    });
-    report.allocated = places.iter().filter(|p| p.is_block()).count() as u64;
+    if !parts.layout.is_sound(&table, &parts.taken(), file_bytes) {
+        parts.layout.survey(&table, &parts.taken(), file_bytes, |fault| {
+            report.add(Severity::Corruption, fault.is_repairable(), fault.describe(file_bytes));
+            faults.push(fault);
+        });
+    }
+    report.allocated = parts.layout.places(&table).filter(Place::is_block).count() as u64;
     if !parts.regions.both_are_good {
         report.add(Severity::Corruption, true, "one of the two tables of regions is damaged".into());
     }

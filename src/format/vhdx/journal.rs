@@ -9,7 +9,7 @@
 use super::corrupt;
 use super::log::{NewEntry, SECTOR};
 use super::place::Region;
-use crate::error::{Failure, Result};
+use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::map::{HostOffset, Miss};
 use crate::probe::sabotage::{Sabotage, is_broken};
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +40,8 @@ struct State {
     tail: u64,
     /// An entry was composed and not published yet, it is under way or has failed: its sectors and numbers.
     flight: Option<(u64, u64)>,
+    /// It is the one with which the log begins anew. If that has failed, nobody knows whether it is durable, and no other may follow.
+    begins_anew: bool,
     /// Changes that will come, or are on their way.
     reserved: u64,
     /// Pages of the table that are newer in the log than in their places.
@@ -119,7 +121,8 @@ impl Journal {
     /// before is in its place.
     ///
     /// # Errors
-    /// Never, as long as each change has its reservation.
+    /// [`ErrorKind::SyncFailed`] once the log could not begin anew, for the rest of the session. None else, as long as each change has
+    /// its reservation.
     pub(super) fn compose(
         &self,
         sectors: &[(HostOffset, Vec<u8>)],
@@ -127,11 +130,18 @@ impl Journal {
         file_bytes: u64,
     ) -> Result<(HostOffset, Vec<u8>)> {
         let mut s = self.state();
+        if s.begins_anew {
+            let what = "the entry with which its log begins anew could not be written";
+            return Err(
+                Error::new(ErrorKind::SyncFailed, what).hint("check the disk, then open the image again")
+            );
+        }
         if let Some(upto) = s.checkpoint.as_ref().filter(|_| ends_checkpoint).map(|c| c.upto) {
             s.tail = upto;
             let since = upto != s.head && !is_broken(Sabotage::LogReused);
             if s.flight.is_none() && !since && s.head * 2 > self.ring {
                 (s.head, s.tail) = (0, 0);
+                s.begins_anew = true;
             }
         }
         let tail = s.tail * SECTOR_BYTES;
@@ -154,6 +164,7 @@ impl Journal {
     /// The kernel has accepted the entry that was composed last, which changes these pages.
     pub(super) fn publish(&self, pages: impl Iterator<Item = u64>) {
         let mut s = self.state();
+        s.begins_anew = false;
         if let Some((len, count)) = s.flight.take() {
             s.head += len;
             s.sequence += count;
@@ -201,6 +212,24 @@ mod tests {
     use super::super::header::MIN_LOG_BYTES;
     use super::super::place::MIB;
     use super::*;
+
+    /// The log has begun anew, and the entry that says so may not be durable: what follows could revive the entries before.
+    #[test]
+    fn nothing_follows_where_beginning_anew_has_failed() {
+        let journal = Journal::new(Region { at: MIB, len: MIN_LOG_BYTES });
+        journal.start([7; 16]);
+        let change = [(HostOffset(3 * MIB), vec![1; SECTOR])];
+        while !journal.is_half_full() {
+            journal.compose(&change, false, 4 * MIB).expect("room");
+            journal.publish([0].into_iter());
+        }
+        journal.checkpoint(true, std::iter::empty(), |_| vec![0; SECTOR]);
+        let (at, _) = journal.compose(&[], true, 4 * MIB).expect("room");
+        assert_eq!(at, HostOffset(MIB), "the first of the ring again");
+        // it was not published: it has failed
+        let next = journal.compose(&change, false, 4 * MIB);
+        assert_eq!(next.map_err(|e| e.kind()), Err(ErrorKind::SyncFailed));
+    }
 
     /// Each change alone in its entry, and a checkpoint that ends right behind it: the most of the ring that changes can take.
     #[test]

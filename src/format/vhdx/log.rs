@@ -15,6 +15,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 pub(super) const SECTOR: usize = 4096;
 const ENTRY_BYTES: usize = 64;
 const DESCRIPTOR_BYTES: usize = 32;
+/// Times that a ring's bytes are summed at most: as entries of the newest run, and as remains of older ones.
+const MOST_LAYERS: usize = 8;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -67,7 +69,7 @@ pub(super) fn read(source: &dyn ByteSource, id: [u8; 16], at: u64, bytes: u64) -
     }
     let mut ring = vec![0; usize::try_from(bytes).expect("MAX_VHDX_LOG_BYTES")];
     source.read_at(HostOffset(at), &mut ring)?;
-    let run = newest_run(&ring, id);
+    let run = newest_run(&ring, id)?;
     if let Some(last) = run.last()
         && last.flushed_file_bytes > source.len()
     {
@@ -76,6 +78,11 @@ pub(super) fn read(source: &dyn ByteSource, id: [u8; 16], at: u64, bytes: u64) -
         return Err(corrupt(what));
     }
     let patches: Vec<_> = run.into_iter().flat_map(|e| e.patches).collect();
+    let says = patches.iter().map(Patch::len).fold(0, u64::saturating_add);
+    if says > MAX_VHDX_LOG_BYTES {
+        let what = format!("its log would write {says} bytes; {MAX_VHDX_LOG_BYTES} are the limit");
+        return Err(Error::new(ErrorKind::Limit, what));
+    }
     if let Some(p) = patches.iter().find(|p| p.at < 256 << 10 || p.at.checked_add(p.len()).is_none()) {
         return Err(unsupported(format!("the log would write over byte {}, where the headers are", p.at)));
     }
@@ -83,12 +90,16 @@ pub(super) fn read(source: &dyn ByteSource, id: [u8; 16], at: u64, bytes: u64) -
 }
 
 /// The entries that count, oldest first.
-fn newest_run(ring: &[u8], id: [u8; 16]) -> Vec<Entry> {
+///
+/// # Errors
+/// [`ErrorKind::Limit`] where too many bytes would have to be summed: what was once written lies there at most in a few layers.
+fn newest_run(ring: &[u8], id: [u8; 16]) -> Result<Vec<Entry>> {
     let (mut best, mut from): (Vec<Entry>, usize) = (Vec::new(), 0);
+    let mut effort = MOST_LAYERS * ring.len();
     while from < ring.len() {
         let mut run = Vec::new();
         let (mut at, mut seen) = (from, 0);
-        while let Some(entry) = entry(ring, at, id) {
+        while let Some(entry) = entry(ring, at, id, &mut effort)? {
             let follows =
                 run.last().is_none_or(|e: &Entry| e.sequence.checked_add(1) == Some(entry.sequence));
             seen += entry.bytes;
@@ -99,7 +110,8 @@ fn newest_run(ring: &[u8], id: [u8; 16]) -> Vec<Entry> {
             run.push(entry);
         }
         // a run that wraps has been looked at to its end, and one that begins further on is a part of it
-        let next = if run.is_empty() || at <= from { from + SECTOR } else { at };
+        let wraps = !run.is_empty() && at <= from;
+        let next = if run.is_empty() { from + SECTOR } else { at };
         let newest = run.last().map_or(0, |e| e.sequence);
         let begin = run.last().and_then(|last| run.iter().position(|e| e.at == last.tail));
         if let Some(begin) = begin
@@ -107,9 +119,12 @@ fn newest_run(ring: &[u8], id: [u8; 16]) -> Vec<Entry> {
         {
             best = run.split_off(begin);
         }
+        if wraps {
+            break;
+        }
         from = next;
     }
-    best
+    Ok(best)
 }
 
 /// `len` bytes of the ring from `at` on.
@@ -118,8 +133,23 @@ fn cut(ring: &[u8], at: usize, len: usize) -> Vec<u8> {
     [&ring[at..at + first], &ring[..len - first]].concat()
 }
 
-/// The entry at `at`, if all of it is as it was written.
-fn entry(ring: &[u8], at: usize, id: [u8; 16]) -> Option<Entry> {
+/// The entry at `at`, if all of it is as it was written. Its bytes are taken off `effort`.
+fn entry(ring: &[u8], at: usize, id: [u8; 16], effort: &mut usize) -> Result<Option<Entry>> {
+    let Some((head, bytes, tail)) = head_of(ring, at, id) else { return Ok(None) };
+    *effort = effort
+        .checked_sub(bytes)
+        .ok_or_else(|| Error::new(ErrorKind::Limit, "its log is made so that it would take long to read"))?;
+    let whole = cut(ring, at, bytes);
+    if checksum(&whole, 4) != head.checksum.get() {
+        return Ok(None);
+    }
+    let Some(patches) = patches(&whole, &head) else { return Ok(None) };
+    let (sequence, flushed_file_bytes) = (head.sequence.get(), head.flushed_file_bytes.get());
+    Ok(Some(Entry { at, bytes, tail, sequence, flushed_file_bytes, patches }))
+}
+
+/// The head of the entry at `at`, its length and its tail, if they can be right.
+fn head_of(ring: &[u8], at: usize, id: [u8; 16]) -> Option<(EntryHeader, usize, usize)> {
     let head = EntryHeader::read_from_bytes(&ring[at..at + ENTRY_BYTES]).ok()?;
     let bytes = usize::try_from(head.bytes.get()).ok()?;
     let tail = usize::try_from(head.tail.get()).ok()?;
@@ -130,21 +160,7 @@ fn entry(ring: &[u8], at: usize, id: [u8; 16]) -> Option<Entry> {
         && bytes.is_multiple_of(SECTOR)
         && tail.is_multiple_of(SECTOR)
         && tail < ring.len();
-    if !possible {
-        return None;
-    }
-    let whole = cut(ring, at, bytes);
-    if checksum(&whole, 4) != head.checksum.get() {
-        return None;
-    }
-    Some(Entry {
-        at,
-        bytes,
-        tail,
-        sequence: head.sequence.get(),
-        flushed_file_bytes: head.flushed_file_bytes.get(),
-        patches: patches(&whole, &head)?,
-    })
+    possible.then_some((head, bytes, tail))
 }
 
 /// What an entry puts where; `None` if its parts do not belong together.
@@ -160,13 +176,18 @@ fn patches(whole: &[u8], head: &EntryHeader) -> Option<Vec<Patch>> {
             return None;
         }
         let what = match &d.signature {
-            b"zero" => Filling::Zeros(u64::from_le_bytes(d.leading)),
+            b"zero" => Filling::Zeros(zeros(u64::from_le_bytes(d.leading))?),
             b"desc" => Filling::Bytes(sector(sectors.next()?, &d, head.sequence.get())?),
             _ => return None,
         };
         all.push(Patch { at: d.at.get(), what });
     }
     Some(all)
+}
+
+/// Zeros come in whole sectors, too.
+fn zeros(bytes: u64) -> Option<u64> {
+    (bytes > 0 && bytes.is_multiple_of(SECTOR as u64)).then_some(bytes)
 }
 
 /// A sector as it was: its first eight and last four bytes stand in its descriptor, in their place its number.
@@ -252,13 +273,27 @@ mod tests {
         let bytes = new.bytes();
         assert_eq!(bytes.len(), 132 * SECTOR);
         ring[4096..4096 + bytes.len()].copy_from_slice(&bytes);
-        let run = newest_run(&ring, id);
+        let run = newest_run(&ring, id).expect("a short log");
         assert_eq!((run.len(), run[0].sequence, run[0].flushed_file_bytes), (1, 1 << 33 | 5, 9 << 20));
         for ((at, bytes), patch) in many.iter().zip(&run[0].patches) {
             assert!(matches!(&patch.what, Filling::Bytes(b) if **b == **bytes) && patch.at == at.0);
         }
         let empty = NewEntry { sectors: &[], ..new };
         assert_eq!(empty.bytes().len(), SECTOR);
-        assert!(newest_run(&[empty.bytes(), vec![0; SECTOR]].concat(), [8; 16]).is_empty());
+        let other = newest_run(&[empty.bytes(), vec![0; SECTOR]].concat(), [8; 16]);
+        assert!(other.expect("a short log").is_empty());
+    }
+
+    /// Each sector says that it is the head of an entry as long as the log.
+    #[test]
+    fn a_log_made_to_be_slow_is_refused() {
+        let id = [7; 16];
+        let new = NewEntry { id, sequence: 1, tail: 0, file_bytes: 0, sectors: &[] };
+        let mut ring = new.bytes().repeat(4096);
+        let len = u32::try_from(ring.len()).expect("16 MiB");
+        ring.chunks_exact_mut(SECTOR).for_each(|s| s[8..12].copy_from_slice(&len.to_le_bytes()));
+        let begun = std::time::Instant::now();
+        assert_eq!(newest_run(&ring, id).err().map(|e| e.kind()), Some(ErrorKind::Limit));
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::super::OpenHow;
 use super::super::sector_bits::run;
-use super::bat::{CHUNK_SECTORS, Entry, Layout};
+use super::bat::{CHUNK_SECTORS, Entry, Layout, Place};
 use super::header::Headers;
 use super::log;
 use super::metadata::Metadata;
@@ -52,6 +52,10 @@ impl Parts {
         let replayed = Replayed { file: source, patches: &patches };
         let regions = Regions::read(&replayed)?;
         let (log_at, log_bytes) = headers.current.log_extent();
+        // also of a log that is not in use: what is behind it would count as free
+        if log_at.checked_add(log_bytes).is_none_or(|end| end > source.len()) {
+            return Err(corrupt(format!("the log's {log_bytes} bytes at {log_at} are not in the file")));
+        }
         if regions.all().iter().any(|r| r.overlaps(log_at, log_bytes)) {
             return Err(corrupt("the log lies in another region"));
         }
@@ -193,14 +197,19 @@ impl VhdxMap {
 /// Refuses what the table cannot say, and blocks that only the log has.
 fn verify(parts: &Parts, table: &[u64], file_bytes: u64) -> Result<()> {
     let mut first = None;
-    let places = parts.layout.survey(table, &parts.taken(), file_bytes, |fault| {
-        first.get_or_insert_with(|| fault.describe(file_bytes));
-    });
+    if !parts.layout.is_sound(table, &parts.taken(), file_bytes) {
+        parts.layout.survey(table, &parts.taken(), file_bytes, |fault| {
+            first.get_or_insert_with(|| fault.describe(file_bytes));
+        });
+    }
     if let Some(what) = first {
         return Err(corrupt(what).hint("vdimg check tells everything that is wrong"));
     }
-    let payload = places.iter().filter(|p| p.is_block());
-    match payload.into_iter().find_map(|p| parts.patches.touching(p.at, p.len)) {
+    if parts.patches.0.is_empty() {
+        return Ok(());
+    }
+    let mut payload = parts.layout.places(table).filter(Place::is_block);
+    match payload.find_map(|p| parts.patches.touching(p.at, p.len)) {
         None => Ok(()),
         Some(p) => {
             let what = format!("its log holds data of the disk itself, for byte {} of the file", p.at);

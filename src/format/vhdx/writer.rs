@@ -10,7 +10,7 @@ use super::place::{MIB, Region};
 use super::replayed::Patches;
 use super::{corrupt, unsupported};
 use crate::error::{self, Error, ErrorKind, Failure};
-use crate::limits::{MAX_VHDX_LOG_BYTES, POOL_STEP_BYTES, TABLE_PIECE_BYTES};
+use crate::limits::{POOL_STEP_BYTES, TABLE_PIECE_BYTES};
 use crate::map::{
     Change, FileId, GuestRange, HostBlock, HostBlocks, HostOffset, MetaKey, MetaOp, Miss, Plan, PlanToken,
     Settled, Step,
@@ -408,11 +408,6 @@ fn has_all_blocks(parts: &Parts, table: &[u64]) -> bool {
 
 /// Where the log says something, in pieces that are written in any order.
 fn pieces(patches: &Patches, file_bytes: u64) -> error::Result<Vec<(u64, usize)>> {
-    let bytes = patches.0.iter().map(|p| p.len()).fold(0, u64::saturating_add);
-    if bytes > MAX_VHDX_LOG_BYTES {
-        let what = format!("its log would write {bytes} bytes; {MAX_VHDX_LOG_BYTES} are the limit");
-        return Err(Error::new(ErrorKind::Limit, what));
-    }
     let mut pieces = Vec::new();
     for p in &patches.0 {
         if p.at.saturating_add(p.len()) > file_bytes {
