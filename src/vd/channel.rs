@@ -207,7 +207,13 @@ impl Channel {
     /// the disk holds is unknown (rule O4).
     pub fn close_disk(&mut self, sync: bool) -> Result<()> {
         self.settle_down()?;
+        let closed = self.close_images(sync);
+        // last: it can take long, and all that is lost with it can be read again
         self.disk.end_cache();
+        closed
+    }
+
+    fn close_images(&mut self, sync: bool) -> Result<()> {
         if self.disk.may_write() == Err(Failure::SyncFailed) {
             let what = "a sync of it has failed: what was written since the last flush may be lost";
             return Err(Error::new(ErrorKind::SyncFailed, what)
