@@ -107,12 +107,6 @@ fn every_format_merges_over_any_span_in_both_directions() {
             for (n, name) in NAMES.iter().enumerate() {
                 assert_eq!(d.join(format!("{name}.{ext}")).exists(), !spent.contains(&n), "{what}: {name}");
             }
-            assert!(
-                !fs::read_dir(d)
-                    .unwrap()
-                    .any(|f| { f.unwrap().file_name().to_string_lossy().contains("merge") }),
-                "{what}: the note is left"
-            );
             shows(d, format, &what);
             check_all(d, format, &what);
             qemu_agrees(d, format);
@@ -150,47 +144,88 @@ fn copy_files(from: &Path, to: &Path) {
     }
 }
 
-/// At each moment at which it looks a merge ends; the disk shows the same, and the same call completes it.
+/// How often it looks.
+fn looks_of(how: &Merge) -> u64 {
+    let looks = Cell::new(0);
+    let cancelled = || {
+        looks.set(looks.get() + 1);
+        false
+    };
+    merge_images(how, &mut Watch { cancelled: &cancelled, progress: &mut |_| () }).expect("merge");
+    looks.get()
+}
+
+/// At each moment at which it looks a merge ends: no file has gone, the disk shows the same, and the same call completes it or says
+/// that it is complete; then the files that are not needed can go.
 #[test]
-fn a_merge_that_is_cancelled_anywhere_is_completed_by_the_same_call() {
+fn a_merge_that_is_cancelled_anywhere_has_lost_nothing() {
     for (seed, format) in (10..).zip(FORMATS) {
         let (name, ext) = format;
         let original = scratch();
         chain(original.path(), format, MIB, &mut Rng(seed));
-        for (from, into) in [("t", "b"), ("m2", "b"), ("b", "m2")] {
-            let mut ended = 0;
-            for n in (0..8).chain([9, 11, 14]).chain((18..).step_by(7)) {
+        let [b, m1, m2, t] = NAMES.map(|n| format!("{n}.{ext}"));
+        let below: Vec<&str> = if name == "parallels" { vec![&b, &m1, &m2] } else { Vec::new() };
+        for (from, into, spent) in
+            [("t", "b", ["m1", "m2", "t"]), ("m2", "b", ["m1", "m2", ""]), ("b", "m2", ["m1", "b", ""])]
+        {
+            let begin = || {
                 let dir = scratch();
+                copy_files(original.path(), dir.path());
+                let names = (format!("{from}.{ext}"), format!("{into}.{ext}"));
+                let how = of_chain(dir.path(), &t, &names.0, &names.1, &below);
+                (dir, how)
+            };
+            let (_dir, how) = begin();
+            let last = looks_of(&how);
+            let (mut ended, mut complete) = (0, 0);
+            for n in (0..last).filter(|n| *n < 8 || n % 7 == 0 || n + 14 > last) {
+                let (dir, how) = begin();
                 let d = dir.path();
-                copy_files(original.path(), d);
-                let what = format!("{ext} {from} into {into}, look {n}");
-                let [b, m1, m2, t] = NAMES.map(|n| format!("{n}.{ext}"));
-                let below: Vec<&str> = if name == "parallels" { vec![&b, &m1, &m2] } else { Vec::new() };
-                let how = of_chain(d, &t, &format!("{from}.{ext}"), &format!("{into}.{ext}"), &below);
+                let what = format!("{ext} {from} into {into}, look {n} of {last}");
                 match cancelled_at(&how, n) {
                     Err(e) => assert_eq!(e.kind(), ErrorKind::Cancelled, "{what}: {e}"),
-                    Ok(_) => break,
+                    // It looks as often as requests need.
+                    Ok(_) => continue,
                 }
                 ended += 1;
-                // Once files go the one on top may be another; until then it is there.
-                let untouched = NAMES.iter().all(|n| d.join(format!("{n}.{ext}")).exists());
-                if untouched {
-                    shows(d, format, &what);
-                }
-                cancelled_at(&how, u64::MAX).unwrap_or_else(|e| panic!("{what}: {e}"));
+                assert!(
+                    NAMES.iter().all(|n| d.join(format!("{n}.{ext}")).exists()),
+                    "{what}: a file is gone"
+                );
                 shows(d, format, &what);
-                let left = fs::read_dir(d).unwrap().count();
-                let images = if from == "t" { 1 } else { 2 };
-                assert_eq!(left, images + 1, "{what}: files are left");
+                match cancelled_at(&how, u64::MAX) {
+                    Ok(_) => {}
+                    Err(e) => {
+                        complete += 1;
+                        assert_eq!(e.kind(), ErrorKind::InvalidArgument, "{what}: {e}");
+                        let said = e.to_string();
+                        assert!(
+                            said.contains("no image of the chain") && said.contains("not needed any more"),
+                            "{said}"
+                        );
+                        shows(d, format, &what);
+                        for n in spent.iter().filter(|n| !n.is_empty()) {
+                            fs::remove_file(d.join(format!("{n}.{ext}"))).unwrap();
+                        }
+                    }
+                }
+                shows(d, format, &what);
+                check_left(d, &what, if from == "t" { 1 } else { 2 });
             }
             assert!(ended > 5, "{ext} {from} into {into}: ended {ended} times");
+            assert!(complete > 0 || from == "t" || name == "parallels", "{ext} {from} into {into}");
         }
     }
 }
 
-/// The process is killed at some moment, more than once.
+/// So many images, and the raw file.
+fn check_left(d: &Path, what: &str, images: usize) {
+    assert_eq!(fs::read_dir(d).unwrap().count(), images + 1, "{what}: files are left");
+}
+
+/// The process is killed at some moment.
 #[test]
-fn a_merge_that_is_killed_is_completed_by_the_same_command() {
+fn a_merge_that_is_killed_has_lost_nothing() {
     let format = ("vdi", "vdi");
     let mut killed = 0;
     for delay in [3, 10, 20, 40, 80, 160, 320] {
@@ -204,13 +239,22 @@ fn a_merge_that_is_killed_is_completed_by_the_same_command() {
         let _ = child.kill();
         child.wait().expect("wait");
         shows(d, format, &format!("after {delay} ms"));
-        let left = |name: &str| d.join(name).exists();
-        if left("m1.vdi") || left("m2.vdi") || left("m2.vdi.vdimg-merge") {
-            ok(d, args);
+        let there = |name: &str| d.join(name).exists();
+        if there("m2.vdi") {
+            let out = run(d, args);
+            if !out.status.success() {
+                let said = text(&out.stderr);
+                assert!(
+                    said.contains("no image of the chain") && said.contains("not needed any more"),
+                    "{said}"
+                );
+            }
+        }
+        for name in ["m1.vdi", "m2.vdi"].iter().filter(|n| there(n)) {
+            fs::remove_file(d.join(name)).unwrap();
         }
         shows(d, format, &format!("completed after {delay} ms"));
         check_all(d, format, "completed");
-        assert!(!left("m1.vdi") && !left("m2.vdi") && !left("m2.vdi.vdimg-merge"));
     }
     assert!(killed > 0, "every one was faster");
 }
@@ -342,14 +386,13 @@ fn internal_snapshots_are_not_lost() {
     ok(d, "check m2.qcow2");
 }
 
-/// Somebody goes on with an image after a merge of it was interrupted: what he has written is not removed.
+/// Somebody goes on with an image, or puts another one in its place, after a merge of it was interrupted: nothing of that is lost.
 #[test]
 fn what_was_written_after_an_interrupted_merge_is_merged_too() {
     let original = scratch();
-    let format = ("vdi", "vdi");
-    chain(original.path(), format, MIB, &mut Rng(8));
-    let mut left = 0;
-    for n in 0..60 {
+    chain(original.path(), ("vdi", "vdi"), MIB, &mut Rng(8));
+    let mut ended = 0;
+    for n in (0..60).step_by(3) {
         let dir = scratch();
         let d = dir.path();
         copy_files(original.path(), d);
@@ -357,32 +400,18 @@ fn what_was_written_after_an_interrupted_merge_is_merged_too() {
         if cancelled_at(&how, n).is_ok() {
             break;
         }
-        left += u32::from(d.join("t.vdi.vdimg-merge").exists());
+        ended += 1;
+        if n % 2 == 0 {
+            // The target is put back as it was.
+            fs::copy(original.path().join("m2.vdi"), d.join("m2.vdi")).unwrap();
+        }
         io_ok(d, "t.vdi", &["write -P 77 512 4k"]);
+        io_ok(d, "s.raw --format raw", &["write -P 77 512 4k"]);
         ok(d, "merge t.vdi");
-        assert!(!d.join("t.vdi").exists() && !d.join("t.vdi.vdimg-merge").exists());
-        io_ok(d, "m2.vdi", &["read -P 77 512 4k"]);
+        assert!(!d.join("t.vdi").exists());
+        ok(d, "compare m2.vdi s.raw");
     }
-    assert!(left > 0, "none was interrupted late enough to leave its note");
-}
-
-/// A note decides what is removed: nobody else's is believed.
-#[test]
-fn a_note_that_others_may_write_is_refused() {
-    use std::os::unix::fs::PermissionsExt;
-    let dir = scratch();
-    let d = dir.path();
-    chain(d, ("vdi", "vdi"), MIB, &mut Rng(8));
-    let note = d.join("t.vdi.vdimg-merge");
-    fs::write(&note, "{}").unwrap();
-    fs::set_permissions(&note, fs::Permissions::from_mode(0o666)).unwrap();
-    let line = fails(d, 1, "merge t.vdi");
-    assert!(line.contains("no note of a merge"), "{line}");
-    // One that is not whole is of no use.
-    fs::set_permissions(&note, fs::Permissions::from_mode(0o600)).unwrap();
-    ok(d, "merge t.vdi");
-    ok(d, "compare m2.vdi s.raw");
-    assert!(!note.exists());
+    assert!(ended > 2);
 }
 
 /// QEMU knows a VMDK's parent by its content ID, which must be right at every moment.
@@ -466,4 +495,269 @@ fn progress_goes_to_the_end() {
     assert_eq!(done.into, d.join("b.vdi"));
     assert!(seen.iter().all(|p| p.done <= p.total));
     assert!(seen.iter().any(|p| p.done == 4 * MIB && p.total == 4 * MIB), "{seen:?}");
+}
+
+/// Everything between the target and what hides it shows something else afterwards, also if it is kept.
+#[test]
+fn other_children_are_found_also_with_keep_and_by_name() {
+    for (ext, words) in
+        [("vdi", "is the parent of"), ("qcow2", "is the parent of"), ("vmdk", "is the parent of")]
+    {
+        let dir = scratch();
+        let d = dir.path();
+        chain(d, (ext, ext), MIB, &mut Rng(7));
+        ok(d, &format!("create --format {ext} --parent b.{ext} --parent m1.{ext} other.{ext}"));
+        let before: Vec<_> = NAMES.map(|n| fs::read(d.join(format!("{n}.{ext}"))).unwrap()).into();
+        for args in
+            ["--into m1", "--into b", "--from m2 --into b", "--from m1 --into b", "--from m2 --into m1"]
+        {
+            let args = args.replace("m1", &format!("m1.{ext}")).replace("m2", &format!("m2.{ext}"));
+            let args = if args.ends_with('b') { format!("{args}.{ext}") } else { args };
+            for keep in ["", " --keep"] {
+                // m1 goes, but what it shows does not change as long as it stays
+                if keep == " --keep" && args.starts_with("--from m1") {
+                    continue;
+                }
+                let line = fails(d, 1, &format!("merge{keep} t.{ext} {args}"));
+                assert!(
+                    line.contains(words) && line.contains(&format!("other.{ext}")),
+                    "{args}{keep}: {line}"
+                );
+            }
+        }
+        let line = fails(d, 1, &format!("merge t.{ext} --from m1.{ext} --into m2.{ext}"));
+        assert!(line.contains(&format!("other.{ext}")), "{line}");
+        let after: Vec<_> = NAMES.map(|n| fs::read(d.join(format!("{n}.{ext}"))).unwrap()).into();
+        assert!(before == after, "{ext}: nothing was written");
+        // Nothing beneath it is another.
+        ok(d, &format!("merge --keep t.{ext} --from m1.{ext} --into m2.{ext}"));
+        ok(d, &format!("compare t.{ext} s.raw"));
+    }
+}
+
+/// A raw base has no UUID: its other child is found by the name it gives its parent.
+#[test]
+fn a_raw_base_under_two_is_not_written() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format raw --size 1M b.raw");
+    io_ok(d, "b.raw", &["write -P 1 0 1M"]);
+    for name in ["t.qcow2", "other.qcow2"] {
+        ok(d, &format!("create --format qcow2 --parent b.raw {name}"));
+    }
+    io_ok(d, "t.qcow2", &["write -P 2 0 64k"]);
+    for keep in ["", "--keep"] {
+        let line = fails(d, 1, &format!("merge {keep} t.qcow2"));
+        assert!(line.contains("b.raw") && line.contains("other.qcow2"), "{line}");
+    }
+    io_ok(d, "other.qcow2", &["read -P 1 0 1M"]);
+    fs::remove_file(d.join("other.qcow2")).unwrap();
+    ok(d, "merge t.qcow2");
+    io_ok(d, "b.raw", &["read -P 2 0 64k", "read -P 1 64k 960k"]);
+}
+
+fn descriptor(kind: &str, extents: &str) -> String {
+    format!(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"{kind}\"\n\n\
+         # Extent description\n{extents}\n\n# The Disk Data Base\n#DDB\n\nddb.adapterType = \"ide\"\n"
+    )
+}
+
+/// What would be written there would be lost.
+#[test]
+fn a_target_that_forgets_or_refuses_writes_in_places_is_not_touched() {
+    let cases = [
+        ("partitionedDevice", "RW 2048 FLAT \"p.raw\" 0\nRW 2048 ZERO"),
+        ("twoGbMaxExtentFlat", "RW 2048 FLAT \"p.raw\" 0\nRDONLY 2048 FLAT \"q.raw\" 0"),
+    ];
+    for (kind, extents) in cases {
+        let dir = scratch();
+        let d = dir.path();
+        fs::write(d.join("p.raw"), vec![1; MIB as usize]).unwrap();
+        fs::write(d.join("q.raw"), vec![2; MIB as usize]).unwrap();
+        fs::write(d.join("b.vmdk"), descriptor(kind, extents)).unwrap();
+        ok(d, "create --format qcow2 --parent b.vmdk t.qcow2");
+        io_ok(d, "t.qcow2", &["write -P 3 0 64k"]);
+        let line = fails(d, 1, "merge t.qcow2");
+        assert!(line.contains("b.vmdk") && line.contains("takes no writes"), "{kind}: {line}");
+        assert!(fs::read(d.join("p.raw")).unwrap().iter().all(|b| *b == 1));
+        assert!(d.join("t.qcow2").exists());
+    }
+    // A CD by its name, which moreover would have to grow.
+    let dir = scratch();
+    let d = dir.path();
+    fs::write(d.join("b.iso"), vec![1; MIB as usize]).unwrap();
+    ok(d, "create --format qcow2 --parent b.iso,format=raw --size 2M t.qcow2");
+    io_ok(d, "t.qcow2", &["write -P 3 0 64k"]);
+    let line = fails(d, 1, "merge t.qcow2");
+    assert!(line.contains("optical"), "{line}");
+    assert!(fs::read(d.join("b.iso")).unwrap() == vec![1; MIB as usize]);
+}
+
+/// What may belong to others is left, and told.
+#[test]
+fn only_files_that_are_the_images_own_are_removed() {
+    let dir = scratch();
+    let d = dir.path();
+    let mut signed = vec![1; MIB as usize];
+    signed[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    for (name, bytes) in
+        [("p.raw", vec![1; MIB as usize]), ("q.raw", vec![2; MIB as usize]), ("r.raw", signed)]
+    {
+        fs::write(d.join(name), bytes).unwrap();
+    }
+    let extents = "RW 2048 FLAT \"p.raw\" 0\nRDONLY 2048 FLAT \"q.raw\" 0\nRW 2048 FLAT \"r.raw\" 0";
+    fs::write(d.join("b.vmdk"), descriptor("twoGbMaxExtentFlat", extents)).unwrap();
+    ok(d, "create --format qcow2 --parent b.vmdk t.qcow2");
+    let said = ok(d, "merge t.qcow2 --from b.vmdk --into t.qcow2");
+    for line in ["b.vmdk: merged into", "p.raw: removed", "q.raw: not removed", "r.raw: not removed"] {
+        assert!(said.contains(line), "{said}");
+    }
+    for (name, there) in [("b.vmdk", false), ("p.raw", false), ("q.raw", true), ("r.raw", true)] {
+        assert_eq!(d.join(name).exists(), there, "{name}");
+    }
+    io_ok(d, "t.qcow2", &["read -P 1 0 1M", "read -P 2 1M 1M", "read -P 1 2097664 512"]);
+    // A link is not what it leads to.
+    fs::create_dir(d.join("far")).unwrap();
+    ok(d, "create --format vdi --size 1M b.vdi");
+    ok(d, "create --format vdi --parent b.vdi far/t.vdi");
+    io_ok(d, "--parent b.vdi far/t.vdi", &["write -P 3 0 64k"]);
+    std::os::unix::fs::symlink("far/t.vdi", d.join("t.vdi")).unwrap();
+    let said = ok(d, "merge --parent b.vdi t.vdi");
+    assert!(said.contains("t.vdi: not removed: its name is a link"), "{said}");
+    io_ok(d, "--read-only b.vdi", &["read -P 3 0 64k"]);
+    assert!(d.join("far/t.vdi").exists());
+}
+
+/// The parts of a removed image go with it.
+#[test]
+fn the_extents_of_a_split_image_go_with_it() {
+    let dir = scratch();
+    let d = dir.path();
+    for n in 0..2 {
+        fs::write(d.join(format!("b-f00{n}.vmdk")), vec![1; MIB as usize]).unwrap();
+    }
+    let extents = "RW 2048 FLAT \"b-f000.vmdk\" 0\nRW 2048 FLAT \"b-f001.vmdk\" 0";
+    fs::write(d.join("b.vmdk"), descriptor("twoGbMaxExtentFlat", extents)).unwrap();
+    ok(d, "create --format vmdk --parent b.vmdk t.vmdk");
+    io_ok(d, "t.vmdk", &["write -P 3 0 64k"]);
+    let said = ok(d, "merge t.vmdk --from b.vmdk --into t.vmdk");
+    assert!(said.contains("b-f001.vmdk: removed"), "{said}");
+    let left: Vec<_> = fs::read_dir(d).unwrap().map(|f| f.unwrap().file_name()).collect();
+    assert_eq!(left, ["t.vmdk"]);
+    io_ok(d, "t.vmdk", &["read -P 3 0 64k", "read -P 1 64k 1984k"]);
+}
+
+/// Somebody who heeds no locks writes to an image that is being merged: it is not removed.
+#[test]
+fn what_changes_without_a_lock_meanwhile_is_not_removed() {
+    for what in ["written", "replaced"] {
+        let dir = scratch();
+        let d = dir.path();
+        chain(d, ("vdi", "vdi"), MIB, &mut Rng(8));
+        let how = of_chain(d, "t.vdi", "m2.vdi", "m1.vdi", &[]);
+        let path = d.join("m2.vdi");
+        let done = Cell::new(false);
+        let cancelled = || {
+            if !done.replace(true) {
+                let bytes = fs::read(&path).unwrap();
+                if what == "replaced" {
+                    fs::rename(&path, d.join("old.bin")).unwrap();
+                }
+                fs::write(&path, bytes).unwrap();
+            }
+            false
+        };
+        let e = merge_images(&how, &mut Watch { cancelled: &cancelled, progress: &mut |_| () }).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Locked, "{e}");
+        assert!(e.to_string().contains(what) && path.exists(), "{e}");
+        shows(d, ("vdi", "vdi"), what);
+    }
+}
+
+/// A file is called what the command calls it, whatever that is a link to.
+#[test]
+fn a_parents_name_is_the_one_it_was_opened_by() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format qcow2 --size 1M base-v1.qcow2");
+    std::os::unix::fs::symlink("base-v1.qcow2", d.join("base.qcow2")).unwrap();
+    ok(d, "create --format qcow2 --parent base.qcow2 m.qcow2");
+    io_ok(d, "m.qcow2", &["write -P 1 0 64k"]);
+    ok(d, "create --format qcow2 --parent base.qcow2 --parent m.qcow2 t.qcow2");
+    ok(d, "merge --parent base.qcow2 --parent m.qcow2 t.qcow2 --from m.qcow2 --into base.qcow2");
+    let named = text(&run(d, "info --output json t.qcow2").stdout);
+    assert!(named.contains("\"base.qcow2\""), "{named}");
+    io_ok(d, "t.qcow2", &["read -P 1 0 64k"]);
+}
+
+/// What the disk holds of such an image is unknown: neither is it written nor are its bytes believed and then removed.
+#[test]
+fn an_image_of_which_a_sync_has_failed_is_not_merged() {
+    use std::os::unix::fs::MetadataExt;
+    for marked in ["t", "m2", "b"] {
+        let dir = scratch();
+        let d = dir.path();
+        chain(d, ("vdi", "vdi"), MIB, &mut Rng(9));
+        let meta = fs::metadata(d.join(format!("{marked}.vdi"))).unwrap();
+        let made = meta.created().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+        let made = made.map_or(0, |t| t.as_nanos());
+        let runtime = d.join("run");
+        fs::create_dir_all(runtime.join("vdblk")).unwrap();
+        let mark = runtime.join(format!("vdblk/sync-failed-{:x}-{:x}-{made:x}", meta.dev(), meta.ino()));
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        fs::write(&mark, boot.trim()).unwrap();
+        let before: Vec<_> = NAMES.map(|n| fs::read(d.join(format!("{n}.vdi"))).unwrap()).into();
+        let args = "merge t.vdi --from m2.vdi --into b.vdi";
+        let out = vdimg(d, args).env("XDG_RUNTIME_DIR", &runtime).output().unwrap();
+        let line = failed(args, 1, out);
+        assert!(line.contains(&format!("{marked}.vdi")) && line.contains("sync"), "{line}");
+        let after: Vec<_> = NAMES.map(|n| fs::read(d.join(format!("{n}.vdi"))).unwrap()).into();
+        assert!(before == after, "{marked}: nothing was written");
+        fs::remove_file(mark).unwrap();
+        succeeded(args, vdimg(d, args).env("XDG_RUNTIME_DIR", &runtime).output().unwrap());
+    }
+}
+
+/// That a child says when its parent was changed is nice to have: one that cannot is told, and the merge is done.
+#[test]
+fn a_child_that_cannot_say_when_its_parent_was_changed_is_no_hindrance() {
+    let dir = scratch();
+    let d = dir.path();
+    ok(d, "create --format vdi --size 1M b.vdi");
+    io_ok(d, "b.vdi", &["write -P 1 0 1M"]);
+    ok(d, "create --format vdi --parent b.vdi m.vdi");
+    io_ok(d, "m.vdi", &["write -P 2 0 64k"]);
+    ok(d, "create --format vhdx --parent b.vdi --parent m.vdi t.vhdx");
+    let args = "merge --parent b.vdi --parent m.vdi t.vhdx --from b.vdi --into m.vdi";
+    let out = run(d, args);
+    assert!(out.status.success() && text(&out.stderr).contains("warning: t.vhdx"), "{}", text(&out.stderr));
+    assert!(!d.join("b.vdi").exists());
+    io_ok(d, "--parent m.vdi t.vhdx", &["read -P 2 0 64k", "read -P 1 64k 960k"]);
+}
+
+/// Another child that turns up while an image is being merged keeps it from being removed.
+#[test]
+fn a_child_that_comes_meanwhile_keeps_its_parent() {
+    let dir = scratch();
+    let d = dir.path();
+    chain(d, ("vdi", "vdi"), MIB, &mut Rng(8));
+    ok(d, "create --format vdi --parent b.vdi --parent m1.vdi --parent m2.vdi other.vdi");
+    let elsewhere = scratch();
+    fs::rename(d.join("other.vdi"), elsewhere.path().join("other.vdi")).unwrap();
+    let how = of_chain(d, "t.vdi", "m2.vdi", "m1.vdi", &[]);
+    let done = Cell::new(false);
+    let cancelled = || {
+        if !done.replace(true) {
+            fs::copy(elsewhere.path().join("other.vdi"), d.join("other.vdi")).unwrap();
+        }
+        false
+    };
+    let e = merge_images(&how, &mut Watch { cancelled: &cancelled, progress: &mut |_| () }).unwrap_err();
+    assert!(e.kind() == ErrorKind::ReadOnly && e.to_string().contains("other.vdi"), "{e}");
+    for name in ["t.vdi", "other.vdi"] {
+        assert!(run(d, &format!("info {name}")).status.success());
+    }
+    shows(d, ("vdi", "vdi"), "the top");
+    assert!(d.join("m2.vdi").exists());
 }

@@ -1,7 +1,7 @@
 //! Taking from an image what it need not keep: places of blocks that are zeros, or equal to what the parent shows, and holes.
 
 use super::lanes::Lanes;
-use super::{Job, LANE_BYTES, Piece, PieceKind, Progress, Step, StepsJob, Survey, Watch, open_channel};
+use super::{Job, LANE_BYTES, Piece, PieceKind, Progress, Step, Survey, Watch, change, open_channel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{OpenHow, Spare};
 use crate::map::{FileId, GuestOffset, GuestRange, ImageMap};
@@ -36,8 +36,7 @@ pub fn compact_image(how: &OpenDisk, watch: &mut Watch<'_>) -> Result<Compacted>
     let mut search = SpareJob::new(&image.alone()?, beneath.as_ref())?;
     watch.run(&mut search)?;
     let steps = image.compact(&search.into_spare()).map_err(|e| e.at(&how.image.path))?;
-    let files: Vec<_> = image.files().iter().map(|f| &**f).collect();
-    watch.run(&mut StepsJob::new(files, steps))?;
+    change(&image, steps, watch)?;
     Ok(Compacted { before, after: bytes_of(&image)? })
 }
 

@@ -36,6 +36,7 @@ pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};
 pub use steps::StepsJob;
+use steps::change;
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -114,7 +115,12 @@ const ENGINE_DEPTH: u32 = 128;
 
 /// A channel over the best engine there is, for a job with `lanes` lanes.
 fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
-    let chosen = make_engine(EngineKind::Auto, ENGINE_DEPTH)?;
+    open_channel_over(EngineKind::Auto, disk, lanes)
+}
+
+/// The same over an engine of this kind.
+fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+    let chosen = make_engine(kind, ENGINE_DEPTH)?;
     if let Some(why) = chosen.fallback {
         tracing::info!("threads instead of io_uring: {why}");
     }

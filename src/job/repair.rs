@@ -1,6 +1,6 @@
 //! Repairing one image, without its parents.
 
-use super::{StepsJob, Watch};
+use super::{Watch, change};
 use crate::error::Result;
 use crate::format::{CheckReport, Format};
 use crate::vd::{ImageFiles, ImageSpec};
@@ -53,7 +53,6 @@ pub fn repair_image_with(
     if dry_run {
         return Ok(Repaired::Report { before, lines, after: None });
     }
-    let files: Vec<_> = image.files().iter().map(|f| &**f).collect();
-    watch.run(&mut StepsJob::new(files, plan.steps))?;
+    change(&image, plan.steps, watch)?;
     Ok(Repaired::Report { before, lines, after: image.check()? })
 }

@@ -1,6 +1,6 @@
 //! Changing the size of an image's disk.
 
-use super::{LANE_BYTES, PieceKind, StepsJob, Survey, Watch};
+use super::{LANE_BYTES, PieceKind, Survey, Watch, change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::OpenHow;
 use crate::limits::{MAX_DISK_BYTES, SECTOR_BYTES};
@@ -52,8 +52,7 @@ pub fn resize_image(how: &Resize, watch: &mut Watch<'_>) -> Result<(u64, u64)> {
         refuse_loss(&image.alone()?, new, watch).map_err(|e| e.at(&spec.path))?;
     }
     let steps = image.resize(new)?;
-    let files: Vec<_> = image.files().iter().map(|f| &**f).collect();
-    watch.run(&mut StepsJob::new(files, steps))?;
+    change(&image, steps, watch)?;
     let now = image.map(FileId(0), OpenHow { read_only: true, info_only: false })?.limits().size_bytes;
     if now != new {
         let what = format!("has {now} bytes after its size was set to {new}");

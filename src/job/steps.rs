@@ -1,11 +1,12 @@
 //! Steps that a format has planned, carried out.
 
-use super::{Job, LANE_BYTES, Progress, Step};
+use super::{Job, LANE_BYTES, Progress, Step, Watch};
 use crate::error::{Error, Result};
 use crate::format::FileStep;
 use crate::io::HostFile;
 use crate::limits::{MAX_ZEROS_BYTES, SECTOR_BYTES};
 use crate::map::{FileId, HostOffset};
+use crate::vd::ImageFiles;
 use std::io;
 
 /// Carries out steps on the files of an image, in order, each complete before the next. Ended at any moment, the image has lost
@@ -19,13 +20,36 @@ pub struct StepsJob<'a> {
     copied: u64,
     /// Of all steps.
     progress: Progress,
+    /// What is on disk is not known any more.
+    pub(super) sync_failed: bool,
+}
+
+/// Carries out steps on an image that is locked. Where a sync fails the image is marked: what its disk holds is unknown.
+///
+/// # Errors
+/// Of writing; [`crate::ErrorKind::Cancelled`].
+pub(super) fn change(image: &ImageFiles, steps: Vec<FileStep>, watch: &mut Watch<'_>) -> Result<()> {
+    let files = image.files().iter().map(|f| &**f).collect();
+    let mut job = StepsJob::new(files, steps);
+    let done = watch.run(&mut job);
+    if job.sync_failed {
+        image.mark_failed_sync();
+    }
+    done
 }
 
 impl<'a> StepsJob<'a> {
     /// `steps` on the image with these files.
     pub fn new(files: Vec<&'a dyn HostFile>, steps: Vec<FileStep>) -> Self {
         let total = steps.iter().map(cost).fold(1, u64::saturating_add);
-        StepsJob { files, steps, next: 0, copied: 0, progress: Progress { done: 0, total } }
+        StepsJob {
+            files,
+            steps,
+            next: 0,
+            copied: 0,
+            progress: Progress { done: 0, total },
+            sync_failed: false,
+        }
     }
 
     /// Sets the length; true when that is complete. A file that grows by truncation may, after a power cut, show there
@@ -150,7 +174,11 @@ impl Job for StepsJob<'_> {
             FileStep::Fill { file, at, len, byte } => (file, self.fill_piece(self.file(file), at, len, byte)),
             FileStep::SetLen { file, to } => (file, Self::set_len(self.file(file), to, false)),
             FileStep::Reserve { file, to } => (file, Self::set_len(self.file(file), to, true)),
-            FileStep::Sync { file } => (file, self.file(file).sync().map(|()| true)),
+            FileStep::Sync { file } => {
+                let synced = self.file(file).sync();
+                self.sync_failed |= synced.is_err();
+                (file, synced.map(|()| true))
+            }
             FileStep::Copy { file, from, to, len } => (file, self.copy_piece(self.file(file), from, to, len)),
         };
         if complete.map_err(|e| Error::io(self.tried(), e).at(self.file(id).path()))? {

@@ -339,6 +339,21 @@ fn a_repair_that_would_copy_without_end_is_refused() {
     assert!(vdi::check(&FileSource::new(&few).unwrap()).unwrap().is_clean());
 }
 
+/// The image is marked by that: not by what fails otherwise.
+#[test]
+fn a_sync_that_fails_among_steps_is_remembered() {
+    let file = FileId(0);
+    let write = FileStep::Write { file, at: HostOffset(0), bytes: vec![1] };
+    for fails in [true, false] {
+        let f = SimFile::new("x", Bytes::of(&[7; 700]));
+        f.fail_direct_syncs(fails);
+        let mut job = StepsJob::new(vec![&*f], vec![write.clone(), FileStep::Sync { file }]);
+        let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
+        assert_eq!(watch.run(&mut job).is_err(), fails);
+        assert_eq!(job.sync_failed, fails);
+    }
+}
+
 #[test]
 fn a_file_is_lengthened_by_zeros_where_nothing_can_be_allocated() {
     let (at, to) = (700, (5 << 20) + 1000);

@@ -195,6 +195,11 @@ pub trait ImageMap: Send + Sync + Debug {
     /// Images above know this one by its content ID alone: the changes to come leave that as it is. Before [`Self::begin`].
     fn keep_content_id(&self) {}
 
+    /// The first part of the disk that takes no writes, or forgets them, although the image is open for writing.
+    fn unwritten(&self) -> Option<GuestRange> {
+        None
+    }
+
     /// A page that [`Self::end`] has to see next. Asked before each call of it, until there is none.
     fn end_needs(&self) -> Option<MetaKey> {
         None

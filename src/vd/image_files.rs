@@ -191,8 +191,16 @@ impl ImageFiles {
         if !allow_write_to_parent {
             refuse_parent_of_another(&self.path, info.uuid.or_else(|| stand_in(&self.path)))?;
         }
-        let marker = SyncFailureMarker::of(self.files[0].traits().identity, &self.path);
-        marker.refuse_if_set().map_err(|e| e.at(&self.path))
+        self.marker().refuse_if_set().map_err(|e| e.at(&self.path))
+    }
+
+    /// A sync of one of its files has failed: nobody writes to it until the machine was started again.
+    pub(crate) fn mark_failed_sync(&self) {
+        self.marker().set();
+    }
+
+    fn marker(&self) -> SyncFailureMarker {
+        SyncFailureMarker::of(self.files[0].traits().identity, &self.path)
     }
 
     /// The image by itself as a disk that is only read.

@@ -121,6 +121,20 @@ impl OpenImage {
         &self.files
     }
 
+    /// Makes durable what is read of it.
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let sync = |f: &Arc<dyn HostFile>| f.sync().map_err(|e| Error::io("make it durable", e).at(f.path()));
+        self.files.iter().try_for_each(sync)
+    }
+
+    /// Device and inode of each file.
+    pub(crate) fn identities(&self) -> Vec<(u64, u64)> {
+        self.files.iter().map(|f| f.traits().identity).collect()
+    }
+
     /// The file that was named.
     fn file(&self) -> &Arc<dyn HostFile> {
         &self.files[0]
@@ -403,18 +417,13 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
-    let Some(child) = other_child(path, uuid, &[]) else { return Ok(()) };
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let child = uuid.and_then(|u| ParentSearch::new(vec![dir.to_path_buf()]).child_of(u, &[]));
+    let Some(child) = child else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(path)
         .hint("serve the child, use --overlay or --read-only, or pass --allow-write-to-parent"))
-}
-
-/// An image in the folder of the one at `path`, whose UUID this is, that has it as its parent and is none of `but`.
-pub(crate) fn other_child(path: &Path, uuid: Option<Uuid>, but: &[&Path]) -> Option<PathBuf> {
-    let dir = path.parent()?;
-    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-    ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid?, but)
 }
 
 /// Unbuffered I/O writes whole device sectors. Guests write sectors of 512 bytes, and metadata may share a sector with

@@ -1,6 +1,7 @@
 //! Finding the images a disk belongs with: parents by their UUID, children by the parent they name.
 
 use super::image_files::ImageFiles;
+use super::references::parent_path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, extension_format};
 use crate::limits::{MAX_PARENT_SEARCH_DEPTH, MAX_PARENT_SEARCH_FILES};
@@ -35,7 +36,40 @@ pub(super) struct ParentSearch {
 struct Found {
     by_uuid: HashMap<Uuid, Vec<PathBuf>>,
     by_parent: HashMap<Uuid, Vec<PathBuf>>,
+    by_name: Vec<Named>,
     files: usize,
+}
+
+/// An image that says in which file its parent is.
+#[derive(Debug)]
+struct Named {
+    child: PathBuf,
+    names: Vec<String>,
+    uuid: Option<Uuid>,
+}
+
+/// An image that others may have as their parent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sought<'a> {
+    pub(crate) path: &'a Path,
+    /// What it says of itself.
+    pub(crate) own: Option<Uuid>,
+    /// What its children may call it.
+    pub(crate) named: Option<Uuid>,
+}
+
+/// The first of `images` that an image in its folder, or below, which is none of `but`, has as its parent, and that image: by UUID, or,
+/// unless the UUIDs are different ones, by the file's name.
+pub(crate) fn any_other_child<'a>(images: &[Sought<'a>], but: &[&Path]) -> Option<(&'a Path, PathBuf)> {
+    let mut searches: HashMap<PathBuf, ParentSearch> = HashMap::new();
+    images.iter().find_map(|image| {
+        let dir = image.path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let new = || ParentSearch::new(vec![dir.to_path_buf()]);
+        let search = searches.entry(dir.to_path_buf()).or_insert_with(new);
+        let by_uuid = image.named.and_then(|uuid| search.child_of(uuid, but));
+        let child = by_uuid.or_else(|| search.child_by_name(image, but))?;
+        Some((image.path, child))
+    })
 }
 
 impl ParentSearch {
@@ -69,6 +103,22 @@ impl ParentSearch {
         let known: Vec<_> = but.iter().map(|p| identity(p)).collect();
         let children = self.found().by_parent.get(&uuid)?;
         children.iter().find(|p| !known.contains(&identity(p))).cloned()
+    }
+
+    /// A file that names this one as its parent's, and is none of `but`.
+    fn child_by_name(&mut self, parent: &Sought<'_>, but: &[&Path]) -> Option<PathBuf> {
+        let known: Vec<_> = but.iter().map(|p| identity(p)).collect();
+        let own = identity(parent.path);
+        let dirs = self.dirs.clone();
+        let is_meant = |n: &&Named| {
+            let is_another = n.uuid.zip(parent.own).is_some_and(|(said, is)| said != is);
+            // One that says where it is in vain, or where it may not be, is nobody's child.
+            let names = || parent_path(&n.child, &n.names, &dirs).ok().flatten();
+            !is_another
+                && !known.contains(&identity(&n.child))
+                && names().is_some_and(|p| identity(&p) == own)
+        };
+        self.found().by_name.iter().find(is_meant).map(|n| n.child.clone())
     }
 
     fn found(&mut self) -> &Found {
@@ -124,5 +174,9 @@ fn look(path: &Path, found: &mut Found) {
     }
     if let Some(p) = info.parent_uuid {
         found.by_parent.entry(p).or_default().push(path.to_path_buf());
+    }
+    if !info.parent_names.is_empty() {
+        let (child, uuid) = (path.to_path_buf(), info.parent_uuid);
+        found.by_name.push(Named { child, names: info.parent_names, uuid });
     }
 }

@@ -93,9 +93,10 @@ Downwards an image beneath takes in what those above it hold, and the image
 above the last of them gets it as its parent; upwards a child takes in what its
 parents hold, and gets the parent of the last of them. The top shows the same
 before, after and at any moment between, and files are removed only when all is
-durable; ended early, the same command completes it. Other images over the one
-that changes would be corrupted: those whose parents are told by UUID, in its
-folder, are found, and the merge is refused.
+durable. Ended early, the same command completes it, or says that the image is
+not of the chain any more: then its file is not needed. Other images over one
+that changes or goes would be corrupted: those in its folder are found by UUID
+or file name, if their extension is an image's, and the merge is refused.
 Examples: vdimg merge snapshot.qcow2
           vdimg merge top.vdi --from mid.vdi --into base.vdi
           vdimg merge top.vmdk --from base.vmdk --into top.vmdk";

@@ -18,9 +18,15 @@ pub(crate) fn run(args: &Merge) -> Result<u8> {
         keep: args.keep,
     };
     let done = terminal::watched(|watch| merge_images(&how, watch))?;
-    let what = if args.keep { "not needed any more" } else { "removed" };
     for path in &done.spent {
+        let what = if done.removed.contains(path) { "removed" } else { "not needed any more" };
         terminal::print(&format!("{}: merged into {}, {what}\n", path.display(), done.into.display()))?;
+    }
+    for path in done.removed.iter().filter(|p| !done.spent.contains(p)) {
+        terminal::print(&format!("{}: removed\n", path.display()))?;
+    }
+    for (path, why) in &done.left {
+        terminal::print(&format!("{}: not removed: {why}\n", path.display()))?;
     }
     Ok(0)
 }

@@ -449,6 +449,11 @@ impl ImageMap for VmdkMap {
         Plan { token: Some(PlanToken(ALL_EXTENTS << TOKEN_SHIFT)), ..Plan::of(steps) }
     }
 
+    fn unwritten(&self) -> Option<GuestRange> {
+        let is_dead = |p: &&Part| !p.writable || p.ignores || matches!(p.body, Body::Zero);
+        self.parts.iter().find(is_dead).map(|p| p.range)
+    }
+
     fn keep_content_id(&self) {
         self.text.keep_ids();
     }

@@ -17,6 +17,7 @@ use super::resize::whole_end;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::SECTOR_BYTES;
 use crate::map::HostOffset;
+use std::collections::BTreeSet;
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -25,6 +26,10 @@ const SECTOR: usize = SECTOR_BYTES as usize;
 const HOME: (u64, u64) = (1, 20);
 const HINT: &str = "parentFileNameHint";
 const PARENT: &str = "ddb.uuid.parent";
+const MODIFICATION: &str = "ddb.uuid.parentmodification";
+const CONTENT: &str = "parentCID";
+/// What tells the parent.
+const KEYS: [&str; 4] = [HINT, PARENT, MODIFICATION, CONTENT];
 
 /// # Errors
 /// As [`super::super::relink`].
@@ -43,6 +48,9 @@ pub(super) fn relink(files: &[ImageFile<'_>], parent: Option<&NewParent>) -> Res
     let text = text_of(&found.bytes);
     let new = with_parent(text, &found.descriptor, parent)?;
     if let Some(sectors) = in_place(text, &new).filter(|s| !found.embedded || s.len() <= 1) {
+        // What says so already is written again: after a sync that failed the disk may say something else.
+        let mut sectors: BTreeSet<_> = sectors.into_iter().collect();
+        sectors.extend(KEYS.iter().filter_map(|key| value_span(&new, key)).map(|s| s.start / SECTOR));
         for n in sectors.into_iter().rev() {
             let part = &new[n * SECTOR..new.len().min((n + 1) * SECTOR)];
             list.write(found.at.0 + (n * SECTOR) as u64, part.to_vec());
@@ -138,9 +146,9 @@ fn with_parent(text: &[u8], old: &Descriptor, parent: Option<&NewParent>) -> Res
     let needs_uuid = !named.is_nil() && cid == u32::MAX && old.get(PARENT).is_none();
     let mut out = text.to_vec();
     for (key, value) in [
-        ("parentCID", format!("{cid:08x}")),
+        (CONTENT, format!("{cid:08x}")),
         (PARENT, named.to_string()),
-        ("ddb.uuid.parentmodification", modification.to_string()),
+        (MODIFICATION, modification.to_string()),
     ] {
         if let Some(span) = value_span(&out, key) {
             out.splice(span, value.into_bytes());
@@ -204,6 +212,27 @@ mod tests {
             assert_eq!(new.len() == TEXT.len(), same_length, "{name}");
             assert_eq!(in_place(TEXT.as_bytes(), &new), same_length.then(|| vec![0]));
         }
+    }
+
+    /// A failed sync leaves the page cache ahead of the disk.
+    #[test]
+    fn what_names_the_parent_already_is_written_again() {
+        let bytes = |text: &[u8]| {
+            let mut b = text.to_vec();
+            b.resize(2 * SECTOR, 0);
+            b
+        };
+        let over = over("b.vmdk", Some(9));
+        let new =
+            with_parent(TEXT.as_bytes(), &Descriptor::parse(TEXT.as_bytes()).unwrap(), Some(&over)).unwrap();
+        let source = bytes(&new);
+        let files = [ImageFile { id: crate::map::FileId(0), source: &source }];
+        let steps = relink(&files, Some(&over)).unwrap();
+        let first = bytes(&new)[..new.len().min(SECTOR)].to_vec();
+        let is_it =
+            |s: &FileStep| matches!(s, FileStep::Write { at, bytes, .. } if at.0 == 0 && *bytes == first);
+        assert!(steps.iter().any(is_it), "{steps:?}");
+        assert!(matches!(steps.last(), Some(FileStep::Sync { .. })));
     }
 
     #[test]
