@@ -245,7 +245,7 @@ fn logs_that_cannot_be_are_refused() {
         );
         f.clone()
     };
-    refused(&with_zeros(u64::MAX & !4095), ErrorKind::Limit, "would write");
+    refused(&with_zeros(!4095), ErrorKind::Limit, "would write");
     refused(&with_zeros((64 << 20) + 4096), ErrorKind::Limit, "would write");
     assert_eq!(content(&with_zeros(u64::MAX)), content(&clean), "half a sector of zeros makes no entry");
     // a log that is not in use, and not in the file either
