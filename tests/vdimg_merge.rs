@@ -761,3 +761,53 @@ fn a_child_that_comes_meanwhile_keeps_its_parent() {
     shows(d, ("vdi", "vdi"), "the top");
     assert!(d.join("m2.vdi").exists());
 }
+
+/// As the kernel is asked: the target durable before names of parents change, those durable before the first file goes.
+#[test]
+fn each_part_is_durable_before_the_next_begins() {
+    if !has("strace") {
+        return;
+    }
+    for (format, from, into, child) in [
+        (("vdi", "vdi"), "m2", "b", "t"),
+        (("qcow2", "qcow2"), "m2", "b", "t"),
+        (("vmdk", "vmdk"), "b", "m2", "m2"),
+    ] {
+        let dir = scratch();
+        let d = dir.path();
+        let ext = format.1;
+        chain(d, format, MIB, &mut Rng(4));
+        let calls = "trace=pwrite64,pwritev2,fsync,fdatasync,unlink,unlinkat";
+        let out = std::process::Command::new("strace")
+            .current_dir(d)
+            .args(["-f", "-y", "-o", "calls", "-e", calls, env!("CARGO_BIN_EXE_vdimg"), "merge"])
+            .args(format!("t.{ext} --from {from}.{ext} --into {into}.{ext}").split_whitespace())
+            .output()
+            .expect("start strace");
+        if !out.status.success() && text(&out.stderr).contains("ptrace") {
+            println!("skipped: nothing can be traced here");
+            return;
+        }
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        let calls = fs::read_to_string(d.join("calls")).unwrap();
+        let lines: Vec<&str> = calls.lines().collect();
+        let of = |name: &str, words: [&str; 2]| -> Vec<usize> {
+            let file = format!("/{name}.{ext}>");
+            let is = |l: &str| words.iter().any(|w| l.contains(w)) && l.contains(&file);
+            (0..lines.len()).filter(|n| is(lines[*n])).collect()
+        };
+        let (write, sync) = (["pwrite64(", "pwritev2("], ["fdatasync(", "fsync("]);
+        let gone = lines.iter().position(|l| l.contains("unlink")).expect("a file is removed");
+        let folder = format!("{}>", fs::canonicalize(d).unwrap().display());
+        let is_folder = |l: &&str| l.contains("sync(") && l.contains(&folder);
+        assert!(lines[..gone].iter().any(is_folder) && lines[gone..].iter().any(is_folder), "{calls}");
+        for name in [into, child] {
+            let last = *of(name, write).last().expect("it is written");
+            assert!(of(name, sync).iter().any(|n| (last..gone).contains(n)), "{ext}, {name}: {calls}");
+        }
+        if child != into {
+            let (bytes, link) = (*of(into, write).last().unwrap(), of(child, write)[0]);
+            assert!(of(into, sync).iter().any(|n| (bytes..link).contains(n)), "{ext}: {calls}");
+        }
+    }
+}

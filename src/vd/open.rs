@@ -126,7 +126,12 @@ impl OpenImage {
     /// # Errors
     /// From the operating system.
     pub(crate) fn sync(&self) -> Result<()> {
-        let sync = |f: &Arc<dyn HostFile>| f.sync().map_err(|e| Error::io("make it durable", e).at(f.path()));
+        let sync = |f: &Arc<dyn HostFile>| {
+            f.sync().map_err(|e| {
+                SyncFailureMarker::of(self.file().traits().identity, &self.path).set();
+                Error::io("make it durable", e).at(f.path())
+            })
+        };
         self.files.iter().try_for_each(sync)
     }
 
