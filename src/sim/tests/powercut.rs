@@ -1,5 +1,6 @@
 //! Power cuts at every moment of small workloads, and of random ones.
 
+use super::sabotaged::find_nothing_in_what_is_sound;
 use crate::sim::{
     Judge, Kills, Kind, Landing, Play, Stats, Thorough, all_workloads, play, powercut_after_kills,
     powercut_workload, small_disk,
@@ -61,6 +62,9 @@ macro_rules! for_each_kind {
         }
         mod in_random_ones {
             $(#[test] fn $name() { super::random(super::Kind::$kind); })*
+        }
+        mod where_no_rule_is_broken {
+            $(#[test] fn $name() { super::find_nothing_in_what_is_sound(super::Kind::$kind); })*
         }
         #[test]
         fn no_kind_is_left_out() {

@@ -82,15 +82,12 @@ fn must_show_as(what: Sabotage) -> &'static [Verdict] {
     }
 }
 
-/// The same simulations find nothing where no rule is broken.
-#[test]
-fn powercut_finds_nothing_in_what_is_sound() {
-    for kind in Kind::ALL {
-        for (seed, habit) in (0..75).zip(HABITS.into_iter().cycle()) {
-            let how = Play { exhaustive: 1, habit, ..Play::powercut(kind, seed, 2) };
-            let p = play(&how);
-            assert!(p.wrong.is_none(), "{kind:?} seed {seed}: {:?}", p.wrong);
-        }
+/// The same simulations find nothing where no rule is broken: `powercut` has a test of that for each kind of image.
+pub(super) fn find_nothing_in_what_is_sound(kind: Kind) {
+    for (seed, habit) in (0..75).zip(HABITS.into_iter().cycle()) {
+        let how = Play { exhaustive: 1, habit, ..Play::powercut(kind, seed, 2) };
+        let p = play(&how);
+        assert!(p.wrong.is_none(), "{kind:?} seed {seed}: {:?}", p.wrong);
     }
 }
 
