@@ -470,15 +470,23 @@ fn chains_that_qemu_made_are_merged_and_read_by_it() {
 
 /// Writes a VMDK's content ID into its child, as one made now would say it.
 fn relink_by_content(d: &Path, parent: &str, child: &str) {
+    const DESCRIPTOR: std::ops::Range<usize> = 512..21 * 512;
     let path = |n: &str| -> PathBuf { d.join(format!("{n}.vmdk")) };
-    let value = |bytes: &[u8], key: &str| {
-        let at = bytes.windows(key.len()).position(|w| w == key.as_bytes()).expect("a key") + key.len();
-        (at, bytes[at..at + 8].to_vec())
+    let lines = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(&bytes[DESCRIPTOR]).into_owned();
+        text.trim_end_matches('\0').lines().map(str::to_string).collect::<Vec<_>>()
     };
-    let (_, cid) = value(&fs::read(path(parent)).unwrap(), "\nCID=");
+    let parent = lines(&fs::read(path(parent)).unwrap());
+    let cid = parent.iter().find_map(|l| l.strip_prefix("CID=")).expect("a content ID");
     let mut bytes = fs::read(path(child)).unwrap();
-    let (at, _) = value(&bytes, "parentCID=");
-    bytes[at..at + 8].copy_from_slice(&cid);
+    // the number may have fewer digits than the one before: QEMU writes no leading zeros
+    let of_child = lines(&bytes).into_iter().map(|l| match l.starts_with("parentCID=") {
+        true => format!("parentCID={cid}\n"),
+        false => l + "\n",
+    });
+    let mut text = of_child.collect::<String>().into_bytes();
+    text.resize(DESCRIPTOR.len(), 0);
+    bytes[DESCRIPTOR].copy_from_slice(&text);
     fs::write(path(child), bytes).unwrap();
 }
 
