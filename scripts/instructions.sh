@@ -36,6 +36,8 @@ JUDGED=
 [ "$(sed -n 's/^# //p' "$FIGURES" 2>/dev/null)" != "$COMPILER" ] || JUDGED=1
 [ -n "$JUDGED$UPDATE" ] || echo "instructions: the figures are another compiler's, not $COMPILER"
 
+[ -z "$UPDATE" ] || [ $# = 0 ] || { echo "instructions: --update counts all formats" >&2; exit 2; }
+
 FAILED=0
 NEW="# $COMPILER"$'\n'
 for f in ${*:-raw vdi vmdk vhd vhdx qcow2 qed qcow parallels}; do

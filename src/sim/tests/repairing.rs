@@ -1,6 +1,6 @@
 //! Repairs that are interrupted, of images that are damaged in ways no power cut of ours damages them.
 
-use crate::format::{self, Format, ImageFile, vdi};
+use crate::format::{self, ImageFile, vdi};
 use crate::map::FileId;
 use crate::sim::{Bytes, Faults, Images, Kind, Past, Rng, Shape, Trace, World, interrupted_repairs};
 use crate::vd::DiskOptions;
@@ -143,17 +143,17 @@ fn damage_vhdx(b: &mut Bytes, rng: &mut Rng) {
     }
 }
 
-#[test]
-fn powercut_in_a_repair_of_a_vhdx_leaves_what_another_repair_makes_clean() {
+/// Repairs of images of these kinds, of one format, that were damaged: interrupted at moments of them.
+fn interrupted(kinds: [Kind; 2], damage: impl Fn(&mut Bytes, &mut Rng)) {
     let seeds = if cfg!(debug_assertions) { 60 } else { 600 };
     let (mut states, mut broken, mut repaired) = (0, 0, 0);
     for seed in 0..seeds {
         let mut rng = Rng(seed);
-        let images = image([Kind::Vhdx, Kind::VhdxDiff][rng.index(2)], &mut rng);
+        let images = image(kinds[rng.index(2)], &mut rng);
         let mut bytes = images.top.bytes();
-        damage_vhdx(&mut bytes, &mut rng);
+        damage(&mut bytes, &mut rng);
         let files = [ImageFile { id: FileId(0), source: &bytes }];
-        if format::repair(Format::Vhdx, &files).is_err() {
+        if format::repair(kinds[0].format(), &files).is_err() {
             continue;
         }
         repaired += 1;
@@ -163,50 +163,21 @@ fn powercut_in_a_repair_of_a_vhdx_leaves_what_another_repair_makes_clean() {
     }
     println!("{repaired} images, {broken} of which did not open: {states} states of interrupted repairs");
     assert!(repaired * 2 > seeds && broken > 10 && states > 1000, "{repaired} {broken} {states}");
+}
+
+#[test]
+fn powercut_in_a_repair_of_a_vhdx_leaves_what_another_repair_makes_clean() {
+    interrupted([Kind::Vhdx, Kind::VhdxDiff], damage_vhdx);
 }
 
 #[test]
 fn powercut_in_a_repair_of_a_vmdk_leaves_what_another_repair_makes_clean() {
-    let seeds = if cfg!(debug_assertions) { 60 } else { 600 };
-    let (mut states, mut broken, mut repaired) = (0, 0, 0);
-    for seed in 0..seeds {
-        let mut rng = Rng(seed);
-        let images = image([Kind::Vmdk, Kind::VmdkDiff][rng.index(2)], &mut rng);
-        let mut bytes = images.top.bytes();
-        damage_vmdk(&mut bytes, &mut rng);
-        let files = [ImageFile { id: FileId(0), source: &bytes }];
-        if format::repair(Format::Vmdk, &files).is_err() {
-            continue;
-        }
-        repaired += 1;
-        broken += u32::from(images.view(&bytes).is_err());
-        states +=
-            interrupted_repairs(&images, &bytes, 8, &mut rng).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-    }
-    println!("{repaired} images, {broken} of which did not open: {states} states of interrupted repairs");
-    assert!(repaired * 2 > seeds && broken > 10 && states > 1000, "{repaired} {broken} {states}");
+    interrupted([Kind::Vmdk, Kind::VmdkDiff], damage_vmdk);
 }
 
 #[test]
 fn powercut_in_a_repair_of_a_vhd_leaves_what_another_repair_makes_clean() {
-    let seeds = if cfg!(debug_assertions) { 60 } else { 600 };
-    let (mut states, mut broken, mut repaired) = (0, 0, 0);
-    for seed in 0..seeds {
-        let mut rng = Rng(seed);
-        let images = image([Kind::Vhd, Kind::VhdDiff][rng.index(2)], &mut rng);
-        let mut bytes = images.top.bytes();
-        damage_vhd(&mut bytes, &mut rng);
-        let files = [ImageFile { id: FileId(0), source: &bytes }];
-        if format::repair(Format::Vhd, &files).is_err() {
-            continue;
-        }
-        repaired += 1;
-        broken += u32::from(images.view(&bytes).is_err());
-        states +=
-            interrupted_repairs(&images, &bytes, 8, &mut rng).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-    }
-    println!("{repaired} images, {broken} of which did not open: {states} states of interrupted repairs");
-    assert!(repaired * 2 > seeds && broken > 10 && states > 1000, "{repaired} {broken} {states}");
+    interrupted([Kind::Vhd, Kind::VhdDiff], damage_vhd);
 }
 
 #[test]
