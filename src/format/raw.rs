@@ -32,8 +32,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(resize),
     relink: None,
     blueprint: Some(blueprint),
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: None,
 };
 
 /// The file's length is the disk's size; nothing else has to change.

@@ -10,6 +10,8 @@ mod io;
 mod look;
 #[path = "args/make.rs"]
 mod make;
+#[path = "args/properties.rs"]
+mod properties;
 
 pub(crate) use change::{Compact, Merge, Repair, Resize};
 use clap::{Parser, Subcommand};
@@ -17,6 +19,7 @@ pub(crate) use common::{Image, Output, Parents};
 pub(crate) use io::Io;
 pub(crate) use look::{Check, Compare, Info, Map};
 pub(crate) use make::{Convert, Create, CreateCache};
+pub(crate) use properties::{Comment, Geometry, Labelled, SetUuid};
 
 const ENDS: &str = "Sizes are bytes, or have a suffix for powers of 1024: 512M, 10G, 1.5T (k, M, G, T, P).\n\
                     Exit status: 0 done, 1 an error, with one line on standard error, 2 wrong usage; those of \
@@ -54,6 +57,15 @@ pub(crate) enum Command {
     /// Merge images of a chain: into the parent (as qemu-img commit), another one beneath, or upwards into a child.
     #[command(after_help = change::MERGE)]
     Merge(Merge),
+    /// Set an image's UUIDs: its own, that of its contents, what it says of its parent.
+    #[command(name = "setuuid", after_help = properties::SETUUID)]
+    SetUuid(SetUuid),
+    /// Print an image's comment, or set it.
+    #[command(after_help = properties::COMMENT)]
+    Comment(Comment),
+    /// Print the geometries an image states, or set them.
+    #[command(after_help = properties::GEOMETRY)]
+    Geometry(Geometry),
     /// Make an empty cache image, for vdblk --cache-image.
     #[command(after_help = make::CREATE_CACHE)]
     CreateCache(CreateCache),

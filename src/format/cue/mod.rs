@@ -21,6 +21,5 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: None,
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: None,
 };
