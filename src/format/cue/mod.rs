@@ -21,6 +21,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: None,
+    options: &[],
     keeps_comment: false,
     keeps_geometry: false,
 };

@@ -35,6 +35,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(|files, size| resize::resize(only(files).source, size)),
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     keeps_comment: true,
     keeps_geometry: true,
 };

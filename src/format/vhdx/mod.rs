@@ -32,6 +32,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     keeps_comment: false,
     keeps_geometry: false,
 };

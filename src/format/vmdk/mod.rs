@@ -36,6 +36,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(resize::resize),
     relink: Some(relink::relink),
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     keeps_comment: true,
     keeps_geometry: true,
 };
