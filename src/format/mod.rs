@@ -30,9 +30,9 @@ pub mod vhdx;
 pub mod vmdk;
 
 pub use blueprint::{
-    Blueprint, NewFile, NewImage, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
+    Blueprint, NewFile, NewImage, NewOption, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
 };
-pub use detect::{detect, device_type, extension_format, is_optical_name, signature};
+pub use detect::{RAW_EXTENSIONS, detect, device_type, extension_format, is_optical_name, signature};
 pub use properties::{Chs, Properties, Property, set_properties};
 pub use report::{CheckReport, Finding, Repair, Severity};
 pub use spare::Spare;
@@ -143,6 +143,11 @@ impl Format {
         })
     }
 
+    /// The options its new images take.
+    pub fn options(self) -> &'static [NewOption] {
+        self.driver().options
+    }
+
     /// [`compact`] takes from its images what they need not keep.
     pub fn can_be_compacted(self) -> bool {
         self.driver().compact.is_some()
@@ -166,7 +171,7 @@ impl Format {
     }
 
     /// The name as people write it in a sentence.
-    fn title(self) -> &'static str {
+    pub(crate) fn title(self) -> &'static str {
         match self {
             Format::Raw => "raw",
             Format::Vdi => "VDI",
@@ -262,6 +267,8 @@ struct Driver {
     relink: Option<fn(Files<'_>, Option<&NewParent>) -> Steps>,
     /// `None`: none can be made.
     blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
+    /// Those that `blueprint` takes.
+    options: &'static [NewOption],
     /// `None`: what its images say of themselves, if anything, stays what it is.
     properties: Option<properties::Keeper>,
 }

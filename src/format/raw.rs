@@ -32,6 +32,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(resize),
     relink: None,
     blueprint: Some(blueprint),
+    options: &[],
     properties: None,
 };
 

@@ -22,5 +22,6 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: None,
+    options: &[],
     properties: None,
 };

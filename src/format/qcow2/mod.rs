@@ -29,6 +29,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(|files, size| resize::resize(only(files).source, size)),
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     properties: None,
 };
 

@@ -31,6 +31,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     properties: None,
 };
 

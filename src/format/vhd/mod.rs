@@ -37,6 +37,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(|files, size| resize::resize(only(files).source, size)),
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     properties: Some(Keeper {
         keeps: properties::KEEPS,
         plan: |files, new| properties::set(only(files).source, new),

@@ -34,6 +34,7 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     properties: Some(Keeper {
         keeps: properties::KEEPS,
         plan: |files, new| properties::set(only(files).source, new),

@@ -2,7 +2,7 @@
 //! other, then grains from a whole grain on.
 
 use super::super::blueprint::{Sequential, refused};
-use super::super::{Blueprint, NewFile, NewImage, RawArea, RawAreaKind, RawDisk};
+use super::super::{Blueprint, NewFile, NewImage, NewOption, RawArea, RawAreaKind, RawDisk};
 use super::header::{FLAG_NEWLINE, FLAG_REDUNDANT, FLAG_ZEROED, KDMV, RawKdmv};
 use super::stream::Stream;
 use super::table::ENTRY_BYTES;
@@ -24,6 +24,13 @@ const TABLE_ENTRIES: u64 = 512;
 const GRAIN_BYTES: u64 = 64 << 10;
 /// A comment has at most so many bytes, its escapes included.
 const MAX_COMMENT: usize = 1024;
+
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 3] = [
+    NewOption::number("grain_size", Some("65536")),
+    NewOption::word("zeroed_grain", Some("off")),
+    NewOption::number("extent_size", None),
+];
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Variant {
@@ -102,7 +109,7 @@ struct NewExtent {
 /// # Errors
 /// As [`super::super::blueprint`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    new.only_options(&["grain_size", "zeroed_grain", "extent_size"])?;
+    new.only_options(&OPTIONS)?;
     let variant = Variant::of(new)?;
     if variant == Variant::Stream {
         return Err(refused("a streamOptimized VMDK is written once, with all its disk holds")

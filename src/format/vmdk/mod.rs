@@ -38,5 +38,6 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(resize::resize),
     relink: Some(relink::relink),
     blueprint: Some(create::blueprint),
+    options: &create::OPTIONS,
     properties: Some(Keeper { keeps: properties::KEEPS, plan: properties::set }),
 };
