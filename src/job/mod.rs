@@ -1,6 +1,7 @@
 //! Long work on containers: making, copying, comparing, checking, repairing images. Each [`Job`] is a state machine that
 //! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
 
+mod bench;
 mod cache_image;
 mod check;
 mod compact;
@@ -8,11 +9,16 @@ mod compare;
 mod convert;
 mod copy;
 mod create;
+mod diff;
+mod disk_bytes;
+mod extract;
 mod inspect;
 mod lanes;
 mod merge;
 mod pack;
+mod properties;
 mod raw_disk;
+mod rebase;
 mod repair;
 mod resize;
 mod script;
@@ -22,6 +28,7 @@ mod survey;
 mod tests;
 
 pub use crate::size::{human_bytes, parse_size};
+pub use bench::{Bench, MAX_BENCH_DEPTH, Timed, bench_disk};
 pub use cache_image::{CACHE_BLOCK_BYTES, InspectedCache, check_cache, create_cache, inspect_cache};
 pub use check::{Checked, check_image, check_image_with};
 pub use compact::{Compacted, SpareJob, compact_image};
@@ -29,9 +36,14 @@ pub use compare::{CompareJob, Comparison, compare_disks};
 pub use convert::{Convert, convert};
 pub use copy::{CopyJob, Selection};
 pub use create::{CreateImage, create_image, create_overlay};
+pub use diff::{DiffJob, diff_disks};
+pub use disk_bytes::DiskBytes;
+pub use extract::{Extract, extract};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
 pub use merge::{Merge, Merged, merge_images, named_from};
+pub use properties::{SetProperties, set_properties};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
+pub use rebase::{Rebase, rebase_image};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};

@@ -5,7 +5,7 @@ use super::chain::{Chain, Layer};
 use super::identity::base_of;
 use super::image_files::{Further, ImageFiles};
 use super::marker::SyncFailureMarker;
-use super::parents::{ParentSearch, above_snapshots, default_dirs};
+use super::parents::{ParentSearch, above_snapshots, child_that_names, default_dirs};
 use super::references::parent_path;
 use super::stand_in::stand_in;
 use super::{Disk, DiskOptions};
@@ -55,6 +55,8 @@ pub struct OpenDisk {
     /// Where parents are searched first, and below; then, if none was named, in the image's own folder and below. Of a
     /// folder called `Snapshots` the one above is searched too.
     pub parent_dirs: Vec<PathBuf>,
+    /// Nothing is said of links between images that are not as they should be: they are about to change.
+    pub quiet: bool,
     /// Past the page cache.
     pub direct: bool,
     /// `None`: no locks (looking only). Else how long to wait for one.
@@ -82,6 +84,7 @@ impl OpenDisk {
             snapshot: None,
             parents: Vec::new(),
             parent_dirs: Vec::new(),
+            quiet: false,
             direct: false,
             lock_wait: None,
             allow_parent_mismatch: false,
@@ -192,7 +195,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         refuse_unaligned_metadata(&images[0])?;
     }
     let cache = open_cache(how, &images, read_only)?;
-    images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    if !how.quiet {
+        images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    }
     for image in &images {
         image.info.notes.iter().for_each(|note| tracing::warn!("{}: {note}", image.path.display()));
     }
@@ -422,9 +427,7 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let child = uuid.and_then(|u| ParentSearch::new(vec![dir.to_path_buf()]).child_of(u, &[]));
-    let Some(child) = child else { return Ok(()) };
+    let Some(child) = uuid.and_then(|u| child_that_names(path, u)) else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(path)
