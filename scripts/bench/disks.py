@@ -38,7 +38,7 @@ class Disks:
             return self.raw()
         path = self.path(f"full.{fmt}")
         if not os.path.exists(path):
-            run(peers.VDIMG, "convert", self.raw(), path)
+            run(peers.VDIMG, "convert", "--output-format", fmt, self.raw(), path)
         return path
 
     def chain(self, fmt):
@@ -71,7 +71,7 @@ class Disks:
         if fmt != "raw":
             path = self.path(f"half.{fmt}")
             if not os.path.exists(path):
-                run(peers.VDIMG, "convert", self.half(), path)
+                run(peers.VDIMG, "convert", "--output-format", fmt, self.half(), path)
             return path
         path = self.path("half.raw")
         if not os.path.exists(path):

@@ -20,6 +20,8 @@ mod make;
 mod map;
 #[path = "vdimg/merge.rs"]
 mod merge;
+#[path = "vdimg/properties.rs"]
+mod properties;
 #[path = "vdimg/resize.rs"]
 mod resize;
 #[path = "vdimg/terminal.rs"]
@@ -64,6 +66,9 @@ fn run(command: Command) -> Result<u8> {
         Command::Resize(a) => resize::run(&a),
         Command::Compact(a) => compact::run(&a),
         Command::Merge(a) => merge::run(&a),
+        Command::SetUuid(a) => properties::set_uuid(&a),
+        Command::Comment(a) => properties::comment(&a),
+        Command::Geometry(a) => properties::geometry(&a),
         Command::CreateCache(a) => cache::create(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),

@@ -6,7 +6,7 @@ use super::image::{Image, check_back_end, check_flags, inspect, variant_of};
 use super::types::Geometry;
 use super::{Container, LAST_IMAGE};
 use crate::error::{Error, ErrorKind, Result, Status};
-use crate::format::{Format, NewParent};
+use crate::format::{Format, NewParent, Property};
 use crate::job::{CreateImage, create_files, named_from, remove_files};
 use crate::limits::SECTOR_BYTES;
 use crate::map::DeviceType;
@@ -57,7 +57,12 @@ impl Container {
         }
         self.check_size(format, size_bytes).map_err(|e| e.at(path))?;
         let new = wish(format, path, size_bytes, like)?;
-        self.create(format, new, flags)
+        self.create(format, new, flags)?;
+        let has_both = format.keeps(Property::Geometry) && format.keeps(Property::LogicalGeometry);
+        match has_both && !like.lchs.is_unset() {
+            true => self.set_lchs_geometry(LAST_IMAGE, like.lchs),
+            false => Ok(()),
+        }
     }
 
     /// Makes a differencing image over those that are open, and opens it (`VDCreateDiff`). It has the size of the last one and names it as
@@ -157,8 +162,8 @@ pub(super) fn wish(format: Format, path: &Path, size_bytes: u64, like: &CreateBa
         let what = format!("{} images of this kind ({:?}) are not made", format.title(), like.flags);
         return Err(Error::of(Status::InvalidType, what).at(path));
     }
-    // A VDI states what firmware uses, the others what drives do.
-    let stated = if format == Format::Vdi { like.lchs } else { like.pchs };
+    // Where there is a place for one of the two, it is made with that.
+    let stated = if format.keeps(Property::Geometry) { like.pchs } else { like.lchs };
     Ok(CreateImage {
         variant: variant_of(format, like.flags).map_err(|e| e.at(path))?.map(str::to_string),
         uuid: like.uuid,

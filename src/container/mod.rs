@@ -27,6 +27,7 @@ mod data;
 mod flags;
 mod image;
 mod live;
+mod properties;
 mod query;
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use super::flags::{ImageFlags, OpenFlags, RegionListFlags};
 use super::image::{inspect, kind_of};
 use super::types::{Geometry, RegionList, sector_bytes};
 use crate::error::{Error, ErrorKind, Result, Status};
-use crate::format::Format;
+use crate::format::{Format, Property};
 use crate::map::ImageInfo;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -67,9 +67,9 @@ impl Container {
     /// # Errors
     /// As [`Self::sector_size`]; [`Status::GeometryNotSet`].
     pub fn pchs_geometry(&self, image: u32) -> Result<Geometry> {
-        let physical = self.image(image)?.format != Format::Vdi;
-        let stated = self.info(image)?.geometry.filter(|_| physical);
-        stated.map(Geometry::from).ok_or_else(|| no_geometry(&self.images[0].path))
+        let i = self.image(image)?;
+        let stated = self.info(image)?.geometry.filter(|_| i.format.keeps(Property::Geometry));
+        stated.map(Geometry::from).ok_or_else(|| no_geometry(&i.path))
     }
 
     /// The geometry that firmware addresses by (`VDGetLCHSGeometry`).
@@ -77,9 +77,9 @@ impl Container {
     /// # Errors
     /// As [`Self::pchs_geometry`].
     pub fn lchs_geometry(&self, image: u32) -> Result<Geometry> {
-        let logical = self.image(image)?.format == Format::Vdi;
-        let stated = self.info(image)?.geometry.filter(|_| logical);
-        stated.map(Geometry::from).ok_or_else(|| no_geometry(&self.images[0].path))
+        let i = self.image(image)?;
+        let stated = self.info(image)?.logical_geometry;
+        stated.map(Geometry::from).ok_or_else(|| no_geometry(&i.path))
     }
 
     /// The regions of an image's medium (`VDQueryRegions`): several of a CD, otherwise one.

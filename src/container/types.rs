@@ -60,7 +60,12 @@ impl Geometry {
 
     /// As other modules have it; `None` where nothing is said.
     pub(super) fn stated(self) -> Option<(u32, u32, u32)> {
-        (!self.is_unset()).then_some((self.cylinders, self.heads, self.sectors))
+        (!self.is_unset()).then(|| self.chs())
+    }
+
+    /// The three numbers.
+    pub(super) fn chs(self) -> (u32, u32, u32) {
+        (self.cylinders, self.heads, self.sectors)
     }
 
     /// Checks that a drive could state it: at most 16383 cylinders, 16 heads and 63 sectors.

@@ -13,6 +13,7 @@ pub mod dmg;
 mod levels;
 pub mod parallels;
 pub mod partitions;
+mod properties;
 mod qcow;
 pub mod qcow2;
 mod qed;
@@ -32,6 +33,7 @@ pub use blueprint::{
     Blueprint, NewFile, NewImage, NewOption, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
 };
 pub use detect::{RAW_EXTENSIONS, detect, device_type, extension_format, is_optical_name, signature};
+pub use properties::{Chs, Properties, Property, set_properties};
 pub use report::{CheckReport, Finding, Repair, Severity};
 pub use spare::Spare;
 pub use steps::FileStep;
@@ -126,7 +128,7 @@ impl Format {
 
     /// Its images have a place for a comment.
     pub fn keeps_comment(self) -> bool {
-        self.driver().keeps_comment
+        self.keeps(Property::Comment)
     }
 
     /// What a new image of it takes over of another one's geometry: nothing where it has no place for one, or not for such a
@@ -134,7 +136,7 @@ impl Format {
     pub fn geometry_from(self, other: Option<(u32, u32, u32)>) -> Option<(u32, u32, u32)> {
         let (most_cylinders, most_sectors) = if self == Format::Vhd { (65535, 255) } else { (u32::MAX, 63) };
         other.filter(|(c, h, s)| {
-            self.driver().keeps_geometry
+            (self.keeps(Property::Geometry) || self.keeps(Property::LogicalGeometry))
                 && (1..=most_cylinders).contains(c)
                 && (1..=255).contains(h)
                 && (1..=most_sectors).contains(s)
@@ -267,8 +269,8 @@ struct Driver {
     blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
     /// Those that `blueprint` takes.
     options: &'static [NewOption],
-    keeps_comment: bool,
-    keeps_geometry: bool,
+    /// `None`: what its images say of themselves, if anything, stays what it is.
+    properties: Option<properties::Keeper>,
 }
 
 /// The file of a format whose images have one.

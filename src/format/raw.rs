@@ -33,8 +33,7 @@ pub(super) const DRIVER: Driver = Driver {
     relink: None,
     blueprint: Some(blueprint),
     options: &[],
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: None,
 };
 
 /// The file's length is the disk's size; nothing else has to change.

@@ -43,7 +43,7 @@ pub use foreign::take_away;
 pub use images::{Images, Kind, Shape};
 pub use judge::{Judge, Stats};
 pub use life::Life;
-pub use mending::{interrupted_compacting, interrupted_repairs, interrupted_resizes};
+pub use mending::{interrupted_compacting, interrupted_properties, interrupted_repairs, interrupted_resizes};
 pub use merging::{Stack, interrupted_merge};
 pub use past::{Past, fill, value_of};
 pub use play::{Habit, Play, Played, play};

@@ -7,6 +7,7 @@ mod failing;
 mod faults;
 mod merging;
 mod powercut;
+mod properties;
 mod repairing;
 mod resizing;
 mod rings;

@@ -8,7 +8,9 @@ use super::references::{device_path, extent_path};
 use super::source::FileSource;
 use super::stand_in::stand_in;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewParent, Reference, Repair, Spare};
+use crate::format::{
+    self, CheckReport, FileStep, Format, ImageFile, NewParent, Properties, Reference, Repair, Spare,
+};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::MAX_FILES;
 use crate::map::{FileId, ImageInfo, ImageMap};
@@ -192,6 +194,14 @@ impl ImageFiles {
         self.with(FileId(0), |files| format::relink(self.format, files, parent))
     }
 
+    /// Plans to set what it says of itself.
+    ///
+    /// # Errors
+    /// As [`format::set_properties`], with the file.
+    pub fn set_properties(&self, new: &Properties) -> Result<Vec<FileStep>> {
+        self.with(FileId(0), |files| format::set_properties(self.format, files, new))
+    }
+
     /// What holds for every writer: nobody's parent is changed, nor an image of which a sync has failed since the machine was
     /// started.
     ///
@@ -201,6 +211,14 @@ impl ImageFiles {
         if !allow_write_to_parent {
             refuse_parent_of_another(&self.path, info.uuid.or_else(|| stand_in(&self.path)))?;
         }
+        self.refuse_after_failed_sync()
+    }
+
+    /// A sync of it has failed since the machine was started: what the disk holds is not known.
+    ///
+    /// # Errors
+    /// [`ErrorKind::SyncFailed`].
+    pub(crate) fn refuse_after_failed_sync(&self) -> Result<()> {
         self.marker().refuse_if_set().map_err(|e| e.at(&self.path))
     }
 

@@ -5,7 +5,7 @@ use super::chain::{Chain, Layer};
 use super::identity::base_of;
 use super::image_files::{Further, ImageFiles};
 use super::marker::SyncFailureMarker;
-use super::parents::{ParentSearch, above_snapshots, default_dirs};
+use super::parents::{ParentSearch, above_snapshots, child_that_names, default_dirs};
 use super::references::parent_path;
 use super::stand_in::stand_in;
 use super::{Disk, DiskOptions};
@@ -438,9 +438,7 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let child = uuid.and_then(|u| ParentSearch::new(vec![dir.to_path_buf()]).child_of(u, &[]));
-    let Some(child) = child else { return Ok(()) };
+    let Some(child) = uuid.and_then(|u| child_that_names(path, u)) else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(path)

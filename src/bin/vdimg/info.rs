@@ -8,6 +8,7 @@ use std::fmt::Write;
 use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
+use vdblk::format::Chs;
 use vdblk::job::{Inspected, human_bytes, inspect_cache, inspect_image_with};
 use vdblk::map::{DeviceType, ImageInfo, Region, SnapshotInfo};
 use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
@@ -35,6 +36,8 @@ struct Json<'a> {
     /// What is odd about it although nothing is in danger.
     notes: &'a [String],
     geometry: Option<Geometry>,
+    /// What a BIOS uses.
+    logical_geometry: Option<Geometry>,
     file: String,
     version: Option<&'a str>,
     /// Internal snapshots, in the image's order.
@@ -149,6 +152,12 @@ struct Geometry {
     sectors: u32,
 }
 
+impl Geometry {
+    fn of((cylinders, heads, sectors): Chs) -> Self {
+        Geometry { cylinders, heads, sectors }
+    }
+}
+
 pub(crate) fn run(args: &Info) -> Result<u8> {
     if let (None, Some(cache)) = (args.image.format, inspect_cache(&args.file)?) {
         print(&cache::describe(&args.file, &cache, args.output))?;
@@ -186,7 +195,8 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         parent_names: &i.parent_names,
         comment: i.comment.as_deref(),
         notes: &i.notes,
-        geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
+        geometry: i.geometry.map(Geometry::of),
+        logical_geometry: i.logical_geometry.map(Geometry::of),
         file: image.path.display().to_string(),
         version: i.version.as_deref(),
         snapshots: i.snapshots.iter().map(JsonSnapshot::new).collect(),
@@ -248,6 +258,9 @@ fn human(image: &Inspected) -> String {
     }
     if let Some((c, h, s)) = i.geometry {
         let _ = writeln!(t, "geometry: {c} cylinders, {h} heads, {s} sectors");
+    }
+    if let Some((c, h, s)) = i.logical_geometry.filter(|g| i.geometry != Some(*g)) {
+        let _ = writeln!(t, "logical geometry: {c} cylinders, {h} heads, {s} sectors");
     }
     t
 }

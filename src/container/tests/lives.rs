@@ -228,3 +228,41 @@ fn formats_are_told_by_their_contents() {
     assert_eq!(told("c.vci").unwrap_err().kind(), ErrorKind::Unsupported);
     assert_eq!(told("none").unwrap_err().kind(), ErrorKind::NotFound);
 }
+
+#[test]
+fn what_images_say_of_themselves_is_set_and_kept() {
+    let f = Folder::new();
+    let id = uuid::Uuid::from_u128;
+    let mut c = with_base(&f, "VMDK", "a.vmdk", 4 * MIB);
+    c.write(0, &[1; 512]).unwrap();
+    c.set_comment(0, Some("one")).unwrap();
+    c.set_uuid(0, Some(id(1))).unwrap();
+    c.set_pchs_geometry(0, Geometry::new(3, 16, 63)).unwrap();
+    c.set_lchs_geometry(0, Geometry::new(2, 255, 63)).unwrap();
+    c.set_modification_uuid(0, Some(id(2))).unwrap();
+    let told = |c: &Container| (c.comment(0).unwrap(), c.uuid(0).unwrap(), c.modification_uuid(0).unwrap());
+    assert_eq!(told(&c), ("one".into(), id(1), id(2)));
+    assert_eq!(c.pchs_geometry(0).unwrap(), Geometry::new(3, 16, 63));
+    assert_eq!(c.lchs_geometry(0).unwrap(), Geometry::new(2, 255, 63));
+    assert_eq!(bytes(&c, 0, 512), [1; 512]);
+    c.set_comment(LAST_IMAGE, None).unwrap();
+    assert_eq!(c.comment(0).unwrap(), "");
+    c.set_uuid(0, None).unwrap();
+    assert_ne!(c.uuid(0).unwrap(), id(1));
+
+    diff(&mut c, "VDI", &f.path("b.vdi"));
+    assert_eq!(status(c.set_comment(0, Some("x"))), Status::ImageReadOnly, "a parent");
+    assert_eq!(status(c.set_parent_uuid(1, Some(id(9)))), Status::UuidMismatch);
+    c.set_parent_uuid(1, Some(c.uuid(0).unwrap())).unwrap();
+    assert_eq!(c.set_pchs_geometry(1, Geometry::new(1, 1, 1)).unwrap_err().kind(), ErrorKind::Unsupported);
+    assert_eq!(status(c.set_lchs_geometry(1, Geometry::new(1, 256, 1))), Status::InvalidSize);
+    assert_eq!(status(c.set_comment(2, None)), Status::ImageNotFound);
+    assert_eq!(c.count(), 2, "a refusal closes nothing");
+    c.close(false).unwrap();
+    assert_eq!(
+        c.set_parent_uuid(0, None).unwrap_err().kind(),
+        ErrorKind::Unsupported,
+        "a base has no parent"
+    );
+    assert_eq!(bytes(&c, 0, 512), [1; 512]);
+}

@@ -22,6 +22,5 @@ pub(super) const DRIVER: Driver = Driver {
     relink: None,
     blueprint: None,
     options: &[],
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: None,
 };

@@ -30,6 +30,5 @@ pub(super) const DRIVER: Driver = Driver {
     relink: Some(|_, _| Ok(Vec::new())),
     blueprint: Some(create::blueprint),
     options: &create::OPTIONS,
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: None,
 };

@@ -31,8 +31,7 @@ pub(super) const DRIVER: Driver = Driver {
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
     options: &create::OPTIONS,
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: None,
 };
 
 /// For checks and repairs.

@@ -271,6 +271,7 @@ impl ImageMap for VdiMap {
             parent_modification_uuid: some(header.parent_modification()),
             comment,
             geometry: header.geometry(),
+            logical_geometry: header.geometry(),
             version: Some(header.version()),
             ..ImageInfo::default()
         }

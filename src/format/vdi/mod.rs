@@ -8,6 +8,7 @@ mod dense;
 mod header;
 mod layout;
 mod map;
+mod properties;
 mod relink;
 mod repair;
 mod resize;
@@ -20,6 +21,7 @@ pub use header::SIGNATURE;
 pub use map::VdiMap;
 pub use repair::repair;
 
+use super::properties::Keeper;
 use super::{Driver, ImageFile, only};
 
 /// VDI as one of the formats.
@@ -36,6 +38,8 @@ pub(super) const DRIVER: Driver = Driver {
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
     options: &create::OPTIONS,
-    keeps_comment: true,
-    keeps_geometry: true,
+    properties: Some(Keeper {
+        keeps: properties::KEEPS,
+        plan: |files, new| properties::set(only(files).source, new),
+    }),
 };

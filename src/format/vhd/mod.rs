@@ -12,12 +12,14 @@ mod header;
 mod layout;
 mod locator;
 mod map;
+mod properties;
 mod relink;
 mod repair;
 mod resize;
 mod table;
 mod writer;
 
+use super::properties::Keeper;
 use super::{Driver, ImageFile, OpenHow, only};
 use crate::error::Result;
 use crate::map::ImageMap;
@@ -36,8 +38,10 @@ pub(super) const DRIVER: Driver = Driver {
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
     options: &create::OPTIONS,
-    keeps_comment: false,
-    keeps_geometry: true,
+    properties: Some(Keeper {
+        keeps: properties::KEEPS,
+        plan: |files, new| properties::set(only(files).source, new),
+    }),
 };
 
 /// Everything that reading and writing rely on is verified.

@@ -11,11 +11,13 @@ mod log;
 mod map;
 mod metadata;
 mod place;
+mod properties;
 mod region;
 mod repair;
 mod replayed;
 mod writer;
 
+use super::properties::Keeper;
 use super::{Driver, ImageFile, only};
 use map::VhdxMap;
 
@@ -33,8 +35,10 @@ pub(super) const DRIVER: Driver = Driver {
     relink: None,
     blueprint: Some(create::blueprint),
     options: &create::OPTIONS,
-    keeps_comment: false,
-    keeps_geometry: false,
+    properties: Some(Keeper {
+        keeps: properties::KEEPS,
+        plan: |files, new| properties::set(only(files).source, new),
+    }),
 };
 
 fn corrupt(what: impl Into<String>) -> crate::error::Error {

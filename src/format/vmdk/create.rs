@@ -350,8 +350,17 @@ impl SparseKind {
 }
 
 /// The comment as it stands in a descriptor.
-fn escaped(comment: &str) -> String {
-    comment.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r")
+///
+/// # Errors
+/// [`ErrorKind::InvalidArgument`] where it is too long.
+pub(super) fn escaped(comment: &str) -> Result<String> {
+    let escaped = comment.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r");
+    if escaped.len() > MAX_COMMENT || escaped.contains('\0') {
+        let what =
+            format!("the comment has {} bytes; {MAX_COMMENT} without NUL are the limit", escaped.len());
+        return Err(refused(what));
+    }
+    Ok(escaped)
 }
 
 fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) -> Result<String> {
@@ -390,14 +399,7 @@ fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) 
     let modification = parent.and_then(|p| p.info.modification_uuid).unwrap_or(nil);
     t += &format!("ddb.uuid.parentmodification=\"{modification}\"\n");
     if let Some(comment) = new.comment.as_deref().filter(|c| !c.is_empty()) {
-        let comment = escaped(comment);
-        if comment.len() > MAX_COMMENT || comment.contains('\0') {
-            return Err(refused(format!(
-                "the comment has {} bytes; {MAX_COMMENT} without NUL are the limit",
-                comment.len()
-            )));
-        }
-        t += &format!("ddb.comment=\"{comment}\"\n");
+        t += &format!("ddb.comment=\"{}\"\n", escaped(comment)?);
     }
     Ok(t)
 }
