@@ -49,7 +49,10 @@ impl Container {
 
     /// The image as the last one.
     pub(super) fn append(&mut self, image: Image) -> Result<()> {
-        self.shut()?;
+        if let Err(e) = self.shut() {
+            self.forget();
+            return Err(e);
+        }
         let before = self.images.last().map(|i| i.flags);
         if let Some(last) = self.images.last_mut() {
             last.flags = last.flags.with(OpenFlags::READONLY);
@@ -87,6 +90,7 @@ impl Container {
         debug_assert!(self.live.is_none(), "the disk was not shut");
         let is_asked_only = self.images.iter().any(|i| i.has(OpenFlags::INFO));
         if self.images.is_empty() || is_asked_only {
+            self.dispatcher.close();
             return Ok(());
         }
         let opened = open_disk(&self.how()).and_then(Live::new)?;
@@ -95,6 +99,7 @@ impl Container {
             let what = "is an optical medium, and only read";
             return Err(Error::of(Status::ImageReadOnly, what).at(&last.path).hint("open it with READONLY"));
         }
+        self.dispatcher.open(opened.disk.clone())?;
         self.live = Some(opened);
         Ok(())
     }
@@ -128,6 +133,7 @@ impl Container {
 
     /// Ends all requests, and leaves the images as a clean close does.
     pub(super) fn shut(&mut self) -> Result<()> {
+        self.dispatcher.pause();
         let Some(live) = self.live.take() else { return Ok(()) };
         let is_synced = !self.images.last().is_some_and(|i| i.has(OpenFlags::IGNORE_FLUSH));
         live.close(is_synced)
@@ -137,15 +143,14 @@ impl Container {
     /// possible all are closed.
     pub(super) fn apart<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         if let Err(e) = self.shut() {
-            self.images.clear();
+            self.forget();
             return Err(e);
         }
         let done = work(self);
         match self.start() {
             Ok(()) => done,
             Err(e) => {
-                self.images.clear();
-                self.cache = None;
+                self.forget();
                 done.and(Err(e))
             }
         }
@@ -181,9 +186,15 @@ impl Container {
     /// Of closing; they are closed in any case.
     pub fn close_all(&mut self) -> Result<()> {
         let shut = self.shut();
+        self.forget();
+        shut
+    }
+
+    /// No image is open any more.
+    fn forget(&mut self) {
         self.images.clear();
         self.cache = None;
-        shut
+        self.dispatcher.close();
     }
 
     /// Changes how an image is open (`VDSetOpenFlags`). All images are opened again for that; where that fails, all are closed.

@@ -88,10 +88,7 @@ impl Container {
         let like = CreateBase { flags: like.flags.with(ImageFlags::DIFF), ..like.clone() };
         let mut new = wish(format, path, self.size(LAST_IMAGE)?, &like)?;
         // What a diff says of its parent is what the parent says when it has been closed.
-        self.shut()?;
-        let described = self.describe(&parent, path, like.parent_uuid);
-        self.start()?;
-        let described = described?;
+        let described = self.apart(|this| this.describe(&parent, path, like.parent_uuid))?;
         if new.geometry.is_none() {
             new.geometry = format.geometry_from(described.info.geometry);
         }

@@ -8,7 +8,7 @@ use crate::job::open_channel;
 use crate::map::{ExtentKind, GuestOffset, GuestRange};
 use crate::vd::{BlockDevice, Channel, Disk, Done, Outcome, Request};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -23,9 +23,8 @@ const WAIT_MS: i32 = 1000;
 pub(super) enum Part {
     /// What a channel does.
     Io(Request, Vec<BufSlice>),
-    /// Bytes of an image's file that the disk does not show: those from `back` before what it shows at a place, for reading. Also those
-    /// it shows, where they are no whole sectors.
-    Around { at: GuestOffset, back: u64, bufs: Vec<BufSlice> },
+    /// Reads bytes of an image's file that the disk does not show, or not in whole sectors: they begin so far from what it shows at a place.
+    Around { at: GuestOffset, from: i64, bufs: Vec<BufSlice> },
 }
 
 /// A request: its parts, one after the other, and who hears of its end.
@@ -50,37 +49,26 @@ struct State {
     phase: Phase,
     waiting: BTreeMap<Key, Task>,
     next: u64,
-    /// Taken and not ended.
-    running: usize,
     thread: Option<JoinHandle<()>>,
 }
 
 pub(super) struct Dispatcher {
     state: Mutex<State>,
-    /// Something has ended.
-    ended: Condvar,
     wake: EventFd,
 }
 
 impl std::fmt::Debug for Dispatcher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let s = self.lock();
-        f.debug_struct("Dispatcher").field("waiting", &s.waiting.len()).field("running", &s.running).finish()
+        f.debug_struct("Dispatcher").field("waiting", &s.waiting.len()).finish()
     }
 }
 
 impl Dispatcher {
     pub(super) fn new() -> Arc<Dispatcher> {
-        let state = State {
-            phase: Phase::Closed,
-            waiting: BTreeMap::new(),
-            next: 0,
-            running: 0,
-            thread: None,
-        };
+        let state = State { phase: Phase::Closed, waiting: BTreeMap::new(), next: 0, thread: None };
         Arc::new(Dispatcher {
             state: Mutex::new(state),
-            ended: Condvar::new(),
             wake: EventFd::new(EFD_NONBLOCK).expect("a descriptor for a container"),
         })
     }
@@ -225,7 +213,6 @@ impl Worker {
                 return false;
             }
             let Some((_, task)) = s.waiting.pop_first() else { break };
-            s.running += 1;
             drop(s);
             self.slots[slot] = Some(task);
             self.advance(channel, u16::try_from(slot).expect("few slots"));
@@ -243,7 +230,7 @@ impl Worker {
                     None => return,
                     Some(outcome) => outcome.map_err(Error::from),
                 },
-                Some(Part::Around { at, back, bufs }) => read_around(&self.disk, at, back, &bufs),
+                Some(Part::Around { at, from, bufs }) => read_around(&self.disk, at, from, &bufs),
             };
             if let Err(e) = ended {
                 return self.finish(slot, Err(e));
@@ -261,19 +248,17 @@ impl Worker {
     fn finish(&mut self, slot: u16, result: Result<()>) {
         let task = self.slots[usize::from(slot)].take().expect("a request in its slot");
         (task.done)(result);
-        self.shared.lock().running -= 1;
-        self.shared.ended.notify_all();
     }
 }
 
 /// Reads from an image's file what lies around, or at, what the disk shows at a place.
-fn read_around(disk: &Disk, at: GuestOffset, back: u64, bufs: &[BufSlice]) -> Result<()> {
+fn read_around(disk: &Disk, at: GuestOffset, from: i64, bufs: &[BufSlice]) -> Result<()> {
     let corrupt = || Error::new(ErrorKind::OutOfRange, format!("no file has what lies around {at}"));
     let whole = GuestRange::new(at, 1).ok_or_else(corrupt)?;
     let extent = disk.chain().look(whole).map_err(|_| corrupt())?;
     let ExtentKind::Data { file, off } = extent.kind else { return Err(corrupt()) };
     let file: &Arc<dyn HostFile> = disk.host_file(file);
-    let from = off.0.checked_sub(back).ok_or_else(corrupt)?;
+    let from = off.0.checked_add_signed(from).ok_or_else(corrupt)?;
     let len = bufs.iter().map(|b| b.len()).sum();
     let mut bytes = vec![0; len];
     let got = file.read_at(from, &mut bytes).map_err(|e| Error::io("read it", e).at(file.path()))?;
@@ -283,4 +268,3 @@ fn read_around(disk: &Disk, at: GuestOffset, back: u64, bufs: &[BufSlice]) -> Re
     scatter(&bytes, bufs);
     Ok(())
 }
-

@@ -18,6 +18,8 @@ use crate::vd::Request;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+/// Places that an iterator is about, at most: each block of a CD is one.
+const MAX_PIECES: usize = 1 << 16;
 /// Bytes of the checksum behind the data of a CD's block.
 const CHECKSUM_BYTES: u64 = 4;
 
@@ -49,8 +51,8 @@ struct Inner {
 enum Piece {
     /// What the disk shows.
     Shown(GuestRange),
-    /// `len` bytes of the file, from `back` before what the disk shows at `at`.
-    Around { at: GuestOffset, back: u64, len: u64 },
+    /// `len` bytes of the file, which begin so far from what the disk shows at `at`.
+    Around { at: GuestOffset, from: i64, len: u64 },
 }
 
 impl Piece {
@@ -104,7 +106,7 @@ impl IoIter {
             at += piece.len();
             match *piece {
                 Piece::Shown(range) => Part::Io(Request::Read(range), bufs),
-                Piece::Around { at, back, .. } => Part::Around { at, back, bufs },
+                Piece::Around { at, from, .. } => Part::Around { at, from, bufs },
             }
         };
         self.0.pieces.iter().map(part).collect()
@@ -145,11 +147,15 @@ impl Container {
     pub fn io_iter(&self, segments: &[IterSegment], flags: IterFlags) -> Result<IoIter> {
         let live = self.live()?;
         let regions = self.info(super::LAST_IMAGE)?.regions;
-        let medium = Medium { size: live.disk.size_bytes(), sector: u64::from(sector_bytes(self.device)), regions };
+        let medium =
+            Medium { size: live.disk.size_bytes(), sector: u64::from(sector_bytes(self.device)), regions };
         let mut pieces = Vec::new();
         for s in segments {
             if s.flags.is_empty() || s.size == 0 {
-                return Err(Error::new(ErrorKind::InvalidArgument, "a segment of an iterator is about nothing"));
+                return Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    "a segment of an iterator is about nothing",
+                ));
             }
             medium.add(s, flags, &mut pieces)?;
         }
@@ -171,7 +177,9 @@ impl Medium {
         if !in_bytes && !self.regions.is_empty() {
             return self.add_blocks(s, out);
         }
-        if s.flags.intersects(SegmentFlags::PRE_METADATA | SegmentFlags::POST_METADATA | SegmentFlags::CHECKSUM) {
+        if s.flags
+            .intersects(SegmentFlags::PRE_METADATA | SegmentFlags::POST_METADATA | SegmentFlags::CHECKSUM)
+        {
             let what = "there is nothing around these blocks, or it can only be asked for in blocks";
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
@@ -232,24 +240,42 @@ fn add_block(r: &Region, at: GuestOffset, flags: SegmentFlags, out: &mut Vec<Pie
         return lacks("metadata behind their data");
     }
     if all || flags.contains(SegmentFlags::PRE_METADATA) {
-        push(out, Piece::Around { at, back: before, len: before })?;
+        push(out, Piece::Around { at, from: -(before as i64), len: before })?;
     }
     if all || flags.contains(SegmentFlags::MAIN_DATA) {
         push(out, data_piece(r.form, at, data))?;
     }
-    // What lies behind is told by how far the file is from what the disk shows: nothing there is shown.
-    let tail = |len| Piece::Around { at: GuestOffset(at.0 + data - 1), back: 0, len: len + 1 };
+    let tail = |len| Piece::Around { at, from: data as i64, len };
     match (all || wants_behind, flags.contains(SegmentFlags::CHECKSUM)) {
-        (true, _) => push_tail(out, tail(behind)),
-        (false, true) => push_tail(out, tail(CHECKSUM_BYTES)),
+        (true, _) => push(out, tail(behind)),
+        (false, true) => push(out, tail(CHECKSUM_BYTES)),
         (false, false) => Ok(()),
     }
+}
+
+/// Behind the pieces before it, as one with the last if that goes on.
+fn push(out: &mut Vec<Piece>, piece: Piece) -> Result<()> {
+    if piece.len() == 0 {
+        return Ok(());
+    }
+    let total: u64 = out.iter().map(|p| p.len()).sum::<u64>() + piece.len();
+    if total > MAX_REQUEST_BYTES || out.len() >= MAX_PIECES {
+        let what = format!("an iterator is about at most {MAX_REQUEST_BYTES} bytes in {MAX_PIECES} places");
+        return Err(Error::new(ErrorKind::Limit, what));
+    }
+    match (out.last_mut(), piece) {
+        (Some(Piece::Shown(before)), Piece::Shown(range)) if before.end() == range.start() => {
+            *before = GuestRange::between(before.start(), range.end());
+        }
+        _ => out.push(piece),
+    }
+    Ok(())
 }
 
 fn data_piece(form: DataForm, at: GuestOffset, len: u64) -> Piece {
     let whole = at.0.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
     match GuestRange::new(at, len) {
         Some(range) if whole && form != DataForm::Audio => Piece::Shown(range),
-        _ => Piece::Around { at, back: 0, len },
+        _ => Piece::Around { at, from: 0, len },
     }
 }

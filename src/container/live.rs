@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind, Result, Status};
 use crate::job::{LANE_BYTES, Lanes, open_channel};
 use crate::limits::SECTOR_BYTES;
 use crate::map::{GuestOffset, GuestRange};
-use crate::vd::{Disk, OpenImage, OpenedDisk, Request};
+use crate::vd::{Disk, OpenImage, OpenedDisk, Outcome, Request};
 use std::sync::{Arc, Mutex};
 
 /// An open disk.
@@ -49,7 +49,7 @@ impl Live {
         for piece in buf.chunks_mut(LANE_BYTES as usize) {
             let part = rest.take(piece.len() as u64);
             let started = lanes.read(LANE, CHANNEL, part);
-            lanes.finish(started)?.map_err(|f| failed("read", part, f))?;
+            end(&mut lanes, started)?.map_err(|f| failed("read", part, f))?;
             piece.copy_from_slice(&lanes.bytes(LANE)[..piece.len()]);
             rest = rest.skip(part.len());
         }
@@ -63,7 +63,7 @@ impl Live {
             let part = rest.take(piece.len() as u64);
             lanes.bytes_mut(LANE)[..piece.len()].copy_from_slice(piece);
             let started = lanes.write(LANE, CHANNEL, 0, part);
-            lanes.finish(started)?.map_err(|f| failed("write", part, f))?;
+            end(&mut lanes, started)?.map_err(|f| failed("write", part, f))?;
             rest = rest.skip(part.len());
         }
         Ok(())
@@ -77,7 +77,7 @@ impl Live {
             Request::Discard(r) | Request::WriteZeroes { range: r, .. } => r,
             _ => GuestRange::EMPTY,
         };
-        lanes.finish(started)?.map_err(|f| failed(tried, range, f))
+        end(&mut lanes, started)?.map_err(|f| failed(tried, range, f))
     }
 
     /// Leaves the images as a clean close does; with `sync`, durable. Nobody else may be using the disk.
@@ -86,8 +86,16 @@ impl Live {
     }
 }
 
+/// Waits for a request, and for what it has set off: nobody looks at this channel afterwards, and a sync that others have joined, or an extension of the file
+/// that they wait for, would end unseen.
+fn end(lanes: &mut Lanes, started: Option<Outcome>) -> Result<Outcome> {
+    let outcome = lanes.finish(started)?;
+    lanes.settle()?;
+    Ok(outcome)
+}
+
 /// Why a request failed, for callers who want an error rather than a failure.
-pub(super) fn failed(tried: &str, range: GuestRange, f: crate::error::Failure) -> Error {
+fn failed(tried: &str, range: GuestRange, f: crate::error::Failure) -> Error {
     let kind = Error::from(f).kind();
     Error::new(kind, format!("cannot {tried} {} bytes at {}: {f}", range.len(), range.start()))
 }

@@ -20,41 +20,60 @@
 //! # }
 //! ```
 
+mod asynchronous;
 mod backends;
+mod buffers;
+mod cache;
 mod chain;
+mod copy;
 mod create;
 mod data;
+mod disk_file;
+mod dispatch;
 mod flags;
 mod image;
+mod iter;
 mod live;
 mod properties;
 mod query;
+mod queue;
 #[cfg(test)]
 mod tests;
 mod types;
+mod work;
 
+pub use asynchronous::{Completion, completion};
 pub use backends::{
     BackendInfo, CACHE_BACKENDS, ConfigKey, ConfigValueType, FileExtension, backend_info, backend_info_one,
     cache_backend,
 };
+pub use buffers::{BufferCallbacks, CopyError, IoBuffer, IoBufferManager};
 pub use chain::get_format;
+pub use copy::CopyImage;
 pub use create::CreateBase;
 pub use data::ReadStatus;
+pub use disk_file::DiskFile;
 pub use flags::{
     BackendCaps, BufferFlags, ConfigKeyFlags, DiskFileFlags, FilterFlags, ImageFlags, IterFlags, OpenFlags,
     RawDiskFlags, RegionListFlags, RepairFlags, SegmentFlags,
 };
+pub use iter::{IoIter, IterSegment};
+pub use queue::{IoQueue, IoRequest, IoRequestState, IoRequestType, OnComplete};
 pub use types::{
     Geometry, IMAGE_CONTENT_UNKNOWN, LAST_IMAGE, RegionDesc, RegionList, VDI_IMAGE_VERSION,
     VDI_IMAGE_VERSION_MAJOR, VDI_IMAGE_VERSION_MINOR, VMDK_IMAGE_VERSION, data_form_number, device_number,
     metadata_form_number, vdi_version_major, vdi_version_minor,
 };
 
+pub use work::repair;
+
 use crate::error::{Error, Result, Status};
 use crate::map::DeviceType;
+use dispatch::Dispatcher;
 use image::Image;
 use live::Live;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What holds for all images of a container.
@@ -95,6 +114,8 @@ pub struct Container {
     cache: Option<PathBuf>,
     /// The disk of the images; none without one, or if one of them is only to be asked about.
     live: Option<Live>,
+    /// Requests that end later.
+    dispatcher: Arc<Dispatcher>,
 }
 
 impl std::fmt::Debug for Live {
@@ -111,7 +132,14 @@ impl Container {
 
     /// The same with options.
     pub fn with_options(device: DeviceType, options: ContainerOptions) -> Self {
-        Container { device, options, images: Vec::new(), cache: None, live: None }
+        Container {
+            device,
+            options,
+            images: Vec::new(),
+            cache: None,
+            live: None,
+            dispatcher: Dispatcher::new(),
+        }
     }
 
     /// The type of its device.

@@ -171,7 +171,10 @@ impl Lanes {
     }
 
     /// Waits until nothing is in flight, whatever comes of it.
-    fn settle(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub(crate) fn settle(&mut self) -> Result<()> {
         let mut out = Vec::new();
         while !self.channels.iter().all(BlockDevice::is_idle) {
             self.poll(&mut out)?;

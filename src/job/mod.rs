@@ -42,7 +42,7 @@ pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};
 pub use steps::StepsJob;
-use steps::change;
+pub(crate) use steps::change;
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};

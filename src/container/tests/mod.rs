@@ -1,6 +1,11 @@
 //! The container over files of the operating system.
 
+mod capabilities;
+mod jobs;
+mod later;
 mod lives;
+mod open_flags;
+mod scenarios;
 
 use super::*;
 use std::path::{Path, PathBuf};
@@ -51,6 +56,31 @@ fn bytes(c: &Container, off: u64, len: usize) -> Vec<u8> {
     c.read(off, &mut buf).unwrap();
     buf
 }
+
+fn open(path: &Path, backend: &str, flags: OpenFlags) -> Container {
+    let mut c = hard_disk();
+    c.open(backend, path, flags).unwrap();
+    c
+}
+
+/// Blocks that an image has places for.
+fn allocated(c: &Container, image: u32) -> u64 {
+    c.info(image).unwrap().allocated_blocks.unwrap()
+}
+
+/// Bytes that no two places have alike.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut rng = crate::sim::Rng(seed);
+    (0..len.div_ceil(8)).flat_map(|_| rng.draw().to_le_bytes()).take(len).collect()
+}
+
+/// Nobody watches.
+macro_rules! unwatched {
+    () => {
+        &mut crate::job::Watch { cancelled: &|| false, progress: &mut |_| () }
+    };
+}
+use unwatched;
 
 fn status<T: std::fmt::Debug>(r: Result<T>) -> Status {
     let e = r.unwrap_err();
