@@ -163,7 +163,7 @@ def convert_rows(bench):
             commands = {"vdblk": [peers.VDIMG, "convert", "--output-format", to, file, target]}
             if qemu_img := peers.foreign("qemu-img"):
                 commands["qemu-img"] = qemu_img + ["convert", "-f", fmt, "-O", to, file, target]
-            if vbox_img := peers.vbox_img():
+            if vbox_img := peers.vbox_img(bench.disks.folder):
                 names = ["--srcfilename", file, "--dstfilename", target]
                 formats = ["--srcformat", fmt.upper(), "--dstformat", to.upper()]
                 commands["vbox-img"] = vbox_img + ["convert", *names, *formats]

@@ -46,6 +46,8 @@ pub struct Channel {
     completions: Vec<Completion>,
     pub(super) fills: Fills,
     pub(super) write_through: bool,
+    /// Longest write that is done at once.
+    inline_write_bytes: u64,
     /// How the plan at the clean close has ended.
     pub(super) end_outcome: Option<Outcome>,
 }
@@ -86,9 +88,16 @@ impl Channel {
             completions: Vec::new(),
             fills: Fills::default(),
             write_through: disk.options().write_through,
+            inline_write_bytes: INLINE_WRITE_BYTES,
             end_outcome: None,
             disk,
         })
+    }
+
+    /// Writes may be done on this thread however long they are and take: for jobs, which have nothing else to do.
+    pub(crate) fn be_patient(&mut self) {
+        self.engine.be_patient();
+        self.inline_write_bytes = u64::MAX;
     }
 
     /// The disk.
@@ -174,7 +183,7 @@ impl Channel {
     }
 
     fn may_write_at_once(&self, r: GuestRange) -> bool {
-        r.len() <= INLINE_WRITE_BYTES
+        r.len() <= self.inline_write_bytes
             && !self.write_through
             && self.disk.start.is_done()
             && self.disk.may_write().is_ok()
