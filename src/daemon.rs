@@ -182,6 +182,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         snapshot: config.snapshot.clone(),
         parents: config.parents.clone(),
         parent_dirs: config.parent_dirs.clone(),
+        quiet: false,
         direct: config.cache == CacheMode::None,
         lock_wait: Some(config.lock_wait),
         allow_parent_mismatch: config.allow_parent_mismatch,

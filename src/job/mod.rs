@@ -1,6 +1,7 @@
 //! Long work on containers: making, copying, comparing, checking, repairing images. Each [`Job`] is a state machine that
 //! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
 
+mod bench;
 mod cache_image;
 mod check;
 mod compact;
@@ -9,12 +10,16 @@ mod convert;
 mod copy;
 mod create;
 mod delete;
+mod diff;
+mod disk_bytes;
+mod extract;
 mod inspect;
 mod lanes;
 mod merge;
 mod pack;
 mod properties;
 mod raw_disk;
+mod rebase;
 mod repair;
 mod resize;
 mod script;
@@ -24,6 +29,7 @@ mod survey;
 mod tests;
 
 pub use crate::size::{human_bytes, parse_size};
+pub use bench::{Bench, MAX_BENCH_DEPTH, Timed, bench_disk};
 pub use cache_image::{CACHE_BLOCK_BYTES, InspectedCache, check_cache, create_cache, inspect_cache};
 pub use check::{Checked, check_image, check_image_with};
 pub use compact::{Compacted, SpareJob, compact_image};
@@ -33,11 +39,15 @@ pub use copy::{CopyJob, Selection};
 pub use create::{CreateImage, create_image, create_overlay};
 pub(crate) use create::{create_files, remove_files};
 pub use delete::delete_image;
+pub use diff::{DiffJob, diff_disks};
+pub use disk_bytes::DiskBytes;
+pub use extract::{Extract, extract};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
 pub(crate) use lanes::Lanes;
 pub use merge::{Merge, Merged, merge_images, named_from};
 pub use properties::{SetProperties, set_properties};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
+pub use rebase::{Rebase, rebase_image};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};

@@ -25,6 +25,7 @@ mod past;
 mod play;
 mod port;
 mod ram;
+mod rebasing;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -47,6 +48,7 @@ pub use mending::{interrupted_compacting, interrupted_properties, interrupted_re
 pub use merging::{Stack, interrupted_merge};
 pub use past::{Past, fill, value_of};
 pub use play::{Habit, Play, Played, play};
+pub use rebasing::interrupted_rebase;
 pub use rng::Rng;
 pub use trace::Trace;
 pub use workload::{Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk};

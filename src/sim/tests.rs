@@ -8,6 +8,7 @@ mod faults;
 mod merging;
 mod powercut;
 mod properties;
+mod rebasing;
 mod repairing;
 mod resizing;
 mod rings;

@@ -55,6 +55,8 @@ pub struct OpenDisk {
     /// Where parents are searched first, and below; then, if none was named, in the image's own folder and below. Of a
     /// folder called `Snapshots` the one above is searched too.
     pub parent_dirs: Vec<PathBuf>,
+    /// Nothing is said of links between images that are not as they should be: they are about to change.
+    pub quiet: bool,
     /// Past the page cache.
     pub direct: bool,
     /// `None`: no locks (looking only). Else how long to wait for one.
@@ -86,6 +88,7 @@ impl OpenDisk {
             snapshot: None,
             parents: Vec::new(),
             parent_dirs: Vec::new(),
+            quiet: false,
             direct: false,
             lock_wait: None,
             allow_parent_mismatch: false,
@@ -202,7 +205,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         refuse_unaligned_metadata(&images[0])?;
     }
     let cache = open_cache(how, &images, read_only)?;
-    images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    if !how.quiet {
+        images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    }
     for image in &images {
         image.info.notes.iter().for_each(|note| tracing::warn!("{}: {note}", image.path.display()));
     }

@@ -1,5 +1,7 @@
 //! The command line; each group of commands in a file of its own.
 
+#[path = "args/bytes.rs"]
+mod bytes;
 #[path = "args/change.rs"]
 mod change;
 #[path = "args/common.rs"]
@@ -13,17 +15,20 @@ mod make;
 #[path = "args/properties.rs"]
 mod properties;
 
-pub(crate) use change::{Compact, Merge, Repair, Resize};
-use clap::{Parser, Subcommand};
-pub(crate) use common::{Image, Output, Parents};
+pub(crate) use bytes::{Bench, Cat, Dd};
+pub(crate) use change::{Compact, Merge, Rebase, Repair, Resize};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+pub(crate) use common::{Image, Output, Parents, ShowProgress};
 pub(crate) use io::Io;
-pub(crate) use look::{Check, Compare, Info, Map};
-pub(crate) use make::{Convert, Create, CreateCache};
+pub(crate) use look::{Check, Compare, Diff, Formats, Info, Map};
+pub(crate) use make::{Clone, Convert, Create, CreateCache};
 pub(crate) use properties::{Comment, Geometry, Labelled, SetUuid};
+use std::path::PathBuf;
 
 const ENDS: &str = "Sizes are bytes, or have a suffix for powers of 1024: 512M, 10G, 1.5T (k, M, G, T, P).\n\
                     Exit status: 0 done, 1 an error, with one line on standard error, 2 wrong usage; those of \
-                    compare, check and repair are told with them.";
+                    compare, diff, check and repair are told with them.";
 
 /// Makes, converts, compares, checks, repairs, resizes, merges and looks at disk images.
 #[derive(Debug, Parser)]
@@ -31,22 +36,56 @@ const ENDS: &str = "Sizes are bytes, or have a suffix for powers of 1024: 512M, 
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+    /// How the progress of what takes long is told on standard error.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub(crate) progress: ShowProgress,
+}
+
+const COMPLETIONS: &str = "\
+Example: vdimg completions bash >/usr/share/bash-completion/completions/vdimg";
+
+const MANPAGES: &str = "\
+Example: vdimg manpages /usr/local/share/man/man1";
+
+#[derive(Debug, Args)]
+pub(crate) struct Completions {
+    /// The shell.
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManPages {
+    /// The folder they go to: vdimg.1 and one for each command.
+    #[arg(value_parser = super::usage::existing_dir)]
+    pub(crate) dir: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Tell what an image is. Takes no locks: works while the image is served.
+    #[command(after_help = look::INFO)]
     Info(Info),
     /// Make a new image; with --parent a diff of the last one named, those before are that one's own parents.
+    #[command(after_help = make::CREATE)]
     Create(Create),
     /// Copy everything an image and its parents show into a new image.
+    #[command(after_help = make::CONVERT)]
     Convert(Convert),
+    /// Copy an image, with its parents, into a new one of the same format.
+    #[command(after_help = make::CLONE)]
+    Clone(Clone),
     /// Compare what two images show. Exit status: 0 equal, 1 different, 2 error.
+    #[command(after_help = look::COMPARE)]
     Compare(Compare),
+    /// Tell in which ranges two disks differ. Exit status: 0 they are equal, 1 different, 2 error.
+    #[command(after_help = look::DIFF)]
+    Diff(Diff),
     /// Look for damage in one image. Exit status: 0 clean, 2 corrupt, 3 leaks only, 1 error.
+    #[command(after_help = look::CHECK)]
     Check(Check),
     /// Put right what check finds; bytes that belong to no block are given up, and named. Exit status: 0 clean now,
     /// 2 still corrupt, 3 leaks left, 1 error; with --dry-run as check.
+    #[command(after_help = change::REPAIR)]
     Repair(Repair),
     /// Change the size of an image's disk.
     #[command(after_help = change::RESIZE)]
@@ -57,6 +96,9 @@ pub(crate) enum Command {
     /// Merge images of a chain: into the parent (as qemu-img commit), another one beneath, or upwards into a child.
     #[command(after_help = change::MERGE)]
     Merge(Merge),
+    /// Give an image another parent, or none, and copy before what that would show otherwise.
+    #[command(after_help = change::REBASE)]
+    Rebase(Rebase),
     /// Set an image's UUIDs: its own, that of its contents, what it says of its parent.
     #[command(name = "setuuid", after_help = properties::SETUUID)]
     SetUuid(SetUuid),
@@ -70,15 +112,34 @@ pub(crate) enum Command {
     #[command(after_help = make::CREATE_CACHE)]
     CreateCache(CreateCache),
     /// Tell where each range of the disk lies.
+    #[command(after_help = look::MAP)]
     Map(Map),
     /// Read and write by commands: read, write, discard, flush, sleep.
     #[command(after_help = io::SCRIPT)]
     Io(Io),
+    /// Write the bytes of a disk, or of one of its partitions, to standard output.
+    #[command(after_help = bytes::CAT)]
+    Cat(Cat),
+    /// Make an image of some blocks of a disk.
+    #[command(after_help = bytes::DD)]
+    Dd(Dd),
+    /// Time requests to a disk.
+    #[command(after_help = bytes::BENCH)]
+    Bench(Bench),
+    /// List the formats, what can be done with them, their extensions and options.
+    #[command(after_help = look::FORMATS)]
+    Formats(Formats),
+    /// Print the completions of vdimg for a shell.
+    #[command(after_help = COMPLETIONS)]
+    Completions(Completions),
+    /// Write man pages of vdimg and its commands.
+    #[command(name = "manpages", after_help = MANPAGES)]
+    ManPages(ManPages),
 }
 
 impl Command {
     /// Exit status of an error.
     pub(crate) fn trouble_status(&self) -> u8 {
-        if matches!(self, Command::Compare(_)) { 2 } else { 1 }
+        if matches!(self, Command::Compare(_) | Command::Diff(_)) { 2 } else { 1 }
     }
 }

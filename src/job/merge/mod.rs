@@ -100,7 +100,7 @@ fn plan(locked: &Locked, link: &Link) -> Result<Vec<FileStep>> {
 }
 
 /// An image in the words of those that name it as their parent.
-fn described(child: &Path, parent: &ImageFiles) -> Result<NewParent> {
+pub(super) fn described(child: &Path, parent: &ImageFiles) -> Result<NewParent> {
     let path = parent.files()[0].path();
     let mut info = parent.map(FileId(0), OpenHow { read_only: true, info_only: false })?.info();
     info.uuid = info.uuid.or_else(|| stand_in(path));

@@ -2,8 +2,50 @@
 
 use super::common::{Image, Lock};
 use clap::Args;
+use std::ffi::OsString;
 use std::path::PathBuf;
+use vdblk::format::Format;
 use vdblk::job::{NewSize, parse_size};
+use vdblk::vd::ImageSpec;
+
+pub(super) const REPAIR: &str = "\
+Examples: vdimg repair --dry-run disk.vdi
+          vdimg repair disk.vdi";
+
+pub(super) const REBASE: &str = "\
+The image shows the same before, after and at any moment between: what the new
+parent shows otherwise is copied into it first. Ended early the image has its
+old parent, and the same command completes it. With -u nothing is copied: you
+vouch for the new parent showing the same, as after its file was moved. Onto
+nothing (-b '') the image needs no parent any more.
+Examples: vdimg rebase -b newbase.qcow2 top.qcow2
+          vdimg rebase -u -b ../images/base.vdi top.vdi
+          vdimg rebase -b '' top.vmdk";
+
+#[derive(Debug, Args)]
+pub(crate) struct Rebase {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    /// The new parent; '' for none.
+    #[arg(short = 'b', long, visible_alias = "backing", value_name = "FILE")]
+    pub(crate) onto: OsString,
+    /// Its format, as --format.
+    #[arg(short = 'F', long, visible_alias = "backing-format", value_name = "FORMAT")]
+    pub(crate) onto_format: Option<Format>,
+    /// A parent of the new parent, base first, as --parent (repeatable).
+    #[arg(long = "onto-parent", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
+    pub(crate) onto_parents: Vec<ImageSpec>,
+    /// Change the name of the parent alone.
+    #[arg(short = 'u', long = "unsafe")]
+    pub(crate) only_name: bool,
+    /// Rebase an image although a diff in its folder has it as its parent.
+    #[arg(long)]
+    pub(crate) allow_write_to_parent: bool,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The image.
+    pub(crate) file: PathBuf,
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct Repair {

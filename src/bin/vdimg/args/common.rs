@@ -30,7 +30,7 @@ pub(crate) struct Parents {
 #[derive(Debug, Args)]
 pub(crate) struct Image {
     /// Format of the image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels, dmg or cue [default: what extension and contents agree on; the extension .raw says raw].
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(short = 'f', long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
     pub(crate) parents: Parents,
@@ -83,6 +83,18 @@ impl Parents {
             ..OpenDisk::new("")
         }
     }
+}
+
+/// How progress is told, on standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShowProgress {
+    /// A bar, if it is a terminal.
+    #[default]
+    Auto,
+    /// A JSON object a line: done and total in bytes, percent.
+    Json,
+    /// Not at all.
+    None,
 }
 
 /// How to print.

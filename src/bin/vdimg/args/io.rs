@@ -24,7 +24,8 @@ OFFSET and LENGTH are multiples of 512, in bytes or with a suffix (k, M, G, T,
 P). PATTERN is a byte, 0 to 255 or 0x00 to 0xff.
 The first command that fails ends the script; what was written before stays.
 Exit status: 0 all done, 1 an error or a pattern that is not there, 2 wrong
-usage, also of a --command.";
+usage, also of a --command.
+Example: vdimg io disk.vdi -c 'write -P 0x41 0 64k' -c flush -c 'read -v 0 512'";
 
 #[derive(Debug, Args)]
 pub(crate) struct Io {

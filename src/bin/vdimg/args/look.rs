@@ -7,10 +7,48 @@ use std::path::PathBuf;
 use vdblk::format::Format;
 use vdblk::vd::ImageSpec;
 
+pub(super) const INFO: &str = "\
+Examples: vdimg info disk.vdi
+          vdimg info --chain --output json snapshot.qcow2";
+
+pub(super) const COMPARE: &str = "\
+Where one disk is longer, what it has more must be zeros.
+Example: vdimg compare disk.vdi copy.qcow2";
+
+pub(super) const DIFF: &str = "\
+Ranges are in whole sectors of 512 bytes, in the disk's order. Two points of a
+chain are two of its images, or internal snapshots (--snapshot, --snapshot2).
+Examples: vdimg diff monday.vdi tuesday.vdi
+          vdimg diff --output json base.qcow2 top.qcow2";
+
+pub(super) const CHECK: &str = "\
+Examples: vdimg check disk.vdi
+          vdimg check --output json disk.qcow2";
+
+pub(super) const MAP: &str = "\
+Examples: vdimg map disk.vmdk
+          vdimg map --output json snapshot.vdi";
+
+pub(super) const FORMATS: &str = "\
+Names of capabilities are VirtualBox's; a key is what --option takes when an
+image is made.
+Example: vdimg formats --output json";
+
+/// What can be done with images of each format, their extensions and options.
+#[derive(Debug, Args)]
+pub(crate) struct Formats {
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Info {
     #[command(flatten)]
     pub(crate) image: Image,
+    /// Tell as much of each image beneath it; as JSON a list, the image first.
+    #[arg(long, visible_alias = "backing-chain")]
+    pub(crate) chain: bool,
     /// How to print it.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) output: Output,
@@ -18,6 +56,16 @@ pub(crate) struct Info {
     pub(crate) file: PathBuf,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// How to print it; json is a list of ranges, start and length in bytes.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) images: Compare,
+}
+
+/// Two images.
 #[derive(Debug, Args)]
 pub(crate) struct Compare {
     #[command(flatten)]

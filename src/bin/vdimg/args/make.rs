@@ -7,10 +7,37 @@ use uuid::Uuid;
 use vdblk::format::Format;
 use vdblk::job::parse_size;
 
+pub(super) const CREATE: &str = "\
+Examples: vdimg create --format vdi --size 20G disk.vdi
+          vdimg create --format qcow2 --parent base.vdi overlay.qcow2";
+
+pub(super) const CONVERT: &str = "\
+The new image is a base. After an error, or when interrupted, no file is left.
+Example: vdimg convert disk.vmdk --output-format qcow2 disk.qcow2";
+
+pub(super) const CLONE: &str = "\
+Format, variant and size of blocks stay, UUIDs are new. What stands on parents
+becomes a base that needs none.
+Example: vdimg clone disk.vdi copy.vdi";
+
+#[derive(Debug, Args)]
+pub(crate) struct Clone {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) snapshot: Snapshot,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The image to copy, with its parents.
+    pub(crate) source: PathBuf,
+    /// The new image. Nothing may be there yet; an extension has to be that of the format.
+    pub(crate) target: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Create {
     /// Format of the new image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed or parallels.
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(short = 'f', long, value_name = "FORMAT")]
     pub(crate) format: Format,
     /// Size of the disk, such as 512M or 10G: a multiple of 512 bytes, up to 4P [default: the parent's].
     #[arg(long, value_parser = parse_size, required_unless_present_any = ["parents", "raw_device"])]
@@ -43,7 +70,7 @@ pub(crate) struct Create {
     /// [default: 1M]; qcow2: cluster_size=SIZE, from 512 to 2M [default: 64k], compat=0.10 or 1.1, extended_l2=on or off,
     /// refcount_bits=BITS; qed: cluster_size=SIZE, from 4k to 64M [default: 64k], table_size=CLUSTERS, 2 to 16 [default: 4];
     /// qcow: cluster_size=SIZE, from 512 to 64k [default: 4k], table_entries=N, 64 to 8192 [default: 512].
-    #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
+    #[arg(short = 'o', long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) parents: Parents,
@@ -80,7 +107,7 @@ pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) snapshot: Snapshot,
     /// Format of the new image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed or parallels.
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(short = 'O', long, value_name = "FORMAT")]
     pub(crate) output_format: Format,
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
     /// alone) stream [default: dynamic].
@@ -90,7 +117,7 @@ pub(crate) struct Convert {
     /// [default: 1M]; qcow2: cluster_size=SIZE, from 512 to 2M [default: 64k], compat=0.10 or 1.1, extended_l2=on or off,
     /// refcount_bits=BITS; qed: cluster_size=SIZE, from 4k to 64M [default: 64k], table_size=CLUSTERS, 2 to 16 [default: 4];
     /// qcow: cluster_size=SIZE, from 512 to 64k [default: 4k], table_entries=N, 64 to 8192 [default: 512].
-    #[arg(long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
+    #[arg(short = 'o', long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) lock: Lock,
