@@ -159,16 +159,20 @@ def queue_rows(bench):
 
 
 def convert_rows(bench):
-    for key, title, fmt, to in (
-        ("convert-vdi", "convert raw to VDI", "raw", "vdi"),
-        ("convert-raw", "convert VDI to raw", "vdi", "raw"),
+    for key, title, fmt, to, cache in (
+        ("convert-vdi", "convert raw to VDI, not synced", "raw", "vdi", "unsafe"),
+        ("convert-raw", "convert VDI to raw, not synced", "vdi", "raw", "unsafe"),
+        ("convert-vdi-sync", "convert raw to VDI, durable", "raw", "vdi", "writeback"),
+        ("convert-raw-sync", "convert VDI to raw, durable", "vdi", "raw", "writeback"),
     ):
 
-        def sides(fmt=fmt, to=to):
+        def sides(fmt=fmt, to=to, cache=cache):
             file, target = bench.disks.half(fmt), bench.disks.path(f"converted.{to}")
-            commands = {"vdblk": [peers.VDIMG, "convert", "--output-format", to, file, target]}
+            commands = {
+                "vdblk": [peers.VDIMG, "convert", "-t", cache, file, target],
+            }
             if qemu_img := peers.foreign("qemu-img"):
-                commands["qemu-img"] = qemu_img + ["convert", "-f", fmt, "-O", to, file, target]
+                commands["qemu-img"] = qemu_img + ["convert", "-t", cache, "-f", fmt, "-O", to, file, target]
             if vbox_img := peers.vbox_img(bench.disks.folder):
                 names = ["--srcfilename", file, "--dstfilename", target]
                 formats = ["--srcformat", fmt.upper(), "--dstformat", to.upper()]

@@ -13,7 +13,7 @@ use crate::job::{
     Convert, CopyJob, Selection, Watch, change, convert, create_files, delete_image, open_channel,
     remove_files,
 };
-use crate::vd::{Disk, DiskOptions, ImageFiles, OpenDisk, open_disk};
+use crate::vd::{CacheMode, Disk, DiskOptions, ImageFiles, OpenDisk, open_disk};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -215,6 +215,7 @@ impl Container {
             format,
             variant: Some("stream".into()),
             options: Vec::new(),
+            cache: CacheMode::Writeback,
         };
         self.apart(|_| convert(&convert_how, watch))?;
         target.open(&backend, &path, how.open_flags.with(OpenFlags::READONLY))

@@ -141,6 +141,6 @@ fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<C
         tracing::info!("threads instead of io_uring: {why}");
     }
     let mut channel = Channel::new(disk.clone(), chosen.engine, lanes)?;
-    channel.be_patient();
+    channel.be_patient(true);
     Ok(channel)
 }
