@@ -129,6 +129,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=float, default=2)
     p.add_argument("--only", default="")
+    p.add_argument("--into", help="a file of an earlier run, in which the rows are replaced or added")
     p.add_argument("--list", action="store_true")
     args = p.parse_args()
     os.makedirs(args.folder, exist_ok=True)
@@ -136,8 +137,12 @@ def main():
     wanted = set(filter(None, args.only.split(",")))
     folder = os.path.join(peers.ROOT, "target/bench")
     os.makedirs(folder, exist_ok=True)
-    out = os.path.join(folder, time.strftime("%Y%m%d-%H%M%S") + ".json")
-    result = {"machine": machine.about(args.folder), "rounds": args.rounds, "seconds": args.seconds, "rows": []}
+    out = args.into or os.path.join(folder, time.strftime("%Y%m%d-%H%M%S") + ".json")
+    about = machine.about(args.folder)
+    result = {"machine": about, "rows": []}
+    if args.into and os.path.exists(out):
+        with open(out, encoding="utf-8") as f:
+            result = json.load(f)
     for group in rows.GROUPS:
         for row in group(bench):
             if args.list:
@@ -147,7 +152,9 @@ def main():
                 continue
             print(f"{row.key} …", file=sys.stderr)
             runs = measure(row, args.rounds)
-            result["rows"].append({"key": row.key, "title": row.title, "runs": runs, "goals": judge(row, runs)})
+            measured = {"key": row.key, "title": row.title, "rounds": args.rounds, "seconds": args.seconds, "vdblk": about["vdblk"]}
+            kept = [r for r in result["rows"] if r["key"] != row.key]
+            result["rows"] = [*kept, {**measured, "runs": runs, "goals": judge(row, runs)}]
             with open(out, "w", encoding="utf-8") as f:
                 json.dump(result, f, indent=1)
     if args.list:

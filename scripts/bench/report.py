@@ -27,7 +27,7 @@ def table(result):
     m = result["machine"]
     lines = [
         f"{m['date']}, {m['cpu']}, Linux {m['kernel']}, {m['file_system']}; vdblk {m['vdblk']}; {m['qemu_storage_daemon']};"
-        f" {m['fio']}; medians of {result['rounds']} (least–most)",
+        f" {m['fio']}; medians of {'–'.join(str(n) for n in sorted({r['rounds'] for r in result['rows']}))} (least–most)",
         "",
         "| work | measure | vdblk | against | ratio | aim | |",
         "|---|---|---|---|---|---|---|",
