@@ -175,7 +175,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         skip_syncs: config.cache == CacheMode::Unsafe,
         write_through: config.cache == CacheMode::Writethrough,
         discard: config.discard,
-        write_same: false,
+        ..DiskOptions::default()
     };
     let how = OpenDisk {
         image: config.image.clone(),
@@ -189,6 +189,8 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         allow_write_to_parent: config.allow_write_to_parent,
         allow_raw_device: config.allow_raw_device,
         write_optical: false,
+        shareable: false,
+        skip_checks: false,
         cache_image: config.cache_image.clone(),
         options,
     };

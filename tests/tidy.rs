@@ -25,7 +25,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
 /// The only files with `unsafe` in them.
 const UNSAFE: &[&str] = &[
     "io/aligned.rs",
+    "container/buffers.rs",
     "io/buf.rs",
+    "io/locked.rs",
     "io/sys.rs",
     "io/threads.rs",
     "io/uring.rs",

@@ -98,7 +98,7 @@ flag_set! {
         ASYNC_IO = 1 << 4, "async-io";
         /// Others may write it as well. Only where no metadata changes, that is with fixed images; otherwise it has no effect.
         SHAREABLE = 1 << 5, "shareable";
-        /// It is accessed from its start to its end. A hint, except for formats that are written only so.
+        /// It is accessed from its start to its end: a hint, which so far changes nothing.
         SEQUENTIAL = 1 << 6, "sequential";
         /// Discards are taken. Opening fails where those are not possible.
         DISCARD = 1 << 7, "discard";

@@ -9,6 +9,7 @@ mod compare;
 mod convert;
 mod copy;
 mod create;
+mod delete;
 mod diff;
 mod disk_bytes;
 mod extract;
@@ -37,10 +38,13 @@ pub use compare::{CompareJob, Comparison, compare_disks};
 pub use convert::{Convert, convert};
 pub use copy::{CopyJob, Selection};
 pub use create::{CreateImage, create_image, create_overlay};
+pub(crate) use create::{create_files, remove_files};
+pub use delete::delete_image;
 pub use diff::{DiffJob, diff_disks};
 pub use disk_bytes::DiskBytes;
 pub use extract::{Extract, extract};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
+pub(crate) use lanes::Lanes;
 pub use merge::{Merge, Merged, merge_images, named_from};
 pub use properties::{SetProperties, set_properties};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
@@ -50,7 +54,7 @@ pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};
 pub use steps::StepsJob;
-use steps::change;
+pub(crate) use steps::change;
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -128,7 +132,7 @@ pub(crate) const LANES: u16 = 8;
 const ENGINE_DEPTH: u32 = 128;
 
 /// A channel over the best engine there is, for a job with `lanes` lanes.
-fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+pub(crate) fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
     open_channel_over(EngineKind::Auto, disk, lanes)
 }
 
@@ -139,6 +143,6 @@ fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<C
         tracing::info!("threads instead of io_uring: {why}");
     }
     let mut channel = Channel::new(disk.clone(), chosen.engine, lanes)?;
-    channel.be_patient();
+    channel.be_patient(true);
     Ok(channel)
 }

@@ -35,6 +35,8 @@ pub(crate) struct Further {
     pub(crate) lock_wait: Option<Duration>,
     /// Disks of the host may be among them.
     pub(crate) allow_raw_device: bool,
+    /// Others may write them as well.
+    pub(crate) shareable: bool,
 }
 
 impl ImageFiles {
@@ -64,7 +66,7 @@ impl ImageFiles {
     ) -> Result<Self> {
         let how = OpenHow { write, ..OpenHow::default() };
         let first: Arc<dyn HostFile> = Arc::new(OsFile::open(path, how)?);
-        let further = Further { how, lock_wait, allow_raw_device };
+        let further = Further { how, lock_wait, allow_raw_device, shareable: false };
         let lock = further.lock(&*first)?;
         let mut files = Self::around(path, first, stated, further)?;
         files.locks.extend(lock);
@@ -142,6 +144,14 @@ impl ImageFiles {
     /// As [`format::open_snapshot`], with the file.
     pub(crate) fn snapshot(&self, first: FileId, name: &str) -> Result<Box<dyn ImageMap>> {
         self.with(first, |files| format::open_snapshot(self.format, files, name))
+    }
+
+    /// Opens the image for reading without verifying what only matters for writing.
+    ///
+    /// # Errors
+    /// As [`format::open_unchecked`], with the file.
+    pub(crate) fn unchecked(&self, first: FileId) -> Result<Box<dyn ImageMap>> {
+        self.with(first, |files| format::open_unchecked(self.format, files))
     }
 
     /// What is wrong with the image; `None` where nothing can be.
@@ -242,7 +252,11 @@ impl ImageFiles {
 
 impl Further {
     pub(crate) fn lock(self, file: &dyn HostFile) -> Result<Option<ImageLock>> {
-        let mode = if self.how.write { LockMode::Exclusive } else { LockMode::Shared };
+        let mode = match (self.how.write, self.shareable) {
+            (false, _) => LockMode::Shared,
+            (true, false) => LockMode::Exclusive,
+            (true, true) => LockMode::Sharing,
+        };
         self.lock_wait.map(|wait| ImageLock::take(file, mode, wait)).transpose()
     }
 }

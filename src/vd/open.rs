@@ -69,6 +69,10 @@ pub struct OpenDisk {
     pub allow_raw_device: bool,
     /// A raw file whose name says that it is a CD or DVD may be written: for whoever has just made it.
     pub write_optical: bool,
+    /// Others may write the image at the same time. Only fixed images, whose metadata nobody changes.
+    pub shareable: bool,
+    /// What only matters for writing is not verified: a damaged image may be read. Only for reading.
+    pub skip_checks: bool,
     /// A cache image for those images of the chain that nobody writes: made by [`crate::job::create_cache`], used by one disk at a
     /// time. Its session has to be ended, by [`super::Channel::close_disk`] or [`Disk::end_cache`], or the next begins empty.
     pub cache_image: Option<PathBuf>,
@@ -91,6 +95,8 @@ impl OpenDisk {
             allow_write_to_parent: false,
             allow_raw_device: false,
             write_optical: false,
+            shareable: false,
+            skip_checks: false,
             cache_image: None,
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
         }
@@ -179,6 +185,10 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         return Err(Error::new(ErrorKind::ReadOnly, what).at(&how.image.path).hint("pass --read-only"));
     }
     let mut images = vec![open_image(&how.image, how, write, &[])?];
+    if write && how.shareable && images[0].info.variant != "fixed" {
+        let what = "is not fixed: two that write it would spoil each other's tables";
+        return Err(Error::new(ErrorKind::Unsupported, what).at(&how.image.path));
+    }
     if how.parents.is_empty() {
         let mut places = named_places(how);
         places.push(ParentSearch::new(default_dirs(&how.image.path)));
@@ -248,13 +258,19 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
             .hint("name its parents with --parent, base first"));
     }
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
-    let further = Further { how: open_how, lock_wait: how.lock_wait, allow_raw_device: how.allow_raw_device };
+    let further = Further {
+        how: open_how,
+        lock_wait: how.lock_wait,
+        allow_raw_device: how.allow_raw_device,
+        shareable: how.shareable,
+    };
     let lock = further.lock(&*file)?;
     refuse_if_replaced(spec, &*file)?;
     let mut image = ImageFiles::around(&spec.path, file, spec.format, further)?;
     let first = first_file_id(above, &image).map_err(|e| e.at(&spec.path))?;
     let map = match &how.snapshot {
         Some(name) if above.is_empty() => image.snapshot(first, name)?,
+        None if !write && how.skip_checks => image.unchecked(first)?,
         _ => image.map(first, format::OpenHow { read_only: !write, info_only: false })?,
     };
     let locks = lock.into_iter().chain(image.take_locks()).collect();

@@ -22,7 +22,7 @@ use clap_complete::Shell;
 pub(crate) use common::{Image, Output, Parents, ShowProgress};
 pub(crate) use io::Io;
 pub(crate) use look::{Check, Compare, Diff, Formats, Info, Map};
-pub(crate) use make::{Clone, Convert, Create, CreateCache};
+pub(crate) use make::{Clone, Convert, Create, CreateCache, TargetCache};
 pub(crate) use properties::{Comment, Geometry, Labelled, SetUuid};
 use std::path::PathBuf;
 

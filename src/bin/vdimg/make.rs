@@ -1,12 +1,13 @@
 //! `vdimg create`, `vdimg convert` and `vdimg clone`.
 
-use super::args::{Clone, Convert, Create};
+use super::args::{Clone, Convert, Create, TargetCache};
 use super::terminal;
-use vdblk::format::{Format, NewParent};
+use std::path::Path;
+use vdblk::format::{Format, NewParent, extension_format};
 use vdblk::job::{
     self, CreateImage, Inspected, RawDiskWish, create_image, inspect_image_with, look_at_raw_disk, named_from,
 };
-use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
+use vdblk::vd::{CacheMode, OpenDisk, OpenedDisk, open_disk};
 use vdblk::{Error, ErrorKind, Result};
 
 pub(crate) fn create(args: &Create) -> Result<u8> {
@@ -55,9 +56,14 @@ pub(crate) fn convert(args: &Convert) -> Result<u8> {
     let how = job::Convert {
         source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock),
         target: args.target.clone(),
-        format: args.output_format,
+        format: args.output_format.map_or_else(|| format_of_name(&args.target), Ok)?,
         variant: args.variant.clone(),
         options: args.options.clone(),
+        cache: match args.target_cache {
+            TargetCache::None => CacheMode::None,
+            TargetCache::Writeback => CacheMode::Writeback,
+            TargetCache::Unsafe => CacheMode::Unsafe,
+        },
     };
     terminal::watched(|watch| job::convert(&how, watch))?;
     Ok(0)
@@ -78,9 +84,18 @@ pub(crate) fn clone(args: &Clone) -> Result<u8> {
         format: own.format,
         variant: variant_of(&own),
         options: options_of(&own),
+        cache: CacheMode::Writeback,
     };
     terminal::watched(|watch| job::convert(&how, watch))?;
     Ok(0)
+}
+
+/// The format that a new file's name says.
+fn format_of_name(target: &Path) -> Result<Format> {
+    extension_format(target).ok_or_else(|| {
+        let e = Error::new(ErrorKind::InvalidArgument, "its name does not say in which format it is to be");
+        e.at(target).hint("say so with --output-format")
+    })
 }
 
 /// The variant of a new image that is like this one; `None`: the one that is made if nothing is said.

@@ -3,7 +3,7 @@
 mod map;
 mod sheet;
 
-pub use map::CueMap;
+pub use map::{CueMap, data_offset};
 pub(super) use sheet::is_sheet;
 
 use super::{Driver, Reference};

@@ -6,7 +6,7 @@
 
 mod locked;
 mod refuse;
-mod remove;
+pub(super) mod remove;
 mod span;
 
 use super::{CopyJob, Watch, change, open_channel, open_channel_over};

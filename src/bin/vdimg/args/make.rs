@@ -100,6 +100,14 @@ pub(crate) struct CreateCache {
     pub(crate) file: PathBuf,
 }
 
+/// See [`vdblk::vd::CacheMode`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum TargetCache {
+    None,
+    Writeback,
+    Unsafe,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Convert {
     #[command(flatten)]
@@ -107,8 +115,13 @@ pub(crate) struct Convert {
     #[command(flatten)]
     pub(crate) snapshot: Snapshot,
     /// Format of the new image: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed or parallels.
+    /// [default: what its name says]
     #[arg(short = 'O', long, value_name = "FORMAT")]
-    pub(crate) output_format: Format,
+    pub(crate) output_format: Option<Format>,
+    /// How the new image is written. none: past the page cache; writeback: through it, and it is durable when the command ends; unsafe: the
+    /// same, but not durable, which is quicker.
+    #[arg(short = 't', long, value_name = "MODE", value_enum, default_value = "writeback")]
+    pub(crate) target_cache: TargetCache,
     /// Variant of the new image's format: dynamic or fixed; of vdi also zero-expand, of vmdk split2g, split2g-flat, esx and (convert
     /// alone) stream [default: dynamic].
     #[arg(long)]
