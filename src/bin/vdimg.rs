@@ -30,6 +30,8 @@ mod pages;
 mod properties;
 #[path = "vdimg/rebase.rs"]
 mod rebase;
+#[path = "vdimg/relocate.rs"]
+mod relocate;
 #[path = "vdimg/resize.rs"]
 mod resize;
 #[path = "vdimg/terminal.rs"]
@@ -77,6 +79,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Resize(a) => resize::run(&a),
         Command::Compact(a) => compact::run(&a),
         Command::Merge(a) => merge::run(&a),
+        Command::Move(a) => relocate::run(&a),
         Command::Rebase(a) => rebase::run(&a),
         Command::SetUuid(a) => properties::set_uuid(&a),
         Command::Comment(a) => properties::comment(&a),

@@ -16,7 +16,7 @@ mod make;
 mod properties;
 
 pub(crate) use bytes::{Bench, Cat, Dd};
-pub(crate) use change::{Compact, Merge, Rebase, Repair, Resize};
+pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 pub(crate) use common::{Image, Output, Parents, ShowProgress};
@@ -96,6 +96,9 @@ pub(crate) enum Command {
     /// Merge images of a chain: into the parent (as qemu-img commit), another one beneath, or upwards into a child.
     #[command(after_help = change::MERGE)]
     Merge(Merge),
+    /// Rename an image, or move it to another folder or file system, with all its files.
+    #[command(after_help = change::MOVE)]
+    Move(Move),
     /// Give an image another parent, or none, and copy before what that would show otherwise.
     #[command(after_help = change::REBASE)]
     Rebase(Rebase),

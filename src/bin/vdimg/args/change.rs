@@ -47,6 +47,25 @@ pub(crate) struct Rebase {
     pub(crate) file: PathBuf,
 }
 
+pub(super) const MOVE: &str = "\
+An image of several files takes them along into another folder; they keep their
+names. Diffs in its folder that name it as their parent are told. A move that
+fails leaves the image where it was.
+Examples: vdimg move disk.vdi archive.vdi
+          vdimg move base.qcow2 /mnt/images";
+
+#[derive(Debug, Args)]
+pub(crate) struct Move {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The image.
+    pub(crate) file: PathBuf,
+    /// Its new name, or the folder it goes to. Nothing may be there yet.
+    pub(crate) target: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Repair {
     #[command(flatten)]
