@@ -17,6 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "format", "io", "vd"]),
+    ("medium", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
     ("sim", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];

@@ -18,6 +18,8 @@ mod io;
 mod make;
 #[path = "vdimg/map.rs"]
 mod map;
+#[path = "vdimg/medium.rs"]
+mod medium;
 #[path = "vdimg/merge.rs"]
 mod merge;
 #[path = "vdimg/resize.rs"]
@@ -67,5 +69,6 @@ fn run(command: Command) -> Result<u8> {
         Command::CreateCache(a) => cache::create(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),
+        Command::Medium(a) => medium::run(&a),
     }
 }

@@ -74,6 +74,9 @@ pub(crate) enum Command {
     /// Read and write by commands: read, write, discard, flush, sleep.
     #[command(after_help = SCRIPT)]
     Io(Io),
+    /// Known media: a registry of what is where, on what it stands, which machines use it, and who holds it.
+    #[command(after_help = super::medium::ENDS)]
+    Medium(super::medium::MediumArgs),
 }
 
 const RESIZE: &str = "\
@@ -445,7 +448,7 @@ pub(crate) struct Io {
     pub(crate) file: PathBuf,
 }
 
-fn new_size(text: &str) -> vdblk::Result<NewSize> {
+pub(crate) fn new_size(text: &str) -> vdblk::Result<NewSize> {
     match text.strip_prefix('+') {
         Some(more) => parse_size(more).map(NewSize::By),
         None => parse_size(text).map(NewSize::To),
