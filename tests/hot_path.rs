@@ -13,7 +13,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-
 /// The system's allocator, and how often this thread has asked it for memory.
 struct Counting;
 
@@ -160,7 +159,8 @@ fn requests_through_a_chain_allocate_nothing() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
     let (base, diff) = (full(folder.path(), "vdi"), folder.path().join("diff.vdi"));
     vdimg(&["create", "--format", "vdi", "--parent", name(&base), name(&diff)], "");
-    let writes: String = (0..DISK_BYTES >> 20).step_by(2).map(|m| format!("write -P 7 {} 1M\n", m << 20)).collect();
+    let writes: String =
+        (0..DISK_BYTES >> 20).step_by(2).map(|m| format!("write -P 7 {} 1M\n", m << 20)).collect();
     vdimg(&["io", name(&diff)], &writes);
     assert_eq!(allocations(&diff, Ask::Read, false, 4096), 0);
     assert_eq!(allocations(&diff, Ask::Read, true, 4096), 0);

@@ -372,6 +372,10 @@ fn delete_removes_files_and_record() {
     fs::write(dir.path().join("cd.iso"), vec![0; 1 << 16]).unwrap();
     let cd = add(&r, &dir.path().join("cd.iso")).unwrap();
     assert_eq!(code(r.delete(cd.id())), Code::NotSupported);
+    // A diff that nobody has made known would be lost.
+    let stranger = r.create(&diff(dir.path().join("b.vdi"), base.id())).unwrap();
+    stranger.close().unwrap();
+    assert_eq!(code(r.delete(base.id())), Code::ObjectInUse);
 }
 
 #[test]
@@ -438,6 +442,9 @@ fn resize_and_compact_under_locks() {
     assert_eq!(unwatched(|w| r.resize(m.id(), NewSize::By(8 * MIB), false, w)).unwrap(), (8 * MIB, 16 * MIB));
     assert_eq!(m.logical_size().unwrap(), 16 * MIB);
     unwatched(|w| r.compact(m.id(), w)).unwrap();
+    let child = r.create(&diff(dir.path().join("b.vdi"), m.id())).unwrap();
+    assert_eq!(code(unwatched(|w| r.resize(m.id(), NewSize::By(MIB), false, w))), Code::ObjectInUse);
+    r.delete(child.id()).unwrap();
     other.medium(m.id()).unwrap().lock_read().unwrap();
     assert_eq!(code(unwatched(|w| r.resize(m.id(), NewSize::By(MIB), false, w))), Code::InvalidObjectState);
     assert_eq!(code(unwatched(|w| r.compact(m.id(), w))), Code::InvalidObjectState);

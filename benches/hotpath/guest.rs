@@ -99,7 +99,11 @@ impl Guest {
             event_idx: true,
         };
         let ring = Ring::new(&setup, &self.memory).map_err(io::Error::other)?;
-        let extras = RingExtras { inflight: self.inflight.tracker(0), call: self.call.take(), ..RingExtras::default() };
+        let extras = RingExtras {
+            inflight: self.inflight.tracker(0),
+            call: self.call.take(),
+            ..RingExtras::default()
+        };
         Ok((Arc::clone(&self.memory), ring, extras))
     }
 

@@ -4,7 +4,7 @@
 # and takes another snapshot; a scan of the folder finds the same chains. Root; scripts/oracle/setup.sh first. VDIMG: the program.
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd)
-VDIMG=${VDIMG:-$HERE/../../target/debug/vdimg}
+VDIMG=${VDIMG:-${CARGO_TARGET_DIR:-$HERE/../../target}/debug/vdimg}
 ORACLE_WORK=$(mktemp -d /tmp/vdblk-media-XXXXXX)
 export ORACLE_WORK
 trap 'rm -rf "$ORACLE_WORK"' EXIT
@@ -16,7 +16,11 @@ vbox() {
         PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 VBoxManage -q "$@" 2>> "$ORACLE_WORK/log" \
         || { cat "$ORACLE_WORK/log" >&2; exit 1; }
 }
-medium() { "$VDIMG" medium --registry "$ORACLE_WORK/$1.sqlite" $2 $3; }
+medium() {
+    registry=$1
+    shift
+    "$VDIMG" medium --registry "$ORACLE_WORK/$registry.sqlite" "$@"
+}
 cd "$ORACLE_WORK/m"
 vbox createmedium disk --filename "$PWD/golden.vdi" --size 16 > /dev/null
 vbox createmedium disk --filename "$PWD/loose.vmdk" --format VMDK --size 16 > /dev/null

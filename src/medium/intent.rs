@@ -2,7 +2,6 @@
 //!
 //! An intent belongs to a client. When that is gone the intent belongs to nobody, and whoever opens the registry next takes it over.
 
-use super::check::CHECK_LIMIT;
 use super::code::{Code, Fault, Result};
 use super::record;
 use super::staging::{self, Staging, folder_of, identity};
@@ -19,6 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use uuid::Uuid;
+
+/// How long an opening waits for the files of an operation that was interrupted; then it is left to the next one.
+const RECOVERY_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// An operation on files.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -169,7 +171,7 @@ impl Intent {
         };
         let started = thread::Builder::new().name("recovery".into()).spawn(run);
         started.map_err(|e| Error::io("start a thread", e))?;
-        told.recv_timeout(CHECK_LIMIT).unwrap_or_else(|_| {
+        told.recv_timeout(RECOVERY_LIMIT).unwrap_or_else(|_| {
             Err(Error::new(crate::ErrorKind::Io, "its files do not answer; it is tried again later"))
         })
     }

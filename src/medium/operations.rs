@@ -18,7 +18,7 @@ use crate::job::{
     self, Convert, CreateImage, NewSize, Watch, compact_image, create_image, merge_images, named_from,
 };
 use crate::map::{DeviceType, ImageInfo};
-use crate::vd::{DiskOptions, ImageFiles, ImageSpec, OpenDisk, open_disk};
+use crate::vd::{DiskOptions, ImageFiles, ImageSpec, OpenDisk, Sought, any_other_child, open_disk, stand_in};
 use rusqlite::Connection;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -252,6 +252,7 @@ impl Registry {
             let why = format!("{} images are not deleted here: close it", image.format());
             return Err(Fault::new(Code::NotSupported, why).at(&r.location));
         }
+        refuse_unknown_child(&r.location)?;
         let files: Vec<_> = image.files().iter().filter_map(|f| Doomed::now(f.path())).collect();
         let plan = Intent::Remove { media: vec![id.to_string()], files: files.clone(), dir: None };
         let begun = self.write_as(|db, client| {
@@ -390,11 +391,15 @@ impl Registry {
         Ok(made.and(cleared)?)
     }
 
-    /// Changes the size of its disk, under locks. Tells the sizes before and after, in bytes.
+    /// Changes the size of its disk, under locks; children would show what is added, or lose what goes. Tells the sizes before and after, in bytes.
     ///
     /// # Errors
-    /// As [`job::resize_image`]; of the locks.
+    /// [`Code::ObjectInUse`] with children; as [`job::resize_image`]; of the locks.
     pub fn resize(&self, id: Uuid, size: NewSize, shrink: bool, watch: &mut Watch<'_>) -> Result<(u64, u64)> {
+        let r = self.read(|db, _| Self::known(db, id))?;
+        if self.read(|db, _| Ok(!record::children(db, id)?.is_empty()))? {
+            return Err(Fault::new(Code::ObjectInUse, "has children: its size stays").at(&r.location));
+        }
         self.with_chain_locked(id, |chain| {
             let image = disk_of(chain, Some(Duration::ZERO));
             Ok(job::resize_image(&job::Resize { image, size, shrink }, watch)?)
@@ -584,6 +589,20 @@ impl MergePlan {
         let rest = intent::merged(db, &media, self.link.as_ref(), &self.files)?;
         intent::change(db, begun, &rest)?;
         Ok(Some(rest))
+    }
+}
+
+/// A diff that no registry knows would be lost with its parent.
+fn refuse_unknown_child(path: &Path) -> Result<()> {
+    let info = job::inspect_image(&ImageSpec { path: path.to_path_buf(), format: None })?.info;
+    let named = info.uuid.or_else(|| stand_in(path));
+    match any_other_child(&[Sought { path, own: info.uuid, named }], &[]) {
+        None => Ok(()),
+        Some((_, child)) => {
+            let why =
+                format!("is the parent of {}, which is not known: it cannot be deleted", child.display());
+            Err(Fault::new(Code::ObjectInUse, why).at(path))
+        }
     }
 }
 

@@ -185,7 +185,8 @@ fn entry(r: &Record, file: &Path) -> Result<Entry> {
         medium_type: Some(r.medium_type),
         auto_reset: r.auto_reset,
         description: r.description.clone(),
-        properties: r.properties.clone(),
+        // Ours mean nothing to others.
+        properties: r.properties.clone().into_iter().filter(|(name, _)| !name.starts_with(OURS)).collect(),
     })
 }
 
@@ -201,6 +202,8 @@ fn written_format(format: &str) -> String {
     }
 }
 
+/// How names of properties begin that are vdblk's own.
+pub(super) const OURS: &str = "vdblk/";
 const NAMESPACE: &str = "http://www.virtualbox.org/";
 
 /// A settings file with nothing but media.

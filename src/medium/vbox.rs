@@ -386,3 +386,73 @@ impl Text {
         self.line(&format!("</{name}>"));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MACHINE: &str = include_str!("../../tests/fixtures/machine.vbox");
+
+    fn machine() -> String {
+        MACHINE
+            .replace("@BASE@", &Uuid::from_u128(1).to_string())
+            .replace("@TOP@", &Uuid::from_u128(2).to_string())
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let read = parse(&machine()).unwrap();
+        assert_eq!((read.media.len(), read.uses.len()), (5, 4));
+        assert_eq!(read.media[1].parent, Some(Uuid::from_u128(1)));
+        assert_eq!(read.media[1].format.as_deref(), Some("vdi"), "as it was typed");
+        let odd = "a \"b\" <c> & 'd'\n\te\u{e9}";
+        let mut media = read.media.clone();
+        media[0].description = Some(odd.into());
+        media[0].properties.insert("CRYPT/KeyStore".into(), odd.into());
+        media[0].location = odd.into();
+        let text = format!("<VirtualBox>{}</VirtualBox>", registry_text(&media, 2));
+        let sorted = |mut all: Vec<Entry>| {
+            all.sort_by_key(|m| m.id);
+            all
+        };
+        let mut back = parse(&text).unwrap().media;
+        // The type is that of the root, and written there alone.
+        back.iter_mut().for_each(|m| m.medium_type = None);
+        media.iter_mut().for_each(|m| m.medium_type = None);
+        assert_eq!(sorted(back), sorted(media));
+        let range = read.registry.unwrap();
+        let all = machine();
+        assert!(
+            all[range.clone()].starts_with("<MediaRegistry>") && all[range].ends_with("</MediaRegistry>")
+        );
+    }
+
+    #[test]
+    fn damaged_files_are_refused_or_read_and_nothing_panics() {
+        let good = machine();
+        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = |below: usize| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            usize::try_from(seed % below as u64).unwrap()
+        };
+        let pieces =
+            ["<", ">", "\"", "&", "</HardDisk>", "<HardDisk>", "{", "]]>", "<!--", "\u{0}", "\u{e9}", ""];
+        let mut read = 0;
+        for _ in 0..4000 {
+            let mut text = good.clone();
+            for _ in 0..=random(3) {
+                let (at, len) = (random(text.len()), random(40));
+                let at = (0..=at).rev().find(|n| text.is_char_boundary(*n)).unwrap();
+                let end = (at + len).min(text.len());
+                let end = (end..=text.len()).find(|n| text.is_char_boundary(*n)).unwrap();
+                text.replace_range(at..end, pieces[random(pieces.len())]);
+            }
+            read += usize::from(parse(&text).is_ok());
+        }
+        assert!(read > 0, "all of them were refused");
+        let deep = format!("<VirtualBox>{}", "<a>".repeat(100_000));
+        assert_eq!(parse(&deep).unwrap_err().code(), Code::XmlError);
+    }
+}

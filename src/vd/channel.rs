@@ -115,7 +115,13 @@ impl Channel {
     }
 
     /// Calls `f` with `len` bytes of the slot's request memory, from `at` on.
-    pub(super) fn with_parts<R>(&mut self, slot: u16, at: u64, len: u64, f: impl FnOnce(&[BufSlice]) -> R) -> R {
+    pub(super) fn with_parts<R>(
+        &mut self,
+        slot: u16,
+        at: u64,
+        len: u64,
+        f: impl FnOnce(&[BufSlice]) -> R,
+    ) -> R {
         self.parts.clear();
         sub_slices(&self.slots[usize::from(slot)].bufs, at, len, &mut self.parts);
         f(&self.parts)

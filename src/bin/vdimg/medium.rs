@@ -334,7 +334,7 @@ pub(crate) fn run(args: &MediumArgs) -> Result<u8> {
         None if args.system => system_registry(),
         None => user_registry()?,
     };
-    let registry = Registry::open_with(&path, prober()?)?;
+    let registry = Registry::open_with(&path, prober())?;
     registry.set_check_limit(Duration::from_secs_f64(args.timeout));
     let at = At { registry: &registry, output: args.output };
     match &args.what {
@@ -350,10 +350,10 @@ pub(crate) fn run(args: &MediumArgs) -> Result<u8> {
     }
 }
 
-/// Media are looked at by processes of this program: one that hangs in the kernel is left behind.
-fn prober() -> Result<Prober> {
-    let own = std::env::current_exe().map_err(|e| Error::io("find this program", e))?;
-    Ok(Prober::Process(vec![own.into(), "medium".into(), "probe".into()]))
+/// Media are looked at by processes of this program: one that hangs in the kernel is left behind. The link leads to it even after
+/// its file was replaced.
+fn prober() -> Prober {
+    Prober::Process(["/proc/self/exe", "medium", "probe"].map(OsString::from).to_vec())
 }
 
 /// A relative name is one from where the user is.
