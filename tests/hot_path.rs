@@ -2,6 +2,7 @@
 
 #[path = "../benches/hotpath/guest.rs"]
 mod guest;
+#[allow(dead_code)] // nothing is counted here
 #[path = "../benches/hotpath/served.rs"]
 mod served;
 

@@ -458,7 +458,6 @@ impl Registry {
         let begun = self.write_as(|db, client| plan.begin(db, client))?;
         let done = merge_images(&how, watch);
         let rest = self.write_as(|db, client| plan.end(db, client, begun, done.is_ok()))?;
-        done?;
         if let Some(Intent::Remove { files, media, .. }) = rest {
             intent::remove_files(&files)?;
             self.write(|db| {
@@ -466,6 +465,7 @@ impl Registry {
                 intent::end(db, begun)
             })?;
         }
+        done?;
         self.check(&[into]).map(drop)
     }
 
@@ -568,23 +568,13 @@ impl MergePlan {
             said(&self.chain[n], call_in(db, client, self.chain[n].id, &Call::UnlockRead, None)?)?;
         }
         let media: Vec<_> = self.spent.iter().map(|n| self.chain[*n].id.to_string()).collect();
-        if !done {
-            // The files may have come as far as to do without them.
-            return match self.link.as_ref().is_some_and(Link::is_made) {
-                true => {
-                    let rest = intent::merged(db, &media, self.link.as_ref(), &[])?;
-                    media.iter().try_for_each(|m| record::remove(db, intent::uuid(m)?))?;
-                    intent::end(db, begun)?;
-                    Ok(Some(rest).filter(|_| false))
-                }
-                false => {
-                    for n in &self.spent {
-                        call_in(db, client, self.chain[*n].id, &Call::EndDelete(false), None)?;
-                    }
-                    intent::end(db, begun)?;
-                    Ok(None)
-                }
-            };
+        // After an error the files may have come as far as to do without them all the same.
+        if !done && !self.link.as_ref().is_some_and(Link::is_made) {
+            for n in &self.spent {
+                call_in(db, client, self.chain[*n].id, &Call::EndDelete(false), None)?;
+            }
+            intent::end(db, begun)?;
+            return Ok(None);
         }
         let rest = intent::merged(db, &media, self.link.as_ref(), &self.files)?;
         intent::change(db, begun, &rest)?;
