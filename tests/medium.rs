@@ -288,6 +288,38 @@ fn a_registry_that_is_none_is_refused() {
 }
 
 #[test]
+fn a_damaged_registry_is_an_error_at_most() {
+    let dir = scratch();
+    let r = open(dir.path());
+    let base = r.create(&new(dir.path().join("a.vdi"))).unwrap();
+    r.create(&diff(dir.path().join("b.vdi"), base.id())).unwrap().attach(Uuid::new_v4(), None).unwrap();
+    drop(r);
+    let good = fs::read(dir.path().join("media.sqlite")).unwrap();
+    let (mut errors, mut seed) = (0, 7u64);
+    for round in 0..120 {
+        let mut bytes = good.clone();
+        for _ in 0..8 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let at = (seed >> 33) as usize % bytes.len();
+            bytes[at] = (seed >> 20) as u8;
+        }
+        let path = dir.path().join(format!("media.sqlite-{round}"));
+        fs::write(&path, bytes).unwrap();
+        let looked = Registry::open(&path).and_then(|r| {
+            for m in r.media()? {
+                let m = r.medium(m.id)?;
+                (m.state()?, m.machine_ids()?, m.holders()?, r.chain(m.id())?);
+                m.lock_read()?;
+            }
+            Ok(())
+        });
+        errors += u32::from(looked.is_err());
+    }
+    assert!(errors > 0, "no damage was noticed");
+    assert_eq!(open(dir.path()).media().unwrap().len(), 2, "the good one is as it was");
+}
+
+#[test]
 fn adding_twice_is_one_medium() {
     let dir = scratch();
     let r = open(dir.path());

@@ -17,6 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "format", "io", "vd"]),
+    ("container", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
     ("medium", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
     ("sim", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
@@ -25,7 +26,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
 /// The only files with `unsafe` in them.
 const UNSAFE: &[&str] = &[
     "io/aligned.rs",
+    "container/buffers.rs",
     "io/buf.rs",
+    "io/locked.rs",
     "io/sys.rs",
     "io/threads.rs",
     "io/uring.rs",

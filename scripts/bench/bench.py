@@ -25,10 +25,11 @@ class Bench:
         self.disks, self.seconds = disks.Disks(folder), seconds
         self.socket = os.path.join(tempfile.mkdtemp(prefix="vub."), "s")
 
-    def vubench(self, name, server, rw, bs, iodepth, queues=1):
+    def vubench(self, name, server, rw, bs, iodepth, queues=1, once=False):
         command = [peers.VUBENCH, "--socket", self.socket, "--server-cmd", server, "--inflight", "--rw", rw, "--bs", bs]
         command += ["--iodepth", str(iodepth), "--queues", str(queues), "--vring", "512", "--tag", name]
-        command += ["--runtime", str(self.seconds)] + (["--poll"] if iodepth == 1 else [])
+        command += ["--once", "--ramp", "0"] if once else ["--runtime", str(self.seconds)]
+        command += ["--poll"] if iodepth == 1 else []
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         line = next((l for l in done.stdout.splitlines() if l.startswith("{")), None)
         if done.returncode or not line:
@@ -57,8 +58,8 @@ class Bench:
         def run():
             if os.path.exists(target):
                 os.unlink(target)
-            self.disks.give_memory()
             self.disks.warm(source)
+            self.disks.give_memory(2 * disks.GIB)
             begun = time.monotonic()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             seconds = time.monotonic() - begun

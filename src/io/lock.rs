@@ -57,6 +57,8 @@ pub enum LockMode {
     Shared,
     /// We write. Others neither write nor count on what they read.
     Exclusive,
+    /// We write, and others may too: images whose metadata and length never change.
+    Sharing,
 }
 
 impl LockMode {
@@ -64,12 +66,16 @@ impl LockMode {
         match self {
             LockMode::Shared => &[CONSISTENT_READ],
             LockMode::Exclusive => &[CONSISTENT_READ, WRITE, RESIZE],
+            LockMode::Sharing => &[CONSISTENT_READ, WRITE],
         }
     }
 
     fn unshared(self) -> &'static [u16] {
         // CONSISTENT_READ stays shared: `qemu-img info -U` may look at a running disk.
-        &[WRITE, RESIZE]
+        match self {
+            LockMode::Shared | LockMode::Exclusive => &[WRITE, RESIZE],
+            LockMode::Sharing => &[RESIZE],
+        }
     }
 
     /// Bytes this mode holds.

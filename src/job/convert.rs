@@ -85,10 +85,10 @@ fn copy(how: &Convert, source: &Arc<Disk>, watch: &mut Watch<'_>) -> Result<()> 
 }
 
 /// Files that go away again unless they are kept.
-struct Unfinished(Vec<PathBuf>);
+pub(super) struct Unfinished(pub(super) Vec<PathBuf>);
 
 impl Unfinished {
-    fn keep(mut self) {
+    pub(super) fn keep(mut self) {
         self.0.clear();
     }
 }

@@ -119,8 +119,10 @@ pub struct ImageInfo {
     pub parent_format: Option<String>,
     /// The user's comment.
     pub comment: Option<String>,
-    /// Geometry the image states: cylinders, heads, sectors.
+    /// Geometry the image states: cylinders, heads, sectors. The physical one where it has two, a VDI's logical one.
     pub geometry: Option<(u32, u32, u32)>,
+    /// Logical geometry: what a BIOS uses.
+    pub logical_geometry: Option<(u32, u32, u32)>,
     /// Format version, as people write it.
     pub version: Option<String>,
     /// Internal snapshots, in the image's order.

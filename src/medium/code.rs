@@ -175,6 +175,8 @@ impl From<rusqlite::Error> for Fault {
         let code = match e.sqlite_error_code() {
             Some(E::NotADatabase | E::DatabaseCorrupt | E::TypeMismatch) => Code::XmlError,
             Some(E::ConstraintViolation) => Code::ObjectInUse,
+            // What stands in a column is nothing that this program writes.
+            None => Code::XmlError,
             _ => Code::FileError,
         };
         Fault::new(code, format!("the registry: {e}"))

@@ -7,6 +7,8 @@ mod failing;
 mod faults;
 mod merging;
 mod powercut;
+mod properties;
+mod rebasing;
 mod repairing;
 mod resizing;
 mod rings;
