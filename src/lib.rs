@@ -22,6 +22,7 @@ pub mod io;
 pub mod job;
 pub mod limits;
 pub mod map;
+pub mod medium;
 pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;

@@ -18,6 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "format", "io", "vd"]),
     ("container", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
+    ("medium", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
     ("sim", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];

@@ -1,5 +1,7 @@
 //! The daemon: arguments into library calls, nothing else.
 
+#[path = "vdblk/known.rs"]
+mod known;
 #[path = "common/usage.rs"]
 mod usage;
 
@@ -51,8 +53,10 @@ struct Args {
     manpage: bool,
 
     /// The image to serve: a file, or a block device with --format raw
-    #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["print_capabilities", "medium", "vbox"])]
     blk_file: Option<PathBuf>,
+    #[command(flatten)]
+    known: known::Known,
     /// Its format: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels, dmg or cue [default: what extension and contents agree on; the extension .raw says raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
@@ -259,7 +263,8 @@ fn main() -> ExitCode {
         return ended(print_page(args.completions));
     }
     args.start_logging();
-    ended(daemon::run(&args.config()))
+    let known = args.known.clone();
+    ended(known.serve(args.config()))
 }
 
 fn ended(result: vdblk::Result<()>) -> ExitCode {

@@ -22,6 +22,8 @@ mod io;
 mod make;
 #[path = "vdimg/map.rs"]
 mod map;
+#[path = "vdimg/medium.rs"]
+mod medium;
 #[path = "vdimg/merge.rs"]
 mod merge;
 #[path = "vdimg/pages.rs"]
@@ -87,6 +89,7 @@ fn run(command: Command) -> Result<u8> {
         Command::CreateCache(a) => cache::create(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),
+        Command::Medium(a) => medium::run(&a),
         Command::Cat(a) => bytes::cat(&a),
         Command::Dd(a) => bytes::dd(&a),
         Command::Bench(a) => bytes::bench(&a),

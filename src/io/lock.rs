@@ -43,6 +43,10 @@ const CONSISTENT_READ: u16 = 0;
 const WRITE: u16 = 1;
 /// For changing the length.
 const RESIZE: u16 = 3;
+/// Held by whoever writes.
+pub(super) const WRITING: u16 = USED_BASE + WRITE;
+/// Held by whoever does not want it to be written.
+pub(super) const KEPT_FROM_WRITING: u16 = UNSHARED_BASE + WRITE;
 /// Time between two looks at a lock another holds.
 const RETRY_EVERY: Duration = Duration::from_millis(50);
 

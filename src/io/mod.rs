@@ -7,6 +7,7 @@ mod buf;
 mod choose;
 mod engine;
 mod file;
+mod held;
 mod lock;
 mod locked;
 mod os_file;
@@ -26,6 +27,7 @@ pub use buf::{BufSlice, fill_zero, gather, is_zero, scatter, sub_slices, total_l
 pub use choose::{ChosenEngine, EngineKind, make_engine};
 pub use engine::{Completion, Full, Host, IoEngine, IoKind, IoOp, OsHost, Tag};
 pub use file::{Alignment, FileTraits, HostFile, MemFile};
+pub use held::{FileUse, HeldByte, use_by_others};
 pub use lock::{ImageLock, LockMode};
 pub use locked::LockedBuf;
 pub use os_file::{OpenHow, OsFile, sync_dir};

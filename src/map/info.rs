@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 /// The device that an image is meant for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DeviceType {
     /// A hard disk.
     #[default]

@@ -16,7 +16,7 @@ mod make;
 mod properties;
 
 pub(crate) use bytes::{Bench, Cat, Dd};
-pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize};
+pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize, new_size};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 pub(crate) use common::{Image, Output, Parents, ShowProgress};
@@ -120,6 +120,9 @@ pub(crate) enum Command {
     /// Read and write by commands: read, write, discard, flush, sleep.
     #[command(after_help = io::SCRIPT)]
     Io(Io),
+    /// Known media: a registry of what is where, on what it stands, which machines use it, and who holds it.
+    #[command(after_help = super::medium::ENDS)]
+    Medium(super::medium::MediumArgs),
     /// Write the bytes of a disk, or of one of its partitions, to standard output.
     #[command(after_help = bytes::CAT)]
     Cat(Cat),

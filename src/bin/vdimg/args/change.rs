@@ -157,7 +157,7 @@ pub(crate) struct Merge {
     pub(crate) top: PathBuf,
 }
 
-fn new_size(text: &str) -> vdblk::Result<NewSize> {
+pub(crate) fn new_size(text: &str) -> vdblk::Result<NewSize> {
     match text.strip_prefix('+') {
         Some(more) => parse_size(more).map(NewSize::By),
         None => parse_size(text).map(NewSize::To),
