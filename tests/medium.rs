@@ -308,7 +308,10 @@ fn a_damaged_registry_is_an_error_at_most() {
         let looked = Registry::open(&path).and_then(|r| {
             for m in r.media()? {
                 let m = r.medium(m.id)?;
-                (m.state()?, m.machine_ids()?, m.holders()?, r.chain(m.id())?);
+                m.state()?;
+                m.machine_ids()?;
+                m.holders()?;
+                r.chain(m.id())?;
                 m.lock_read()?;
             }
             Ok(())

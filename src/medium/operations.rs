@@ -18,7 +18,9 @@ use crate::job::{
     self, Convert, CreateImage, NewSize, Watch, compact_image, create_image, merge_images, named_from,
 };
 use crate::map::{DeviceType, ImageInfo};
-use crate::vd::{DiskOptions, ImageFiles, ImageSpec, OpenDisk, Sought, any_other_child, open_disk, stand_in};
+use crate::vd::{
+    CacheMode, DiskOptions, ImageFiles, ImageSpec, OpenDisk, Sought, any_other_child, open_disk, stand_in,
+};
 use rusqlite::Connection;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -170,6 +172,7 @@ impl Registry {
                 format: new.format,
                 variant: new.variant.clone(),
                 options: Vec::new(),
+                cache: CacheMode::Writeback,
             };
             job::convert(&how, watch)?;
             let seen = job::inspect_image(&ImageSpec { path: staging.main(), format: Some(new.format) })?;

@@ -47,7 +47,7 @@ pub(crate) struct Create {
     #[arg(long)]
     pub(crate) variant: Option<String>,
     /// With --format vmdk --variant rawdisk: the disk of this host that the image describes, whole or with --partitions. It is
-    /// as large as the disk; opening it takes --allow-raw-device.
+    /// as large as the disk. With --allow-raw-device it can be opened.
     #[arg(long, value_name = "DEV", conflicts_with_all = ["size", "parents"])]
     pub(crate) raw_device: Option<PathBuf>,
     /// Partitions of the raw device that may be used, as Linux counts them: N, or N:ro only to read. All else reads as zeros
