@@ -1,5 +1,5 @@
 //! Long work on containers: making, copying, comparing, checking, repairing images. Each [`Job`] is a state machine that
-//! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
+//! moves at most 1 MiB a call for each of its lanes, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
 
 mod bench;
 mod cache_image;

@@ -437,8 +437,7 @@ impl<D: BlockDevice> QueueWorker<D> {
         }
         let announced = match available {
             Ok(0) => return false,
-            // the rest in the next step: what the device has ended must not wait for all of a large ring
-            Ok(n) => n.min(limits::BATCH_CHAINS),
+            Ok(n) => n,
             Err(e) => {
                 self.broken(e);
                 return true;
@@ -446,11 +445,12 @@ impl<D: BlockDevice> QueueWorker<D> {
         };
         let in_flight = self.in_flight;
         if let Some(a) = &mut self.active {
-            a.publish_at = publish_at(a.ring.available().unwrap_or(0) + in_flight);
+            a.publish_at = publish_at(announced.saturating_add(in_flight));
             a.ring.disable_kicks();
         }
         self.log_ring();
-        for _ in 0..announced {
+        // the rest in the next step: what the device has ended must not wait for all of a large ring
+        for _ in 0..announced.min(limits::BATCH_CHAINS) {
             let Some(a) = self.active.as_mut().filter(|a| a.popping) else { break };
             match a.ring.pop() {
                 Ok(head) => self.admit(head, Seen::Now),
