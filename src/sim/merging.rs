@@ -2,6 +2,7 @@
 //! begun again, completes.
 
 use super::bytes::Bytes;
+use super::file::SimFile;
 use super::images::{Images, check, engine_for, info_of, relink};
 use super::mending::{carried_out, interrupted, refuse_damage, repaired};
 use super::past::Past;
@@ -123,30 +124,43 @@ impl Span {
         let from = stack.channel(&source, read_only, rng)?;
         let into = stack.channel(&target, written, rng)?;
         let mut job = CopyJob::of(from, into, selection).map_err(|e| e.to_string())?;
-        let mut looks = |rng: &mut Rng| -> Result<(), String> {
-            for cut in target.top.take_cuts() {
-                let mut wrong = None;
-                cut.for_each_state(4, samples, rng, &mut |left| {
-                    wrong = judge(left).err();
-                    wrong.is_none()
-                });
-                wrong.map_or(Ok(()), |w| Err(format!("whose power is cut: {w}")))?;
-            }
-            judge(&target.top.bytes()).map_err(|e| format!("that is killed: {e}"))
-        };
-        while job.step().map_err(|e| e.to_string())? == Step::More {
-            looks(rng)?;
-        }
-        job.close_target().map_err(|e| e.to_string())?;
-        looks(rng)?;
-        // Nothing of it can be lost any more.
-        let (last, mut same) = (target.top.bytes(), true);
-        target.top.cut_now().for_each_state(4, samples, rng, &mut |left| {
-            same &= left.to_vec() == last.to_vec();
-            same
-        });
-        if same { Ok(last) } else { Err("that is done is not durable".into()) }
+        copied(&mut job, CopyJob::close_target, &target.top, samples, rng, judge)
     }
+}
+
+/// Runs a job that writes to `target` to its end, and shows every state that a cut or a kill can leave there to `judge`. What is there
+/// afterwards, durable.
+pub(super) fn copied<J: Job>(
+    job: &mut J,
+    close: impl FnOnce(&mut J) -> crate::Result<()>,
+    target: &SimFile,
+    samples: u64,
+    rng: &mut Rng,
+    judge: &mut dyn FnMut(&Bytes) -> Result<(), String>,
+) -> Result<Bytes, String> {
+    let mut looks = |rng: &mut Rng| -> Result<(), String> {
+        for cut in target.take_cuts() {
+            let mut wrong = None;
+            cut.for_each_state(4, samples, rng, &mut |left| {
+                wrong = judge(left).err();
+                wrong.is_none()
+            });
+            wrong.map_or(Ok(()), |w| Err(format!("whose power is cut: {w}")))?;
+        }
+        judge(&target.bytes()).map_err(|e| format!("that is killed: {e}"))
+    };
+    while job.step().map_err(|e| e.to_string())? == Step::More {
+        looks(rng)?;
+    }
+    close(job).map_err(|e| e.to_string())?;
+    looks(rng)?;
+    // Nothing of it can be lost any more.
+    let (last, mut same) = (target.bytes(), true);
+    target.cut_now().for_each_state(4, samples, rng, &mut |left| {
+        same &= left.to_vec() == last.to_vec();
+        same
+    });
+    if same { Ok(last) } else { Err("that is done is not durable".into()) }
 }
 
 /// Looks at what an interrupted merge of a stack's image into another (counted from the top) can leave: always the same disk, without

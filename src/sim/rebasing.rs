@@ -4,10 +4,10 @@
 use super::bytes::Bytes;
 use super::images::{Images, check, info_of, relink};
 use super::mending::{carried_out, interrupted, refuse_damage};
-use super::merging::{Stack, channel, named};
+use super::merging::{Stack, channel, copied, named};
 use super::{Rng, Shape};
 use crate::format::{Format, NewParent};
-use crate::job::{DiffJob, Job, Step};
+use crate::job::DiffJob;
 use crate::vd::DiskOptions;
 
 /// The uppermost image of a stack, and what it stands on before and afterwards.
@@ -39,29 +39,7 @@ impl Change<'_> {
         let (a, b) = (channel(&now, read_only, slots, rng)?, channel(&then, read_only, slots, rng)?);
         let into = channel(&target, written, slots, rng)?;
         let mut job = DiffJob::writing(a, b, into).map_err(|e| e.to_string())?;
-        let mut looks = |rng: &mut Rng| -> Result<(), String> {
-            for cut in target.top.take_cuts() {
-                let mut wrong = None;
-                cut.for_each_state(4, samples, rng, &mut |left| {
-                    wrong = judge(left).err();
-                    wrong.is_none()
-                });
-                wrong.map_or(Ok(()), |w| Err(format!("whose power is cut: {w}")))?;
-            }
-            judge(&target.top.bytes()).map_err(|e| format!("that is killed: {e}"))
-        };
-        while job.step().map_err(|e| e.to_string())? == Step::More {
-            looks(rng)?;
-        }
-        job.close_target().map_err(|e| e.to_string())?;
-        looks(rng)?;
-        // Nothing of it can be lost any more.
-        let (last, mut same) = (target.top.bytes(), true);
-        target.top.cut_now().for_each_state(4, samples, rng, &mut |left| {
-            same &= left.to_vec() == last.to_vec();
-            same
-        });
-        if same { Ok(last) } else { Err("that is done is not durable".into()) }
+        copied(&mut job, DiffJob::close_target, &target.top, samples, rng, judge)
     }
 }
 

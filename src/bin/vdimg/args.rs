@@ -12,14 +12,17 @@ mod io;
 mod look;
 #[path = "args/make.rs"]
 mod make;
+#[path = "args/medium.rs"]
+pub(crate) mod medium;
 #[path = "args/properties.rs"]
 mod properties;
 
+use super::terminal::ShowProgress;
 pub(crate) use bytes::{Bench, Cat, Dd};
-pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize, new_size};
+pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-pub(crate) use common::{Image, Output, Parents, ShowProgress};
+pub(crate) use common::{Image, Output, Parents};
 pub(crate) use io::Io;
 pub(crate) use look::{Check, Compare, Diff, Formats, Info, Map};
 pub(crate) use make::{Clone, Convert, Create, CreateCache, TargetCache};
@@ -121,8 +124,8 @@ pub(crate) enum Command {
     #[command(after_help = io::SCRIPT)]
     Io(Io),
     /// Known media: a registry of what is where, on what it stands, which machines use it, and who holds it.
-    #[command(after_help = super::medium::ENDS)]
-    Medium(super::medium::MediumArgs),
+    #[command(after_help = medium::ENDS)]
+    Medium(medium::MediumArgs),
     /// Write the bytes of a disk, or of one of its partitions, to standard output.
     #[command(after_help = bytes::CAT)]
     Cat(Cat),

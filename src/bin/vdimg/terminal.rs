@@ -1,6 +1,6 @@
 //! What goes to the terminal and what comes from it: output, warnings, progress, signals.
 
-use super::args::ShowProgress;
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -81,6 +81,18 @@ pub(crate) fn end_in_order() {
 /// A write beyond the file size limit becomes an error, which is reported, instead of a signal that kills.
 pub(crate) fn survive_file_size_limits() {
     let _ = register_signal_handler(libc::SIGXFSZ, ignored);
+}
+
+/// How progress is told, on standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShowProgress {
+    /// A bar, if it is a terminal.
+    #[default]
+    Auto,
+    /// A JSON object a line: done and total in bytes, percent.
+    Json,
+    /// Not at all.
+    None,
 }
 
 /// How progress is told, from here on.

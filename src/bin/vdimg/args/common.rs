@@ -85,18 +85,6 @@ impl Parents {
     }
 }
 
-/// How progress is told, on standard error.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ShowProgress {
-    /// A bar, if it is a terminal.
-    #[default]
-    Auto,
-    /// A JSON object a line: done and total in bytes, percent.
-    Json,
-    /// Not at all.
-    None,
-}
-
 /// How to print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
