@@ -15,6 +15,7 @@
 
 pub mod daemon;
 pub mod error;
+pub mod filter;
 pub mod format;
 pub mod io;
 pub mod job;

@@ -10,10 +10,14 @@ mod check;
 mod compact;
 #[path = "vdimg/compare.rs"]
 mod compare;
+#[path = "vdimg/crypt.rs"]
+mod crypt;
 #[path = "vdimg/info.rs"]
 mod info;
 #[path = "vdimg/io.rs"]
 mod io;
+#[path = "common/keys.rs"]
+mod keys;
 #[path = "vdimg/make.rs"]
 mod make;
 #[path = "vdimg/map.rs"]
@@ -64,6 +68,9 @@ fn run(command: Command) -> Result<u8> {
         Command::Resize(a) => resize::run(&a),
         Command::Compact(a) => compact::run(&a),
         Command::Merge(a) => merge::run(&a),
+        Command::Encrypt(a) => crypt::encrypt(&a),
+        Command::Decrypt(a) => crypt::decrypt(&a),
+        Command::Rekey(a) => crypt::rekey(&a),
         Command::CreateCache(a) => cache::create(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),

@@ -13,6 +13,7 @@ mod lanes;
 mod merge;
 mod pack;
 mod raw_disk;
+mod recrypt;
 mod repair;
 mod resize;
 mod script;
@@ -32,6 +33,9 @@ pub use create::{CreateImage, create_image, create_overlay};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
 pub use merge::{Merge, Merged, merge_images, named_from};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
+pub use recrypt::{
+    DiskKey, Into as RecryptInto, Recrypt, RecryptJob, Task as RecryptTask, is_unfinished, recrypt,
+};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};

@@ -25,6 +25,7 @@ mod past;
 mod play;
 mod port;
 mod ram;
+mod recrypting;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -47,9 +48,13 @@ pub use mending::{interrupted_compacting, interrupted_repairs, interrupted_resiz
 pub use merging::{Stack, interrupted_merge};
 pub use past::{Past, fill, value_of};
 pub use play::{Habit, Play, Played, play};
+pub use recrypting::interrupted_recrypt;
 pub use rng::Rng;
 pub use trace::Trace;
-pub use workload::{Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk};
+pub use workload::{
+    Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk,
+    small_disk_behind,
+};
 pub use world::{Guest, Left, Through, World};
 
 pub use crate::probe::sabotage::{Sabotage, sabotage};

@@ -3,10 +3,12 @@
 mod caching;
 mod chains;
 mod compacting;
+mod encrypted;
 mod failing;
 mod faults;
 mod merging;
 mod powercut;
+mod recrypting;
 mod repairing;
 mod resizing;
 mod rings;

@@ -1,5 +1,6 @@
 //! The command line.
 
+use super::keys::Keys;
 use super::usage::existing_dir;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -66,6 +67,15 @@ pub(crate) enum Command {
     /// Merge images of a chain: into the parent (as qemu-img commit), another one beneath, or upwards into a child.
     #[command(after_help = MERGE)]
     Merge(Merge),
+    /// Encrypt an image as VirtualBox does, with a new key.
+    #[command(after_help = ENCRYPT)]
+    Encrypt(super::crypt::Encrypt),
+    /// Decrypt an image.
+    #[command(after_help = IN_PLACE)]
+    Decrypt(super::crypt::Decrypt),
+    /// Encrypt an image with another key, or change only the password.
+    #[command(after_help = IN_PLACE)]
+    Rekey(super::crypt::Rekey),
     /// Make an empty cache image, for vdblk --cache-image.
     #[command(after_help = CREATE_CACHE)]
     CreateCache(CreateCache),
@@ -100,6 +110,23 @@ or file name, if their extension is an image's, and the merge is refused.
 Examples: vdimg merge snapshot.qcow2
           vdimg merge top.vdi --from mid.vdi --into base.vdi
           vdimg merge top.vmdk --from base.vmdk --into top.vmdk";
+
+const ENCRYPT: &str = "\
+The key store is written to a new file, readable by its owner alone. Keep it:
+nothing in the image tells that it is encrypted, and without password and key
+store everything in it is lost. VirtualBox takes its text as the property
+CRYPT/KeyStore of the base image (docs/crypt.md).
+Without --in-place a copy beside the image is encrypted, compared with it, and
+takes its place: it needs as much space again. With --in-place the image itself
+is changed, and its parents; ended at any moment, the same command completes it,
+and until then nothing else opens the images.
+Example: vdimg encrypt --password-file pw --key-store disk.keys disk.vdi";
+
+const IN_PLACE: &str = "\
+Without --in-place a copy beside the image is changed, compared with it, and
+takes its place: it needs as much space again. With --in-place the image itself
+is changed, and its parents; ended at any moment, the same command completes it,
+and until then nothing else opens the images.";
 
 const CREATE_CACHE: &str = "\
 The file takes space as it is filled, up to --size, and may be removed at any
@@ -142,6 +169,8 @@ pub(crate) struct Image {
     pub(crate) format: Option<Format>,
     #[command(flatten)]
     pub(crate) parents: Parents,
+    #[command(flatten)]
+    pub(crate) keys: Keys,
 }
 
 /// Which state of an image.
@@ -172,8 +201,12 @@ impl Image {
     }
 
     /// How to open the disk, or what it was at a snapshot: read-only, locked.
-    pub(crate) fn open(&self, file: &Path, snapshot: Option<&String>, lock: Lock) -> OpenDisk {
-        OpenDisk { snapshot: snapshot.cloned(), ..self.parents.open(self.spec(file), lock) }
+    ///
+    /// # Errors
+    /// If the key of an encrypted disk cannot be had.
+    pub(crate) fn open(&self, file: &Path, snapshot: Option<&String>, lock: Lock) -> vdblk::Result<OpenDisk> {
+        let filters = self.keys.files().unlock()?;
+        Ok(OpenDisk { snapshot: snapshot.cloned(), filters, ..self.parents.open(self.spec(file), lock) })
     }
 }
 
@@ -315,6 +348,12 @@ pub(crate) struct Compare {
     /// A parent of the second image, base first, as --parent (repeatable).
     #[arg(long = "parent2", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents2: Vec<ImageSpec>,
+    /// Password of the second image, as --password-file.
+    #[arg(long, value_name = "FILE", requires = "key_store2")]
+    pub(crate) password_file2: Option<PathBuf>,
+    /// Key store of the second image, as --key-store.
+    #[arg(long, value_name = "FILE", requires = "password_file2")]
+    pub(crate) key_store2: Option<PathBuf>,
     /// A folder to search parents of the second image in, as --parent-dir (repeatable).
     #[arg(long = "parent-dir2", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs2: Vec<PathBuf>,

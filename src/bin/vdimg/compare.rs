@@ -1,6 +1,7 @@
 //! `vdimg compare`.
 
 use super::args::{Compare, Image, Parents};
+use super::keys::Keys;
 use super::terminal;
 use vdblk::Result;
 use vdblk::job::compare_disks;
@@ -18,9 +19,14 @@ pub(crate) fn run(args: &Compare) -> Result<u8> {
             allow_parent_mismatch: args.allow_parent_mismatch2,
             allow_raw_device: args.image.parents.allow_raw_device,
         },
+        keys: Keys {
+            password_file: args.password_file2.clone(),
+            key_store: args.key_store2.clone(),
+            unallocated: args.image.keys.unallocated,
+        },
     };
-    let a = open_disk(&args.image.open(&args.first, args.snapshot.snapshot.as_ref(), args.lock))?;
-    let b = open_disk(&second.open(&args.second, args.snapshot2.as_ref(), args.lock))?;
+    let a = open_disk(&args.image.open(&args.first, args.snapshot.snapshot.as_ref(), args.lock)?)?;
+    let b = open_disk(&second.open(&args.second, args.snapshot2.as_ref(), args.lock)?)?;
     let found = terminal::watched(|watch| compare_disks(&a.disk, &b.disk, watch))?;
     let [x, y] = found.sizes;
     if x != y {

@@ -51,7 +51,7 @@ fn open_parent(args: &Create) -> Result<Option<OpenedDisk>> {
 pub(crate) fn convert(args: &Convert) -> Result<u8> {
     terminal::end_in_order();
     let how = job::Convert {
-        source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock),
+        source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock)?,
         target: args.target.clone(),
         format: args.output_format,
         variant: args.variant.clone(),
