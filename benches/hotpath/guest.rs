@@ -1,5 +1,6 @@
 //! A guest's side of one virtqueue, in the memory of this process: batches of chains of a header, data and a status.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 use vdblk::io::BufSlice;
 use vdblk::vhost::{InflightRegion, Memory, MemoryView, RegionInfo, Ring, RingExtras, RingSetup};
 use vdblk::virtio::GuestMemory;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 /// Entries of the ring; a chain takes three descriptors.
 pub(crate) const ENTRIES: u16 = 256;
@@ -15,6 +17,8 @@ pub(crate) const MAX_DEPTH: u16 = 64;
 const SECTOR_BYTES: u64 = 512;
 const DESCRIPTORS_AT: u64 = 0;
 const AVAILABLE_AT: u64 = 0x1000;
+/// Behind the entries of the available ring.
+const USED_EVENT_AT: u64 = AVAILABLE_AT + 4 + 2 * ENTRIES as u64;
 const USED_AT: u64 = 0x2000;
 /// Headers and statuses, 32 bytes a chain.
 const SMALL_AT: u64 = 0x4000;
@@ -42,6 +46,9 @@ pub(crate) enum Ask {
 pub(crate) struct Guest {
     memory: Arc<Memory>,
     inflight: Arc<InflightRegion>,
+    /// Where signals arrive; nobody takes them.
+    _signals: EventConsumer,
+    call: Cell<Option<EventNotifier>>,
     all: BufSlice,
     depth: u16,
     announced: u16,
@@ -65,7 +72,9 @@ impl Guest {
         assert!(MemoryView::new(Arc::clone(&memory)).resolve(GUEST_ADDR, len, &mut found));
         let (region, file) = InflightRegion::create(1, ENTRIES)?;
         let inflight = Arc::new(InflightRegion::open(file, 0, region, 1, ENTRIES)?);
-        let guest = Guest { memory, inflight, all: found[0], depth, announced: 0 };
+        let (signals, call) = new_event_consumer_and_notifier(EventFlag::NONBLOCK)?;
+        let call = Cell::new(Some(call));
+        let guest = Guest { memory, inflight, _signals: signals, call, all: found[0], depth, announced: 0 };
         guest.all.clear();
         for chain in 0..depth {
             guest.describe(chain, bytes, ask);
@@ -76,7 +85,7 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Its memory, its ring and what is beside the ring.
+    /// Its memory, its ring and what is beside the ring; once.
     ///
     /// # Errors
     /// Never for this ring.
@@ -90,7 +99,11 @@ impl Guest {
             event_idx: true,
         };
         let ring = Ring::new(&setup, &self.memory).map_err(io::Error::other)?;
-        let extras = RingExtras { inflight: self.inflight.tracker(0), ..RingExtras::default() };
+        let extras = RingExtras {
+            inflight: self.inflight.tracker(0),
+            call: self.call.take(),
+            ..RingExtras::default()
+        };
         Ok((Arc::clone(&self.memory), ring, extras))
     }
 
@@ -101,6 +114,8 @@ impl Guest {
             self.put(small + 8, &sector().to_le_bytes());
             self.put(small + STATUS_IN_SMALL, &[UNANSWERED]);
         }
+        // as drivers do before they wait: one signal, at the first answer
+        self.put(USED_EVENT_AT, &self.announced.to_le_bytes());
         self.announced = self.announced.wrapping_add(self.depth);
         fence(Ordering::Release);
         self.put(AVAILABLE_AT + 2, &self.announced.to_le_bytes());

@@ -57,6 +57,7 @@ class Bench:
         def run():
             if os.path.exists(target):
                 os.unlink(target)
+            self.disks.give_memory()
             self.disks.warm(source)
             begun = time.monotonic()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -92,7 +93,13 @@ def measure(row, rounds):
     runs = {c.name: [] for c in contenders}
     for n in range(rounds):
         for c in contenders if n % 2 == 0 else contenders[::-1]:
-            got = quiet_run(c)
+            try:
+                got = quiet_run(c)
+            except (subprocess.SubprocessError, OSError, RuntimeError) as e:
+                if c.name == "vdblk":
+                    raise
+                print(f"  {c.name} cannot take part: {e}", file=sys.stderr)
+                got = None
             if got is not None:
                 runs[c.name].append(got)
     return {name: r for name, r in runs.items() if r}
@@ -126,6 +133,9 @@ def main():
     os.makedirs(args.folder, exist_ok=True)
     bench = Bench(args.folder, args.seconds)
     wanted = set(filter(None, args.only.split(",")))
+    folder = os.path.join(peers.ROOT, "target/bench")
+    os.makedirs(folder, exist_ok=True)
+    out = os.path.join(folder, time.strftime("%Y%m%d-%H%M%S") + ".json")
     result = {"machine": machine.about(args.folder), "rounds": args.rounds, "seconds": args.seconds, "rows": []}
     for group in rows.GROUPS:
         for row in group(bench):
@@ -137,13 +147,10 @@ def main():
             print(f"{row.key} …", file=sys.stderr)
             runs = measure(row, args.rounds)
             result["rows"].append({"key": row.key, "title": row.title, "runs": runs, "goals": judge(row, runs)})
+            with open(out, "w", encoding="utf-8") as f:
+                json.dump(result, f, indent=1)
     if args.list:
         return
-    folder = os.path.join(peers.ROOT, "target/bench")
-    os.makedirs(folder, exist_ok=True)
-    out = os.path.join(folder, time.strftime("%Y%m%d-%H%M%S") + ".json")
-    with open(out, "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
     print(report.table(result))
     print(f"\n{out}")
 

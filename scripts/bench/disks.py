@@ -38,7 +38,7 @@ class Disks:
             return self.raw()
         path = self.path(f"full.{fmt}")
         if not os.path.exists(path):
-            run(peers.VDIMG, "convert", self.raw(), path)
+            run(peers.VDIMG, "convert", "--output-format", fmt, self.raw(), path)
         return path
 
     def chain(self, fmt):
@@ -71,7 +71,7 @@ class Disks:
         if fmt != "raw":
             path = self.path(f"half.{fmt}")
             if not os.path.exists(path):
-                run(peers.VDIMG, "convert", self.half(), path)
+                run(peers.VDIMG, "convert", "--output-format", fmt, self.half(), path)
             return path
         path = self.path("half.raw")
         if not os.path.exists(path):
@@ -88,3 +88,13 @@ class Disks:
         with open(path, "rb", buffering=0) as f:
             while f.read(1 << 22):
                 pass
+
+    def give_memory(self):
+        """Writes a file and takes it away again: a virtual machine may get its memory only at the first touch, and whoever fills the page
+        cache next would pay for that."""
+        path = self.path("touch")
+        with open(path, "wb", buffering=0) as f:
+            for _ in range(5 * self.size // (2 << 20)):
+                f.write(bytes(1 << 20))
+        os.unlink(path)
+        os.sync()

@@ -21,11 +21,10 @@ def foreign(name):
     return [found] if found else None
 
 
-def vbox_img():
-    """The command of VirtualBox's image tool in the chroot, which needs root; None if it is not there."""
-    program = "/usr/lib/virtualbox/vbox-img"
-    if os.path.exists(CHROOT + program) and os.geteuid() == 0:
-        return [os.path.join(ROOT, "scripts/oracle/in-oracle.sh"), program]
+def vbox_img(folder):
+    """The command of VirtualBox's image tool in the chroot, for files in `folder`; it needs root. None if it is not there."""
+    if os.path.exists(CHROOT + "/usr/bin/vbox-img") and os.geteuid() == 0:
+        return ["env", f"ORACLE_WORK={folder}", os.path.join(ROOT, "scripts/oracle/vbox.sh"), "vbox-img"]
     return None
 
 

@@ -160,10 +160,10 @@ def convert_rows(bench):
 
         def sides(fmt=fmt, to=to):
             file, target = bench.disks.half(fmt), bench.disks.path(f"converted.{to}")
-            commands = {"vdblk": [peers.VDIMG, "convert", file, target]}
+            commands = {"vdblk": [peers.VDIMG, "convert", "--output-format", to, file, target]}
             if qemu_img := peers.foreign("qemu-img"):
                 commands["qemu-img"] = qemu_img + ["convert", "-f", fmt, "-O", to, file, target]
-            if vbox_img := peers.vbox_img():
+            if vbox_img := peers.vbox_img(bench.disks.folder):
                 names = ["--srcfilename", file, "--dstfilename", target]
                 formats = ["--srcformat", fmt.upper(), "--dstformat", to.upper()]
                 commands["vbox-img"] = vbox_img + ["convert", *names, *formats]

@@ -58,7 +58,9 @@ impl Attached {
     pub(super) fn try_now(&mut self, op: &IoOp, bufs: &[BufSlice]) -> Option<SysResult> {
         match op.kind {
             IoKind::Read => self.read_now(op.off.0, bufs),
-            IoKind::Write if op.len <= INLINE_WRITE_BYTES => self.write_now(op.off.0, bufs),
+            IoKind::Write if self.writes.patient || op.len <= INLINE_WRITE_BYTES => {
+                self.write_now(op.off.0, bufs)
+            }
             _ => None,
         }
     }
@@ -79,6 +81,16 @@ impl Attached {
         }
     }
 
+    /// Has the kernel begin to write out what is dirty, before the sync at the end: the disk is busy while we copy. A hint, whose
+    /// failure that sync will tell.
+    fn write_out(&mut self, written: u64) {
+        self.writes.unasked += written;
+        if self.writes.unasked >= WRITE_OUT_BYTES {
+            self.writes.unasked = 0;
+            sys::start_writeback(self.fd());
+        }
+    }
+
     fn write_now(&mut self, off: u64, bufs: &[BufSlice]) -> Option<SysResult> {
         let start = Instant::now();
         if !self.writes.allowed(start) {
@@ -86,9 +98,15 @@ impl Attached {
         }
         let done = sys::pwritev(self.fd(), bufs, off);
         self.writes.took(start, Instant::now());
+        if let (Ok(n), true) = (done, self.writes.patient) {
+            self.write_out(n);
+        }
         Some(done)
     }
 }
+
+/// Bytes after which what a job has written is on its way to the disk.
+const WRITE_OUT_BYTES: u64 = 8 << 20;
 
 /// When the queue's own thread writes.
 ///
@@ -99,6 +117,10 @@ impl Attached {
 #[derive(Debug)]
 struct InlineWrites {
     ever: bool,
+    /// Nobody minds if one takes long.
+    patient: bool,
+    /// Bytes written since the kernel was last asked to write out.
+    unasked: u64,
     not_before: Option<Instant>,
     pause: Duration,
 }
@@ -109,7 +131,7 @@ impl InlineWrites {
     const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
     fn new(ever: bool) -> Self {
-        InlineWrites { ever, not_before: None, pause: Self::FIRST_PAUSE }
+        InlineWrites { ever, patient: false, unasked: 0, not_before: None, pause: Self::FIRST_PAUSE }
     }
 
     fn allowed(&self, now: Instant) -> bool {
@@ -117,7 +139,7 @@ impl InlineWrites {
     }
 
     fn took(&mut self, start: Instant, end: Instant) {
-        if end.saturating_duration_since(start) <= Self::SLOW {
+        if self.patient || end.saturating_duration_since(start) <= Self::SLOW {
             self.not_before = None;
             self.pause = Self::FIRST_PAUSE;
             return;
@@ -156,6 +178,11 @@ impl Files {
             self.0.resize_with(n + 1, || None);
         }
         self.0[n] = Some(file);
+    }
+
+    /// See [`super::IoEngine::be_patient`].
+    pub(super) fn be_patient(&mut self) {
+        self.0.iter_mut().flatten().for_each(|f| f.writes.patient = true);
     }
 
     /// Notes the end of an operation that was counted in `in_flight`.

@@ -87,6 +87,10 @@ pub trait IoEngine: Send {
     /// result may be short, as with `submit`.
     fn try_now(&mut self, op: &IoOp, bufs: &[BufSlice]) -> Option<Result<u64, i32>>;
 
+    /// From now on [`Self::try_now`] may do buffered writes of any size, also where that means to wait for the kernel: whoever
+    /// drives this engine has nothing else to do. For jobs.
+    fn be_patient(&mut self) {}
+
     /// Queues an operation; [`Self::enter`] hands it over.
     ///
     /// # Errors

@@ -297,6 +297,10 @@ impl IoEngine for ThreadEngine {
         self.files.get_mut(op.file)?.try_now(op, bufs)
     }
 
+    fn be_patient(&mut self) {
+        self.files.be_patient();
+    }
+
     fn submit(&mut self, op: &IoOp, bufs: &[BufSlice], tag: Tag) -> std::result::Result<(), Full> {
         if self.in_flight == self.depth {
             return Err(Full);

@@ -270,6 +270,10 @@ impl IoEngine for UringEngine {
         self.files.get_mut(op.file)?.try_now(op, bufs)
     }
 
+    fn be_patient(&mut self) {
+        self.files.be_patient();
+    }
+
     fn submit(&mut self, op: &IoOp, bufs: &[BufSlice], tag: Tag) -> std::result::Result<(), Full> {
         let index = self.free.pop().ok_or(Full)?;
         let stage = self.first_stage(op);

@@ -151,12 +151,12 @@ impl CopyJob {
         Ok(Some(range))
     }
 
-    /// Gives every idle lane something to read. True: nothing is left to do.
+    /// Gives idle lanes something to read, the first one again if it has ended at once: what it wrote from is still in the
+    /// processor's cache. True: nothing is left to do.
     fn fill(&mut self) -> Result<bool> {
-        for lane in 0..LANES {
-            if self.failure.is_some() || self.states[usize::from(lane)] != State::Idle {
-                continue;
-            }
+        for _ in 0..LANES {
+            let idle = (0..LANES).find(|l| self.states[usize::from(*l)] == State::Idle);
+            let Some(lane) = idle.filter(|_| self.failure.is_none()) else { break };
             let Some(range) = self.next_range()? else {
                 self.exhausted = true;
                 break;

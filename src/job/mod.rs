@@ -128,5 +128,7 @@ fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<C
     if let Some(why) = chosen.fallback {
         tracing::info!("threads instead of io_uring: {why}");
     }
-    Channel::new(disk.clone(), chosen.engine, lanes)
+    let mut channel = Channel::new(disk.clone(), chosen.engine, lanes)?;
+    channel.be_patient();
+    Ok(channel)
 }

@@ -6,7 +6,7 @@ use super::disk::Started;
 use super::slot::{Job, Work};
 use super::{Done, Request};
 use crate::error::Failure;
-use crate::io::{IoKind, IoOp, fill_zero, sub_slices};
+use crate::io::{IoKind, IoOp, fill_zero};
 use crate::limits::MAX_REQUEST_OPS;
 use crate::map::{ExtentKind, GuestRange, Intent, Miss};
 
@@ -141,9 +141,7 @@ impl Channel {
     }
 
     fn clear_request_bytes(&mut self, slot: u16, at: u64, len: u64) {
-        let mut parts = Vec::new();
-        sub_slices(&self.slot(slot).bufs, at, len, &mut parts);
-        fill_zero(&parts);
+        self.with_parts(slot, at, len, fill_zero);
     }
 
     /// Writes, punches or zeroes what is allocated; for the rest the claim is taken.

@@ -15,9 +15,7 @@ impl Channel {
         if alignment == crate::io::Alignment::NONE {
             return true;
         }
-        let mut parts = Vec::new();
-        sub_slices(&self.slot(slot).bufs, at, io.len, &mut parts);
-        alignment.fits(io.off.0, &parts)
+        self.with_parts(slot, at, io.len, |parts| alignment.fits(io.off.0, parts))
     }
 
     /// Begins to move bytes in place through the bounce buffer. The slot does nothing else meanwhile.

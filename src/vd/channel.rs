@@ -7,7 +7,7 @@ use super::own::Own;
 use super::slot::{Job, Ops, Slot};
 use super::{BlockDevice, Done, Outcome, Request};
 use crate::error::{Error, ErrorKind, Failure, Result};
-use crate::io::{BufSlice, Completion, IoEngine, IoKind, IoOp};
+use crate::io::{BufSlice, Completion, IoEngine, IoKind, IoOp, sub_slices};
 use crate::limits::{INLINE_WRITE_BYTES, MAX_CACHE_FILLS};
 use crate::map::{Extent, ExtentKind, ExtentList, GuestRange, Intent, Waiter};
 use std::collections::VecDeque;
@@ -42,11 +42,15 @@ pub struct Channel {
     pub(super) polling: bool,
     pub(super) done: Vec<Done>,
     pub(super) extents: ExtentList,
+    /// For [`Self::with_parts`]; keeps its memory.
+    parts: Vec<BufSlice>,
     completions: Vec<Completion>,
     pub(super) fills: Fills,
     /// Where small requests go through the filters.
     pub(super) scratch: Option<Own>,
     pub(super) write_through: bool,
+    /// Longest write that is done at once.
+    inline_write_bytes: u64,
     /// How the plan at the clean close has ended.
     pub(super) end_outcome: Option<Outcome>,
 }
@@ -83,13 +87,21 @@ impl Channel {
             polling: false,
             done: Vec::new(),
             extents: ExtentList::new(),
+            parts: Vec::new(),
             completions: Vec::new(),
             fills: Fills::default(),
             scratch: None,
             write_through: disk.options().write_through,
+            inline_write_bytes: INLINE_WRITE_BYTES,
             end_outcome: None,
             disk,
         })
+    }
+
+    /// Writes may be done on this thread however long they are and take: for jobs, which have nothing else to do.
+    pub(crate) fn be_patient(&mut self) {
+        self.engine.be_patient();
+        self.inline_write_bytes = u64::MAX;
     }
 
     /// The disk.
@@ -104,6 +116,19 @@ impl Channel {
 
     pub(super) fn slot(&mut self, slot: u16) -> &mut Slot {
         &mut self.slots[usize::from(slot)]
+    }
+
+    /// Calls `f` with `len` bytes of the slot's request memory, from `at` on.
+    pub(super) fn with_parts<R>(
+        &mut self,
+        slot: u16,
+        at: u64,
+        len: u64,
+        f: impl FnOnce(&[BufSlice]) -> R,
+    ) -> R {
+        self.parts.clear();
+        sub_slices(&self.slots[usize::from(slot)].bufs, at, len, &mut self.parts);
+        f(&self.parts)
     }
 
     /// A free slot for the disk's own work. There is one for each kind of it, and each kind runs once at a time.
@@ -148,6 +173,7 @@ impl Channel {
     }
 
     /// Bytes of one extent, by one operation that ends at once.
+    #[inline]
     pub(super) fn move_at_once(
         &mut self,
         kind: IoKind,
@@ -181,7 +207,7 @@ impl Channel {
     }
 
     pub(super) fn may_write_at_once(&self, r: GuestRange) -> bool {
-        r.len() <= INLINE_WRITE_BYTES
+        r.len() <= self.inline_write_bytes
             && !self.write_through
             && self.disk.start.is_done()
             && self.disk.may_write().is_ok()

@@ -70,7 +70,7 @@ impl Channel {
 
     /// A small write to one allocated extent that ends at once.
     pub(super) fn write_filtered_at_once(&mut self, r: GuestRange, bufs: &[BufSlice]) -> Option<Outcome> {
-        if !self.may_write_at_once(r) {
+        if r.len() > INLINE_WRITE_BYTES || !self.may_write_at_once(r) {
             return None;
         }
         // Before the bytes are worked on: the top image has a place for them.
