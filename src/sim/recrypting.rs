@@ -48,26 +48,30 @@ impl Change<'_> {
         };
         let disks = images.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let now = || Left { images: images.iter().map(|i| i.top.bytes()).collect(), side: side.bytes() };
-        // Only one file at a time has anything that is not durable.
+        let (mut before, mut chance) = (from.clone(), Rng(rng.draw()));
         let mut looks = |rng: &mut Rng| -> Result<(), String> {
             let (mut wrong, all) = (None, now());
+            // What is noted is noted before the images are written; of both sides what was not synced may be lost.
             for cut in side.take_cuts() {
                 cut.for_each_state(4, samples, rng, &mut |left| {
-                    wrong = judge(&Left { side: left.clone(), ..all.clone() }).err();
+                    wrong = judge(&Left { side: left.clone(), ..before.clone() }).err();
                     wrong.is_none()
                 });
             }
+            let noted = side.cut_now();
             for (n, image) in images.iter().enumerate() {
                 for cut in image.top.take_cuts() {
                     cut.for_each_state(4, samples, rng, &mut |left| {
                         let mut state = all.clone();
                         state.images[n] = left.clone();
+                        state.side = noted.random_state(&mut chance);
                         wrong = judge(&state).err();
                         wrong.is_none()
                     });
                 }
             }
             wrong.map_or(Ok(()), |w| Err(format!("whose power is cut: {w}")))?;
+            before = all.clone();
             judge(&all).map_err(|e| format!("that is killed: {e}"))
         };
         let file: &dyn HostFile = &*side;

@@ -4,6 +4,7 @@ use super::args::{Lock, Parents};
 use super::keys::Shown;
 use super::terminal;
 use clap::Args;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vdblk::filter::{
@@ -106,6 +107,11 @@ impl What {
         self.in_place && is_unfinished(&self.file)
     }
 
+    /// Which file it is: another one once a copy has taken its place.
+    fn identity(&self) -> Option<(u64, u64)> {
+        std::fs::metadata(&self.file).ok().map(|m| (m.dev(), m.ino()))
+    }
+
     fn run(&self, from: Option<DiskKey>, to: Option<DiskKey>, fill_holes: bool) -> Result<()> {
         terminal::end_in_order();
         let how = job::Recrypt { image: self.open(), from, to, into: self.into(), fill_holes };
@@ -115,9 +121,11 @@ impl What {
     /// The same to a key of a new key store, which goes again if nothing was changed.
     fn run_to_new(&self, from: Option<DiskKey>, new: New<'_>, fill_holes: bool) -> Result<()> {
         let fresh = !self.is_begun();
+        let before = self.identity();
         let key = if fresh { new.make()? } else { new.there()? };
         let done = self.run(from, Some(key), fill_holes);
-        if done.is_err() && fresh && !self.is_begun() {
+        let untouched = before.is_some() && self.identity() == before && !self.is_begun();
+        if done.is_err() && fresh && untouched {
             // What cannot be removed is told of when it is found to be there.
             let _ = std::fs::remove_file(new.key_store);
         }

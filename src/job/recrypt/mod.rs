@@ -91,7 +91,11 @@ pub fn recrypt(how: &Recrypt, watch: &mut Watch<'_>) -> Result<()> {
             let replaced =
                 fs::rename(&copy, path).map_err(|e| Error::io("put the copy in its place", e).at(path));
             replaced.inspect_err(|_| remove_files(std::slice::from_ref(&copy)))?;
-            sync_dir(folder_of(path))
+            if let Err(e) = sync_dir(folder_of(path)) {
+                // Both are whole: whichever a power cut leaves.
+                tracing::warn!("after a power cut the image may be the old one: {e}");
+            }
+            Ok(())
         }
     }
 }
@@ -170,7 +174,7 @@ impl Chain {
                     .at(self.path(n))
                     .hint("vdimg repair it first"));
             }
-            if how.into != Into::Replacement || n == 0 {
+            if !matches!(how.into, Into::File(_)) {
                 image.refuse_to_write(&info, true)?;
             }
             infos.push(info);
@@ -220,7 +224,11 @@ fn in_place(how: &Recrypt, chain: &Chain, change: KeyChange, watch: &mut Watch<'
     let task = chain.task(how)?;
     let side = open_side_file(&side_file(chain.path(0)))?;
     for n in 1..chain.images.len() {
-        open_side_file(&side_file(chain.path(n)))?;
+        // It says what the one of the top says: no other command takes the image for one that was never touched.
+        let file = open_side_file(&side_file(chain.path(n)))?;
+        if journal::Journal::resume(&file, &task)?.is_none() {
+            journal::Journal::begin(&file, &task)?;
+        }
     }
     let folders: Vec<_> = chain.specs.iter().map(|s| folder_of(&s.path)).collect();
     folders.iter().try_for_each(|f| sync_dir(f))?;
