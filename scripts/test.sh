@@ -17,7 +17,7 @@ if [ "$FORMER" -lt 8 ] && echo 8 2>/dev/null >"$HUGE"; then
 fi
 
 step "packages"
-scripts/guest/deps.sh valgrind
+scripts/guest/deps.sh valgrind strace
 step "formatting"
 cargo fmt --check
 step "lints"
@@ -32,6 +32,8 @@ step "release build"
 cargo build --release --bins --examples --locked
 step "instructions"
 scripts/instructions.sh
+step "system calls"
+scripts/syscalls.sh
 step "tests with the bounds of a release build"
 # Resumed within 1 s of the last I/O after each of 54 kills; 1 s and 256 MiB for an input of the fuzzers.
 VDBLK_KILLS=54 cargo test --release --locked --test kill --test fuzz_smoke

@@ -178,19 +178,22 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         skip_syncs: config.cache == CacheMode::Unsafe,
         write_through: config.cache == CacheMode::Writethrough,
         discard: config.discard,
-        write_same: false,
+        ..DiskOptions::default()
     };
     let how = OpenDisk {
         image: config.image.clone(),
         snapshot: config.snapshot.clone(),
         parents: config.parents.clone(),
         parent_dirs: config.parent_dirs.clone(),
+        quiet: false,
         direct: config.cache == CacheMode::None,
         lock_wait: Some(config.lock_wait),
         allow_parent_mismatch: config.allow_parent_mismatch,
         allow_write_to_parent: config.allow_write_to_parent,
         allow_raw_device: config.allow_raw_device,
         write_optical: false,
+        shareable: false,
+        skip_checks: false,
         cache_image: config.cache_image.clone(),
         filters: config.keys.unlock()?,
         options,

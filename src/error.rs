@@ -1,5 +1,9 @@
 //! Errors: a small kind that programs match, one line that people read, the source beneath.
 
+mod status;
+
+pub use status::Status;
+
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -39,6 +43,8 @@ pub enum ErrorKind {
     SyncFailed,
     /// A bound of this program was reached.
     Limit,
+    /// The call does not fit what is going on: nothing is open, or something is in use.
+    State,
     /// The caller cancelled the job.
     Cancelled,
     /// Reading or writing failed.
@@ -52,6 +58,7 @@ pub struct Error {
 
 struct Inner {
     kind: ErrorKind,
+    status: Option<Status>,
     message: String,
     path: Option<PathBuf>,
     hint: Option<String>,
@@ -61,8 +68,31 @@ struct Inner {
 impl Error {
     /// An error of `kind`; `message` says what is wrong, without the file's name.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        let inner = Inner { kind, message: message.into(), path: None, hint: None, source: None };
+        let message = message.into();
+        let inner = Inner { kind, status: None, message, path: None, hint: None, source: None };
         Error { inner: Box::new(inner) }
+    }
+
+    /// An error that VirtualBox has a code for.
+    ///
+    /// # Panics
+    /// If the code is none of an error.
+    pub fn of(status: Status, message: impl Into<String>) -> Self {
+        let mut e = Error::new(status.kind().expect("an error's code"), message);
+        e.inner.status = Some(status);
+        e
+    }
+
+    /// The same error, whose code in VirtualBox says more than its kind does.
+    #[must_use]
+    pub fn with_status(mut self, status: Status) -> Self {
+        self.inner.status.get_or_insert(status);
+        self
+    }
+
+    /// VirtualBox's code for it, if there is one.
+    pub fn status(&self) -> Option<Status> {
+        self.inner.status.or_else(|| Status::of_kind(self.inner.kind))
     }
 
     /// An error from the operating system; `tried` completes the sentence "cannot …".

@@ -10,9 +10,11 @@
 //!    in the words of [`map`]; it never reads or writes;
 //! 5. [`io`] moves the bytes: io_uring, a thread pool, or the simulator.
 //!
-//! [`job`] does the long work (copy, check, repair) on the same containers.
+//! [`job`] does the long work (copy, check, repair) on the same images. [`container`] is the whole as one object: a chain that is opened
+//! image by image, asked, changed and worked on, as VirtualBox's container is.
 //! `docs/architecture.md` tells why it is so.
 
+pub mod container;
 pub mod daemon;
 pub mod error;
 pub mod filter;
@@ -21,6 +23,7 @@ pub mod io;
 pub mod job;
 pub mod limits;
 pub mod map;
+pub mod medium;
 pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
@@ -29,4 +32,4 @@ pub mod vd;
 pub mod vhost;
 pub mod virtio;
 
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Result, Status};

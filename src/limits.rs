@@ -109,9 +109,10 @@ pub const MAX_ENGINE_DEPTH: u32 = 4096;
 pub const POOL_THREADS: usize = 8;
 /// Chains taken before the device is asked again what has ended.
 pub const BATCH_CHAINS: u16 = 64;
-/// Answers of one batch that a driver waits for at most before it sees the first.
-pub const PUBLISH_COMPLETIONS: u16 = 16;
-/// Microseconds of one batch that a driver waits for at most before it sees the first answer.
+/// Answers that a driver waits for before it sees the first while more is to be done: at least and at most. A signal costs as much as
+/// several requests, and a driver that sees nothing asks for nothing.
+pub const PUBLISH_COMPLETIONS: [u16; 2] = [4, 32];
+/// Microseconds that a driver waits for at most before it sees the first answer while more is to be done.
 pub const PUBLISH_MICROS: u64 = 50;
 /// Longest time, in microseconds, a worker looks at its ring before it goes to sleep (`--poll-us`).
 pub const MAX_POLL_MICROS: u32 = 1000;

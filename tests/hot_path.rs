@@ -2,7 +2,7 @@
 
 #[path = "../benches/hotpath/guest.rs"]
 mod guest;
-#[allow(dead_code)] // the benchmark uses all of it
+#[allow(dead_code)] // the benchmark counts signals too
 #[path = "../benches/hotpath/served.rs"]
 mod served;
 
@@ -59,22 +59,33 @@ static ALLOCATOR: Counting = Counting;
 const DISK_BYTES: u64 = 32 << 20;
 /// Batches until everything that is kept is there: slots, bounce buffers, pages of tables.
 const WARM: u32 = 600;
-const COUNTED: u32 = 300;
+const COUNTED: u32 = 200;
 
-/// Allocations of as many batches of 32 on a warm disk.
+/// Windows of so many batches. What keeps its memory is allocated once, which a rare event (a write that waits) may do late; what each
+/// request allocates is seen in all of them.
+const WINDOWS: u32 = 5;
+
+/// Allocations of as many batches of 32 on a warm disk: of the window with the fewest.
 fn allocations(image: &Path, ask: Ask, direct: bool, bytes: u32) -> u64 {
     let load = Load { image, direct, ask, depth: 32, bytes };
     let mut served = Served::new(&load).expect("a disk to serve");
     for _ in 0..WARM {
         served.batch().expect("answers");
     }
-    let before = asked();
-    for _ in 0..COUNTED {
-        served.batch().expect("answers");
+    let mut least = u64::MAX;
+    for _ in 0..WINDOWS {
+        let before = (asked(), served.counters().signals);
+        for _ in 0..COUNTED {
+            served.batch().expect("answers");
+        }
+        assert_eq!(served.counters().signals - before.1, u64::from(COUNTED), "one signal a batch");
+        least = least.min(asked() - before.0);
+        if least == 0 {
+            break;
+        }
     }
-    let counted = asked() - before;
     served.close().expect("a clean end");
-    counted
+    least
 }
 
 /// Runs vdimg, which has to succeed.

@@ -18,6 +18,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "filter", "format", "io", "vd"]),
+    ("container", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
+    ("medium", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
     ("sim", &["error", "limits", "probe", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
     ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
@@ -26,7 +28,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const UNSAFE: &[&str] = &[
     "filter/locked.rs",
     "io/aligned.rs",
+    "container/buffers.rs",
     "io/buf.rs",
+    "io/locked.rs",
     "io/sys.rs",
     "io/threads.rs",
     "io/uring.rs",

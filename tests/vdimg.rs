@@ -47,6 +47,7 @@ fn info_tells_everything_under_the_promised_keys() {
         "comment",
         "notes",
         "geometry",
+        "logical_geometry",
         "file",
         "version",
         "snapshots",

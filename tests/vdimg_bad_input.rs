@@ -118,7 +118,6 @@ fn command_lines_that_make_no_sense() {
         "create --format vdi --size 99999999T new.vdi",
         "create --format vdi --size 1M --uuid 123 new.vdi",
         "create --format vdi --size 1M --option Block new.vdi",
-        "convert a.vdi new.raw",
         "convert --output-format raw a.vdi",
         "compare a.vdi",
         "map --lock-wait soon a.vdi",

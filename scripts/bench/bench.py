@@ -25,10 +25,11 @@ class Bench:
         self.disks, self.seconds = disks.Disks(folder), seconds
         self.socket = os.path.join(tempfile.mkdtemp(prefix="vub."), "s")
 
-    def vubench(self, name, server, rw, bs, iodepth, queues=1):
+    def vubench(self, name, server, rw, bs, iodepth, queues=1, once=False):
         command = [peers.VUBENCH, "--socket", self.socket, "--server-cmd", server, "--inflight", "--rw", rw, "--bs", bs]
         command += ["--iodepth", str(iodepth), "--queues", str(queues), "--vring", "512", "--tag", name]
-        command += ["--runtime", str(self.seconds)] + (["--poll"] if iodepth == 1 else [])
+        command += ["--once", "--ramp", "0"] if once else ["--runtime", str(self.seconds)]
+        command += ["--poll"] if iodepth == 1 else []
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         line = next((l for l in done.stdout.splitlines() if l.startswith("{")), None)
         if done.returncode or not line:
@@ -57,8 +58,8 @@ class Bench:
         def run():
             if os.path.exists(target):
                 os.unlink(target)
-            self.disks.give_memory()
             self.disks.warm(source)
+            self.disks.give_memory(2 * disks.GIB)
             begun = time.monotonic()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             seconds = time.monotonic() - begun
@@ -128,6 +129,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=float, default=2)
     p.add_argument("--only", default="")
+    p.add_argument("--into", help="a file of an earlier run, in which the rows are replaced or added")
     p.add_argument("--list", action="store_true")
     args = p.parse_args()
     os.makedirs(args.folder, exist_ok=True)
@@ -135,8 +137,12 @@ def main():
     wanted = set(filter(None, args.only.split(",")))
     folder = os.path.join(peers.ROOT, "target/bench")
     os.makedirs(folder, exist_ok=True)
-    out = os.path.join(folder, time.strftime("%Y%m%d-%H%M%S") + ".json")
-    result = {"machine": machine.about(args.folder), "rounds": args.rounds, "seconds": args.seconds, "rows": []}
+    out = args.into or os.path.join(folder, time.strftime("%Y%m%d-%H%M%S") + ".json")
+    about = machine.about(args.folder)
+    result = {"machine": about, "rows": []}
+    if args.into and os.path.exists(out):
+        with open(out, encoding="utf-8") as f:
+            result = json.load(f)
     for group in rows.GROUPS:
         for row in group(bench):
             if args.list:
@@ -146,7 +152,9 @@ def main():
                 continue
             print(f"{row.key} …", file=sys.stderr)
             runs = measure(row, args.rounds)
-            result["rows"].append({"key": row.key, "title": row.title, "runs": runs, "goals": judge(row, runs)})
+            measured = {"key": row.key, "title": row.title, "rounds": args.rounds, "seconds": args.seconds, "vdblk": about["vdblk"]}
+            kept = [r for r in result["rows"] if r["key"] != row.key]
+            result["rows"] = [*kept, {**measured, "runs": runs, "goals": judge(row, runs)}]
             with open(out, "w", encoding="utf-8") as f:
                 json.dump(result, f, indent=1)
     if args.list:

@@ -41,6 +41,11 @@ class Disks:
             run(peers.VDIMG, "convert", "--output-format", fmt, self.raw(), path)
         return path
 
+    def layers(self, fmt):
+        """The files of the chain."""
+        self.chain(fmt)
+        return [self.path(f"chain{n}.{fmt}") for n in range(LAYERS)]
+
     def chain(self, fmt):
         """Eight layers; each has every eighth MiB, the base the first. Returns the leaf."""
         leaf = self.path(f"chain{LAYERS - 1}.{fmt}")
@@ -83,18 +88,28 @@ class Disks:
             os.rename(path + ".part", path)
         return path
 
-    def warm(self, path):
+    def warm(self, *paths):
         """Everything in the page cache."""
+        for path in paths:
+            with open(path, "rb", buffering=0) as f:
+                while f.read(1 << 22):
+                    pass
+
+    def warm_by_pages(self, path):
+        """The same a page at a time, as a guest's own small requests leave it: what was read ahead lies in large folios, of which a small
+        write touches all of the state."""
         with open(path, "rb", buffering=0) as f:
-            while f.read(1 << 22):
+            os.sync()
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            while f.read(4096):
                 pass
 
-    def give_memory(self):
-        """Writes a file and takes it away again: a virtual machine may get its memory only at the first touch, and whoever fills the page
-        cache next would pay for that."""
+    def give_memory(self, bytes_to_come):
+        """Writes a file that large and takes it away again: a virtual machine may get its memory from the host only at the first touch (and lose
+        it when it has been free for seconds), and whoever fills the page cache next would pay for that."""
         path = self.path("touch")
         with open(path, "wb", buffering=0) as f:
-            for _ in range(5 * self.size // (2 << 20)):
-                f.write(bytes(1 << 20))
+            for _ in range(bytes_to_come * 9 // 8 >> 16):
+                f.write(bytes(1 << 16))
         os.unlink(path)
-        os.sync()

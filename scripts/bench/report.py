@@ -27,7 +27,7 @@ def table(result):
     m = result["machine"]
     lines = [
         f"{m['date']}, {m['cpu']}, Linux {m['kernel']}, {m['file_system']}; vdblk {m['vdblk']}; {m['qemu_storage_daemon']};"
-        f" {m['fio']}; medians of {result['rounds']} (least–most)",
+        f" {m['fio']}; medians of {'–'.join(str(n) for n in sorted({r['rounds'] for r in result['rows']}))} (least–most)",
         "",
         "| work | measure | vdblk | against | ratio | aim | |",
         "|---|---|---|---|---|---|---|",
@@ -62,11 +62,11 @@ COLOURS = ["#2b6cb0", "#a0aec0", "#cbd5e0", "#e2e8f0"]
 
 
 def svg(result, metric="srv_us_io"):
-    """Bars, a group for each row that has the metric."""
+    """Bars, a group for each row that has the metric, on a scale of its own: they reach from 2 to 2000."""
     rows = [r for r in result["rows"] if all(metric in x[0] for x in r["runs"].values()) and len(r["runs"]) > 1]
-    most = max(median(x[metric] for x in runs) for r in rows for runs in r["runs"].values())
     out, y = [], 24
     for row in rows:
+        most = max(median(x[metric] for x in runs) for runs in row["runs"].values())
         out.append(f'<text x="{LEFT - 8}" y="{y + 11}" text-anchor="end">{row["title"]}</text>')
         for n, (name, runs) in enumerate(row["runs"].items()):
             value = median(x[metric] for x in runs)
@@ -76,7 +76,7 @@ def svg(result, metric="srv_us_io"):
             y += BAR + 2
         y += GAP
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDE + 130}" height="{y}" font-family="sans-serif" font-size="11">'
-    title = f'<text x="{LEFT}" y="14" font-weight="bold">{METRICS[metric]} per request, less is better</text>'
+    title = f'<text x="{LEFT}" y="14" font-weight="bold">{METRICS[metric]} per request, less is better; each group has its own scale</text>'
     return "\n".join([head, title, *out, "</svg>"]) + "\n"
 
 

@@ -3,7 +3,7 @@ import dataclasses
 from typing import Callable, Optional
 
 import peers
-from disks import LAYERS
+from disks import GIB, LAYERS
 
 
 @dataclasses.dataclass
@@ -39,8 +39,8 @@ class Load:
     def __init__(self, bench, **options):
         self.bench, self.options = bench, options
 
-    def on(self, name, command, warm=None, before=None):
-        """`command`: of the server; None: it is not there. `before` makes the file anew."""
+    def on(self, name, command, warm=(), before=None):
+        """`command`: of the server; None: it is not there. `warm`: files to have in the page cache. `before` makes the file anew."""
 
         def run():
             if command is None:
@@ -48,7 +48,7 @@ class Load:
             if before:
                 before()
             if warm:
-                self.bench.disks.warm(warm)
+                self.bench.disks.warm(*warm)
             return self.bench.vubench(name, command, **self.options)
 
         return Contender(name, run)
@@ -60,7 +60,7 @@ def read_rows(bench):
         def sides(fmt=fmt):
             file, driver = bench.disks.full(fmt), {"vhd": "vpc"}.get(fmt, fmt)
             load = Load(bench, rw="randread", bs="4k", iodepth=32)
-            return [load.on("vdblk", peers.vdblk(file), file), load.on("qsd", peers.qsd(file, driver), file)]
+            return [load.on("vdblk", peers.vdblk(file), [file]), load.on("qsd", peers.qsd(file, driver), [file])]
 
         goals = []
         if fmt in ("raw", "vdi"):
@@ -73,7 +73,9 @@ def write_rows(bench):
 
         def sides(fmt=fmt):
             file, load = bench.disks.full(fmt), Load(bench, rw="randwrite", bs="4k", iodepth=32)
-            return [load.on("vdblk", peers.vdblk(file), file), load.on("qsd", peers.qsd(file, fmt), file)]
+            pages = lambda: bench.disks.warm_by_pages(file)
+            ours = load.on("vdblk", peers.vdblk(file), before=pages)
+            return [ours, load.on("qsd", peers.qsd(file, fmt), before=pages)]
 
         title = f"cached 4 KiB writes to allocated blocks, depth 32, {fmt}"
         yield Row(f"write-{fmt}", title, sides, [Goal("srv_us_io", "qsd", 0.5, True)])
@@ -87,8 +89,8 @@ def depth_1_rows(bench):
 
         def sides(more=more):
             file, load = bench.disks.full("raw"), Load(bench, rw="randread", bs="4k", iodepth=1)
-            ours = load.on("vdblk", peers.vdblk(file, more=more), file)
-            return [ours, load.on("qsd", peers.qsd(file, "raw"), file)]
+            ours = load.on("vdblk", peers.vdblk(file, more=more), [file])
+            return [ours, load.on("qsd", peers.qsd(file, "raw"), [file])]
 
         yield Row(key, title, sides, [Goal("p50", "qsd", bound, True)])
 
@@ -117,9 +119,9 @@ def chain_rows(bench):
         one, eight = bench.disks.full("vdi"), bench.disks.chain("vdi")
         load = Load(bench, rw="randread", bs="4k", iodepth=32)
         return [
-            load.on("vdblk", peers.vdblk(eight), eight),
-            load.on("vdblk-1", peers.vdblk(one), one),
-            load.on("qsd-qcow2", peers.qsd(bench.disks.chain("qcow2"), "qcow2")),
+            load.on("vdblk", peers.vdblk(eight), bench.disks.layers("vdi")),
+            load.on("vdblk-1", peers.vdblk(one), [one]),
+            load.on("qsd-qcow2", peers.qsd(bench.disks.chain("qcow2"), "qcow2"), bench.disks.layers("qcow2")),
         ]
 
     goals = [Goal("srv_us_io", "vdblk-1", 1.05, True), Goal("srv_us_io", "qsd-qcow2", 0.25, True)]
@@ -127,14 +129,18 @@ def chain_rows(bench):
 
 
 def first_write_rows(bench):
-    for key, title, options in (
-        ("first-random", "first writes into an empty VDI, 4 KiB random", {"rw": "randwrite", "bs": "4k"}),
-        ("first-seq", "first writes into an empty VDI, 64 KiB sequential", {"rw": "write", "bs": "64k"}),
+    for key, title, options, gib in (
+        ("first-random", "first writes into an empty VDI, 4 KiB random", {"rw": "randwrite", "bs": "4k"}, 4),
+        ("first-seq", "first writes into an empty VDI, 64 KiB sequential", {"rw": "write", "bs": "64k", "once": True}, 0.5),
     ):
 
-        def sides(options=options):
+        def sides(options=options, size=int(gib * GIB)):
             load, path = Load(bench, iodepth=32, **options), bench.disks.path("empty.vdi")
-            anew = lambda: bench.disks.empty("vdi", "empty")
+
+            def anew():
+                bench.disks.empty("vdi", "empty", size)
+                bench.disks.give_memory(GIB // 2)
+
             ours = load.on("vdblk", peers.vdblk(path), before=anew)
             return [ours, load.on("qsd", peers.qsd(path, "vdi"), before=anew)]
 
@@ -145,7 +151,7 @@ def queue_rows(bench):
     def sides():
         file = bench.disks.full("raw")
         on = lambda n, name: Load(bench, rw="randread", bs="4k", iodepth=16, queues=n).on(
-            name, peers.vdblk(file, queues=n), file
+            name, peers.vdblk(file, queues=n), [file]
         )
         return [on(2, "vdblk"), on(1, "vdblk-1-queue")]
 
@@ -153,16 +159,20 @@ def queue_rows(bench):
 
 
 def convert_rows(bench):
-    for key, title, fmt, to in (
-        ("convert-vdi", "convert raw to VDI", "raw", "vdi"),
-        ("convert-raw", "convert VDI to raw", "vdi", "raw"),
+    for key, title, fmt, to, cache in (
+        ("convert-vdi", "convert raw to VDI, not synced", "raw", "vdi", "unsafe"),
+        ("convert-raw", "convert VDI to raw, not synced", "vdi", "raw", "unsafe"),
+        ("convert-vdi-sync", "convert raw to VDI, durable", "raw", "vdi", "writeback"),
+        ("convert-raw-sync", "convert VDI to raw, durable", "vdi", "raw", "writeback"),
     ):
 
-        def sides(fmt=fmt, to=to):
+        def sides(fmt=fmt, to=to, cache=cache):
             file, target = bench.disks.half(fmt), bench.disks.path(f"converted.{to}")
-            commands = {"vdblk": [peers.VDIMG, "convert", "--output-format", to, file, target]}
+            commands = {
+                "vdblk": [peers.VDIMG, "convert", "-t", cache, file, target],
+            }
             if qemu_img := peers.foreign("qemu-img"):
-                commands["qemu-img"] = qemu_img + ["convert", "-f", fmt, "-O", to, file, target]
+                commands["qemu-img"] = qemu_img + ["convert", "-t", cache, "-f", fmt, "-O", to, file, target]
             if vbox_img := peers.vbox_img(bench.disks.folder):
                 names = ["--srcfilename", file, "--dstfilename", target]
                 formats = ["--srcformat", fmt.upper(), "--dstformat", to.upper()]

@@ -2,6 +2,8 @@
 
 #[path = "common/keys.rs"]
 mod keys;
+#[path = "vdblk/known.rs"]
+mod known;
 #[path = "common/usage.rs"]
 mod usage;
 
@@ -45,10 +47,18 @@ struct Args {
     /// Print what this back-end can do, as QEMU's conventions ask, and exit
     #[arg(long, action = ArgAction::SetTrue)]
     print_capabilities: bool,
+    /// Print the completions of these options for a shell, and exit
+    #[arg(long, value_name = "SHELL", exclusive = true)]
+    completions: Option<clap_complete::Shell>,
+    /// Print the man page, and exit
+    #[arg(long, exclusive = true)]
+    manpage: bool,
 
     /// The image to serve: a file, or a block device with --format raw
-    #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["print_capabilities", "medium", "vbox"])]
     blk_file: Option<PathBuf>,
+    #[command(flatten)]
+    known: known::Known,
     /// Its format: raw, vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels, dmg or cue [default: what extension and contents agree on; the extension .raw says raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
@@ -254,8 +264,12 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(e) => return usage::refuse(PROGRAM, &e),
     };
+    if args.completions.is_some() || args.manpage {
+        return ended(print_page(args.completions));
+    }
     args.start_logging();
-    ended(daemon::run(&args.config()))
+    let known = args.known.clone();
+    ended(known.serve(args.config()))
 }
 
 fn ended(result: vdblk::Result<()>) -> ExitCode {
@@ -273,10 +287,26 @@ fn print_capabilities() -> vdblk::Result<()> {
     printed.map_err(|e| vdblk::Error::io("print what this back-end can do", e))
 }
 
+/// The completions for a shell, or the man page: from the same definitions as the command line.
+fn print_page(shell: Option<clap_complete::Shell>) -> vdblk::Result<()> {
+    let mut page = Vec::new();
+    let made = match shell {
+        Some(shell) => {
+            clap_complete::generate(shell, &mut Args::command(), PROGRAM, &mut page);
+            Ok(())
+        }
+        None => clap_mangen::Man::new(Args::command()).render(&mut page),
+    };
+    let printed = made.and_then(|()| std::io::stdout().write_all(&page));
+    printed.map_err(|e| vdblk::Error::io("print the page", e))
+}
+
 /// The arguments, if they make sense by themselves.
 fn arguments() -> Result<Args, clap::Error> {
     let args = Args::try_parse()?;
-    if args.socket_path.is_none() && args.fd.is_none() && std::env::var_os("LISTEN_FDS").is_none() {
+    let prints = args.manpage || args.completions.is_some();
+    if !prints && args.socket_path.is_none() && args.fd.is_none() && std::env::var_os("LISTEN_FDS").is_none()
+    {
         let what =
             "no socket was given: pass --socket-path PATH or --fd N, or start it by a systemd socket unit";
         return Err(Args::command().error(clap::error::ErrorKind::MissingRequiredArgument, what));

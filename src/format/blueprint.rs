@@ -29,6 +29,29 @@ pub struct NewImage {
     pub options: Vec<(String, String)>,
 }
 
+/// An option of the images of a format that is taken when one is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewOption {
+    /// Its name, in any case.
+    pub key: &'static str,
+    /// Its value is a number, of bytes where nothing else makes sense; otherwise a word.
+    pub is_number: bool,
+    /// What is taken if nothing is said; `None`: that depends on the image.
+    pub default: Option<&'static str>,
+}
+
+impl NewOption {
+    /// One whose value is a number.
+    pub(super) const fn number(key: &'static str, default: Option<&'static str>) -> Self {
+        NewOption { key, is_number: true, default }
+    }
+
+    /// One whose value is a word.
+    pub(super) const fn word(key: &'static str, default: Option<&'static str>) -> Self {
+        NewOption { key, is_number: false, default }
+    }
+}
+
 impl NewImage {
     /// The value of an option.
     pub(super) fn option(&self, key: &str) -> Option<&str> {
@@ -41,14 +64,14 @@ impl NewImage {
     }
 
     /// Refuses options other than these.
-    pub(super) fn only_options(&self, known: &[&str]) -> Result<()> {
-        let is_known = |k: &str| known.iter().any(|n| n.eq_ignore_ascii_case(k));
+    pub(super) fn only_options(&self, known: &[NewOption]) -> Result<()> {
+        let is_known = |k: &str| known.iter().any(|o| o.key.eq_ignore_ascii_case(k));
         let Some((k, _)) = self.options.iter().find(|(k, _)| !is_known(k)) else { return Ok(()) };
         let e = refused(format!("unknown option '{k}'"));
         Err(if known.is_empty() {
             e.hint("it has none")
         } else {
-            e.hint(format!("known: {}", known.join(", ")))
+            e.hint(format!("known: {}", known.iter().map(|o| o.key).collect::<Vec<_>>().join(", ")))
         })
     }
 

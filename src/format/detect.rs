@@ -68,6 +68,17 @@ fn has_optical_file_system(source: &dyn ByteSource) -> Result<bool> {
     Ok([&b"CD001"[..], b"BEA01"].contains(&&descriptor[1..]))
 }
 
+/// Extensions of raw files that say for which device they are, as VirtualBox lists them.
+pub const RAW_EXTENSIONS: [(&str, DeviceType); 7] = [
+    ("iso", DeviceType::Dvd),
+    ("cdr", DeviceType::Dvd),
+    ("img", DeviceType::Floppy),
+    ("ima", DeviceType::Floppy),
+    ("dsk", DeviceType::Floppy),
+    ("flp", DeviceType::Floppy),
+    ("vfd", DeviceType::Floppy),
+];
+
 /// Largest floppy disk: 82 tracks of 48 sectors, two sides.
 const MAX_FLOPPY_BYTES: u64 = 512 * 82 * 48 * 2;
 
@@ -75,10 +86,11 @@ const MAX_FLOPPY_BYTES: u64 = 512 * 82 * 48 * 2;
 /// them; one that is larger than any floppy disk is a hard disk, which VirtualBox refuses.
 pub fn device_type(format: Format, path: &Path, size: u64) -> DeviceType {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    match (format, extension.as_str()) {
-        (Format::Dmg | Format::Cue, _) | (Format::Raw, "iso" | "cdr") => DeviceType::Dvd,
-        (Format::Raw, "img" | "ima" | "dsk" | "flp" | "vfd") if size <= MAX_FLOPPY_BYTES => {
-            DeviceType::Floppy
+    let named = || RAW_EXTENSIONS.iter().find(|(e, _)| *e == extension).map(|(_, device)| *device);
+    match format {
+        Format::Dmg | Format::Cue => DeviceType::Dvd,
+        Format::Raw => {
+            named().filter(|d| *d != DeviceType::Floppy || size <= MAX_FLOPPY_BYTES).unwrap_or_default()
         }
         _ => DeviceType::HardDisk,
     }

@@ -13,6 +13,7 @@ pub mod dmg;
 mod levels;
 pub mod parallels;
 pub mod partitions;
+mod properties;
 mod qcow;
 pub mod qcow2;
 mod qed;
@@ -29,9 +30,10 @@ pub mod vhdx;
 pub mod vmdk;
 
 pub use blueprint::{
-    Blueprint, NewFile, NewImage, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
+    Blueprint, NewFile, NewImage, NewOption, NewParent, Pieces, RawArea, RawAreaKind, RawDisk, Sequential,
 };
-pub use detect::{detect, device_type, extension_format, is_optical_name, signature};
+pub use detect::{RAW_EXTENSIONS, detect, device_type, extension_format, is_optical_name, signature};
+pub use properties::{Chs, Properties, Property, set_properties};
 pub use report::{CheckReport, Finding, Repair, Severity};
 pub use spare::Spare;
 pub use steps::FileStep;
@@ -126,7 +128,7 @@ impl Format {
 
     /// Its images have a place for a comment.
     pub fn keeps_comment(self) -> bool {
-        self.driver().keeps_comment
+        self.keeps(Property::Comment)
     }
 
     /// What a new image of it takes over of another one's geometry: nothing where it has no place for one, or not for such a
@@ -134,11 +136,16 @@ impl Format {
     pub fn geometry_from(self, other: Option<(u32, u32, u32)>) -> Option<(u32, u32, u32)> {
         let (most_cylinders, most_sectors) = if self == Format::Vhd { (65535, 255) } else { (u32::MAX, 63) };
         other.filter(|(c, h, s)| {
-            self.driver().keeps_geometry
+            (self.keeps(Property::Geometry) || self.keeps(Property::LogicalGeometry))
                 && (1..=most_cylinders).contains(c)
                 && (1..=255).contains(h)
                 && (1..=most_sectors).contains(s)
         })
+    }
+
+    /// The options its new images take.
+    pub fn options(self) -> &'static [NewOption] {
+        self.driver().options
     }
 
     /// [`compact`] takes from its images what they need not keep.
@@ -164,7 +171,7 @@ impl Format {
     }
 
     /// The name as people write it in a sentence.
-    fn title(self) -> &'static str {
+    pub(crate) fn title(self) -> &'static str {
         match self {
             Format::Raw => "raw",
             Format::Vdi => "VDI",
@@ -260,8 +267,10 @@ struct Driver {
     relink: Option<fn(Files<'_>, Option<&NewParent>) -> Steps>,
     /// `None`: none can be made.
     blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
-    keeps_comment: bool,
-    keeps_geometry: bool,
+    /// Those that `blueprint` takes.
+    options: &'static [NewOption],
+    /// `None`: what its images say of themselves, if anything, stays what it is.
+    properties: Option<properties::Keeper>,
 }
 
 /// The file of a format whose images have one.
@@ -285,6 +294,19 @@ pub fn references(format: Format, first: &dyn ByteSource) -> Result<Vec<Referenc
 /// each with one line that names the field; [`ErrorKind::Io`] and friends from reading. Nothing was written.
 pub fn open(format: Format, files: &[ImageFile<'_>], how: OpenHow) -> Result<Box<dyn ImageMap>> {
     (format.driver().open)(files, how)
+}
+
+/// Opens an image for reading only. What only matters for writing is not verified: VDIs two of whose blocks share a place, or which end
+/// before their blocks do, can be read.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_unchecked(format: Format, files: &[ImageFile<'_>]) -> Result<Box<dyn ImageMap>> {
+    if format != Format::Vdi {
+        return open(format, files, OpenHow { read_only: true, info_only: false });
+    }
+    let ImageFile { id, source } = only(files);
+    Ok(Box::new(vdi::VdiMap::open_unchecked(source, id)?))
 }
 
 /// Opens an image as it was when the internal snapshot of this name, or else of this number, was made. Only for reading.

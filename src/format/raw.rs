@@ -32,8 +32,8 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(resize),
     relink: None,
     blueprint: Some(blueprint),
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &[],
+    properties: None,
 };
 
 /// The file's length is the disk's size; nothing else has to change.

@@ -98,7 +98,7 @@ impl Attached {
         }
         let done = sys::pwritev(self.fd(), bufs, off);
         self.writes.took(start, Instant::now());
-        if let (Ok(n), true) = (done, self.writes.patient) {
+        if let (Ok(n), true) = (done, self.writes.write_out) {
             self.write_out(n);
         }
         Some(done)
@@ -119,6 +119,8 @@ struct InlineWrites {
     ever: bool,
     /// Nobody minds if one takes long.
     patient: bool,
+    /// A sync will follow.
+    write_out: bool,
     /// Bytes written since the kernel was last asked to write out.
     unasked: u64,
     not_before: Option<Instant>,
@@ -131,7 +133,14 @@ impl InlineWrites {
     const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
     fn new(ever: bool) -> Self {
-        InlineWrites { ever, patient: false, unasked: 0, not_before: None, pause: Self::FIRST_PAUSE }
+        InlineWrites {
+            ever,
+            patient: false,
+            write_out: false,
+            unasked: 0,
+            not_before: None,
+            pause: Self::FIRST_PAUSE,
+        }
     }
 
     fn allowed(&self, now: Instant) -> bool {
@@ -181,8 +190,10 @@ impl Files {
     }
 
     /// See [`super::IoEngine::be_patient`].
-    pub(super) fn be_patient(&mut self) {
-        self.0.iter_mut().flatten().for_each(|f| f.writes.patient = true);
+    pub(super) fn be_patient(&mut self, write_out: bool) {
+        for f in self.0.iter_mut().flatten() {
+            (f.writes.patient, f.writes.write_out) = (true, write_out);
+        }
     }
 
     /// Notes the end of an operation that was counted in `in_flight`.

@@ -88,8 +88,9 @@ pub trait IoEngine: Send {
     fn try_now(&mut self, op: &IoOp, bufs: &[BufSlice]) -> Option<Result<u64, i32>>;
 
     /// From now on [`Self::try_now`] may do buffered writes of any size, also where that means to wait for the kernel: whoever
-    /// drives this engine has nothing else to do. For jobs.
-    fn be_patient(&mut self) {}
+    /// drives this engine has nothing else to do. For jobs. `write_out`: a sync will follow, so the kernel is asked now and then to
+    /// begin writing out what is dirty.
+    fn be_patient(&mut self, _write_out: bool) {}
 
     /// Queues an operation; [`Self::enter`] hands it over.
     ///

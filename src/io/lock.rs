@@ -43,6 +43,10 @@ const CONSISTENT_READ: u16 = 0;
 const WRITE: u16 = 1;
 /// For changing the length.
 const RESIZE: u16 = 3;
+/// Held by whoever writes.
+pub(super) const WRITING: u16 = USED_BASE + WRITE;
+/// Held by whoever does not want it to be written.
+pub(super) const KEPT_FROM_WRITING: u16 = UNSHARED_BASE + WRITE;
 /// Time between two looks at a lock another holds.
 const RETRY_EVERY: Duration = Duration::from_millis(50);
 
@@ -53,6 +57,8 @@ pub enum LockMode {
     Shared,
     /// We write. Others neither write nor count on what they read.
     Exclusive,
+    /// We write, and others may too: images whose metadata and length never change.
+    Sharing,
 }
 
 impl LockMode {
@@ -60,12 +66,16 @@ impl LockMode {
         match self {
             LockMode::Shared => &[CONSISTENT_READ],
             LockMode::Exclusive => &[CONSISTENT_READ, WRITE, RESIZE],
+            LockMode::Sharing => &[CONSISTENT_READ, WRITE],
         }
     }
 
     fn unshared(self) -> &'static [u16] {
         // CONSISTENT_READ stays shared: `qemu-img info -U` may look at a running disk.
-        &[WRITE, RESIZE]
+        match self {
+            LockMode::Shared | LockMode::Exclusive => &[WRITE, RESIZE],
+            LockMode::Sharing => &[RESIZE],
+        }
     }
 
     /// Bytes this mode holds.

@@ -297,8 +297,8 @@ impl IoEngine for ThreadEngine {
         self.files.get_mut(op.file)?.try_now(op, bufs)
     }
 
-    fn be_patient(&mut self) {
-        self.files.be_patient();
+    fn be_patient(&mut self, write_out: bool) {
+        self.files.be_patient(write_out);
     }
 
     fn submit(&mut self, op: &IoOp, bufs: &[BufSlice], tag: Tag) -> std::result::Result<(), Full> {

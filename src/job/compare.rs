@@ -4,7 +4,7 @@ use super::copy::top_path;
 use super::lanes::{Ended, Lanes};
 use super::survey::{Piece, PieceKind, Survey};
 use super::{Job, LANE_BYTES, LANES, Progress, Step, Watch, open_channel};
-use crate::error::{Error, Result};
+use crate::error::{Error, Failure, Result};
 use crate::map::{GuestOffset, GuestRange};
 use crate::vd::{Channel, Disk, Outcome};
 use std::sync::Arc;
@@ -22,19 +22,25 @@ pub struct Comparison {
 pub struct CompareJob {
     /// Each pair has two lanes: its own number and that plus [`LANES`].
     lanes: Lanes,
-    sides: [Side; 2],
+    pairing: Pairing,
     pairs: Vec<Option<Pair>>,
-    at: u64,
     difference: Option<u64>,
     ended: Vec<Ended>,
     failure: Option<Error>,
-    sizes: [u64; 2],
 }
 
 impl std::fmt::Debug for CompareJob {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CompareJob").field("at", &self.at).finish_non_exhaustive()
+        f.debug_struct("CompareJob").field("pairing", &self.pairing).finish_non_exhaustive()
     }
+}
+
+/// Goes through two disks side by side, and passes over what both know to be zeros, or have in the same place of the same file.
+#[derive(Debug)]
+pub(super) struct Pairing {
+    sides: [Side; 2],
+    at: u64,
+    sizes: [u64; 2],
 }
 
 /// One of the disks.
@@ -90,42 +96,37 @@ impl Side {
     }
 }
 
-impl CompareJob {
-    /// A comparison over two channels with at least [`Self::slots`] slots each.
-    ///
-    /// # Errors
-    /// If no descriptor is left.
-    pub fn new(a: Channel, b: Channel) -> Result<CompareJob> {
-        let sides = [Side::new(a.disk()), Side::new(b.disk())];
-        let sizes = [a.disk().size_bytes(), b.disk().size_bytes()];
-        Ok(CompareJob {
-            lanes: Lanes::new(vec![a, b], Self::slots())?,
-            sides,
-            pairs: vec![None; usize::from(LANES)],
-            at: 0,
-            difference: None,
-            ended: Vec::new(),
-            failure: None,
-            sizes,
-        })
+impl Pairing {
+    pub(super) fn new(a: &Arc<Disk>, b: &Arc<Disk>) -> Self {
+        Pairing { sides: [Side::new(a), Side::new(b)], at: 0, sizes: [a.size_bytes(), b.size_bytes()] }
     }
 
-    /// Slots a channel must have.
-    pub const fn slots() -> u16 {
-        2 * LANES
-    }
-
-    /// What was found, once the job is done.
-    pub fn result(&self) -> Comparison {
-        Comparison { difference: self.difference, sizes: self.sizes }
-    }
-
-    fn end(&self) -> u64 {
+    /// Where the longer disk ends.
+    pub(super) fn end(&self) -> u64 {
         self.sizes[0].max(self.sizes[1])
     }
 
-    /// The next range of which at least one side has to be read.
-    fn next_pair(&mut self) -> Result<Option<Pair>> {
+    /// How far it has come.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Bytes of the two disks.
+    pub(super) fn sizes(&self) -> [u64; 2] {
+        self.sizes
+    }
+
+    /// Of an error in reading.
+    pub(super) fn failed(&self, side: usize, range: GuestRange, f: Failure) -> Error {
+        let what = format!("cannot read {} of its disk: {f}", range.start());
+        Error::new(Error::from(f).kind(), what).at(top_path(self.sides[side].survey.disk()))
+    }
+
+    /// The next range of which at least one side has to be read, inside what a lane holds, and which of them.
+    ///
+    /// # Errors
+    /// As [`Survey::next_piece`].
+    pub(super) fn next(&mut self) -> Result<Option<(GuestRange, [bool; 2])>> {
         let end = self.end();
         while self.at < end {
             let a = self.sides[0].piece_at(self.at, end)?;
@@ -142,9 +143,37 @@ impl CompareJob {
             }
             let range = both.take(LANE_BYTES - self.at % LANE_BYTES);
             self.at = range.end().0;
-            return Ok(Some(Pair { range, has_data, pending: 0 }));
+            return Ok(Some((range, has_data)));
         }
         Ok(None)
+    }
+}
+
+impl CompareJob {
+    /// A comparison over two channels with at least [`Self::slots`] slots each.
+    ///
+    /// # Errors
+    /// If no descriptor is left.
+    pub fn new(a: Channel, b: Channel) -> Result<CompareJob> {
+        let pairing = Pairing::new(a.disk(), b.disk());
+        Ok(CompareJob {
+            lanes: Lanes::new(vec![a, b], Self::slots())?,
+            pairing,
+            pairs: vec![None; usize::from(LANES)],
+            difference: None,
+            ended: Vec::new(),
+            failure: None,
+        })
+    }
+
+    /// Slots a channel must have.
+    pub const fn slots() -> u16 {
+        2 * LANES
+    }
+
+    /// What was found, once the job is done.
+    pub fn result(&self) -> Comparison {
+        Comparison { difference: self.difference, sizes: self.pairing.sizes() }
     }
 
     fn start(&mut self, n: u16, pair: Pair) {
@@ -165,8 +194,7 @@ impl CompareJob {
         let (n, side) = (lane % LANES, usize::from(lane / LANES));
         let mut pair = self.pairs[usize::from(n)].take().expect("a pair that reads");
         if let Err(f) = outcome {
-            let what = format!("cannot read {} of its disk: {f}", pair.range.start());
-            let e = Error::new(Error::from(f).kind(), what).at(top_path(self.sides[side].survey.disk()));
+            let e = self.pairing.failed(side, pair.range, f);
             self.failure.get_or_insert(e);
         }
         pair.pending -= 1;
@@ -218,8 +246,8 @@ impl Job for CompareJob {
                 break;
             }
             if self.pairs[usize::from(n)].is_none() {
-                let Some(pair) = self.next_pair()? else { break };
-                self.start(n, pair);
+                let Some((range, has_data)) = self.pairing.next()? else { break };
+                self.start(n, Pair { range, has_data, pending: 0 });
             }
         }
         let mut ended = std::mem::take(&mut self.ended);
@@ -234,12 +262,12 @@ impl Job for CompareJob {
         if let Some(e) = self.failure.take() {
             return Err(e);
         }
-        let done = self.difference.is_some() || self.at >= self.end();
+        let done = self.difference.is_some() || self.pairing.at() >= self.pairing.end();
         Ok(if done { Step::Done } else { Step::More })
     }
 
     fn progress(&self) -> Progress {
-        Progress { done: self.at, total: self.end() }
+        Progress { done: self.pairing.at(), total: self.pairing.end() }
     }
 }
 

@@ -7,7 +7,7 @@ use super::{CreateImage, Watch, open_channel};
 use crate::error::Result;
 use crate::format::{Format, Sequential};
 use crate::io::{HostFile, ImageLock, LockMode, OsFile, sync_dir};
-use crate::vd::{Disk, DiskOptions, ImageSpec, OpenDisk, open_disk};
+use crate::vd::{CacheMode, Disk, DiskOptions, ImageSpec, OpenDisk, open_disk};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,9 +25,12 @@ pub struct Convert {
     pub variant: Option<String>,
     /// `KEY=VALUE` options of the format.
     pub options: Vec<(String, String)>,
+    /// How the new image is written: past the page cache, or through it; `Unsafe`: it is not made durable. An image that is written from its
+    /// beginning to its end (a VMDK stream) goes through the page cache, and is always made durable.
+    pub cache: CacheMode,
 }
 
-/// Converts. The new image is a base image; it is complete and durable when this returns, and it keeps comment and geometry
+/// Converts. The new image is a base image; it is complete when this returns, and durable unless the caller wants it otherwise; it keeps comment and geometry
 /// where its format has a place for them. After an error, or when cancelled, no file is left.
 ///
 /// # Errors
@@ -73,22 +76,30 @@ fn copy(how: &Convert, source: &Arc<Disk>, watch: &mut Watch<'_>) -> Result<()> 
         // It is new: nobody has it as a parent, and a look for children could take long.
         allow_write_to_parent: true,
         write_optical: true,
+        direct: how.cache == CacheMode::None,
         // One sync at the end is enough: until then the file is removed when anything goes wrong.
         options: DiskOptions { read_only: false, skip_syncs: true, ..DiskOptions::default() },
         ..OpenDisk::new(&how.target)
     })?;
     let slots = CopyJob::slots();
-    let mut job = CopyJob::new(open_channel(source, slots)?, open_channel(&target.disk, slots)?)?;
+    let durable = how.cache != CacheMode::Unsafe;
+    let mut written = open_channel(&target.disk, slots)?;
+    written.be_patient(durable);
+    let mut job = CopyJob::new(open_channel(source, slots)?, written)?;
     watch.run(&mut job)?;
-    job.close_target()?;
+    if durable {
+        job.close_target()?
+    } else {
+        job.leave_target()?
+    }
     watch.stop_if_cancelled()
 }
 
 /// Files that go away again unless they are kept.
-struct Unfinished(Vec<PathBuf>);
+pub(super) struct Unfinished(pub(super) Vec<PathBuf>);
 
 impl Unfinished {
-    fn keep(mut self) {
+    pub(super) fn keep(mut self) {
         self.0.clear();
     }
 }

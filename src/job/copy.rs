@@ -133,6 +133,14 @@ impl CopyJob {
         self.lanes.close_disk(TARGET, true)
     }
 
+    /// The same, but not durable.
+    ///
+    /// # Errors
+    /// If it could not be written.
+    pub(super) fn leave_target(&mut self) -> Result<()> {
+        self.lanes.close_disk(TARGET, false)
+    }
+
     /// The next range to copy: at most what a lane holds, never across a multiple of that; or of zeros to write.
     fn next_range(&mut self) -> Result<Option<GuestRange>> {
         while self.found.is_empty() {

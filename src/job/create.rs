@@ -61,7 +61,7 @@ pub fn create_image(new: &CreateImage) -> Result<()> {
 }
 
 /// The same; tells which files were made: some images have several.
-pub(super) fn create_files(new: &CreateImage) -> Result<Vec<PathBuf>> {
+pub(crate) fn create_files(new: &CreateImage) -> Result<Vec<PathBuf>> {
     let new = checked(new)?;
     let blueprint = match &new.raw_disk {
         None => format::blueprint(new.format, &described(new)),
@@ -85,7 +85,7 @@ pub(super) fn create_files(new: &CreateImage) -> Result<Vec<PathBuf>> {
 }
 
 /// A half-made image is worth nothing; what cannot be removed is at least no longer locked: the user can.
-pub(super) fn remove_files(files: &[PathBuf]) {
+pub(crate) fn remove_files(files: &[PathBuf]) {
     for path in files {
         let _ = fs::remove_file(path);
     }

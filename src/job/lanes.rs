@@ -13,13 +13,13 @@ const WAIT_MS: i32 = 100;
 
 /// A request that has ended after [`Lanes::start`] had returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ended {
-    pub(super) lane: u16,
-    pub(super) outcome: Outcome,
+pub(crate) struct Ended {
+    pub(crate) lane: u16,
+    pub(crate) outcome: Outcome,
 }
 
 /// The lanes of a job. A lane uses the slot of its own number in every channel.
-pub(super) struct Lanes {
+pub(crate) struct Lanes {
     /// Before the memory: a channel's engine is dropped before what its operations work on.
     channels: Vec<Channel>,
     lanes: Vec<Lane>,
@@ -37,7 +37,7 @@ impl Lanes {
     ///
     /// # Errors
     /// If no descriptor is left.
-    pub(super) fn new(channels: Vec<Channel>, count: u16) -> Result<Self> {
+    pub(crate) fn new(channels: Vec<Channel>, count: u16) -> Result<Self> {
         let failed = |e| Error::io("wait for I/O", e);
         let epoll = Epoll::new().map_err(failed)?;
         for fd in channels.iter().flat_map(BlockDevice::event_fds) {
@@ -58,25 +58,25 @@ impl Lanes {
     ///
     /// # Panics
     /// While a request of the lane is in flight.
-    pub(super) fn bytes(&self, lane: u16) -> &[u8] {
+    pub(crate) fn bytes(&self, lane: u16) -> &[u8] {
         assert!(!self.lane(lane).busy, "memory of a lane in flight");
         self.lane(lane).memory.as_slice()
     }
 
     /// The lane's memory, to fill. Panics as [`Self::bytes`].
-    pub(super) fn bytes_mut(&mut self, lane: u16) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self, lane: u16) -> &mut [u8] {
         assert!(!self.lane(lane).busy, "memory of a lane in flight");
         self.lanes[usize::from(lane)].memory.as_mut_slice()
     }
 
     /// Reads `range` into the first bytes of the lane. `None`: the end comes out of [`Self::wait`].
-    pub(super) fn read(&mut self, lane: u16, channel: usize, range: GuestRange) -> Option<Outcome> {
+    pub(crate) fn read(&mut self, lane: u16, channel: usize, range: GuestRange) -> Option<Outcome> {
         let part = self.part(lane, 0, range.len());
         self.start(lane, channel, Request::Read(range), &[part])
     }
 
     /// Writes the bytes of the lane from `skip` on to `range`.
-    pub(super) fn write(
+    pub(crate) fn write(
         &mut self,
         lane: u16,
         channel: usize,
@@ -96,7 +96,7 @@ impl Lanes {
     ///
     /// # Panics
     /// If one is in flight there.
-    pub(super) fn start(
+    pub(crate) fn start(
         &mut self,
         lane: u16,
         channel: usize,
@@ -115,7 +115,7 @@ impl Lanes {
     ///
     /// # Errors
     /// From the operating system.
-    pub(super) fn wait(&mut self, out: &mut Vec<Ended>) -> Result<()> {
+    pub(crate) fn wait(&mut self, out: &mut Vec<Ended>) -> Result<()> {
         self.poll(out)?;
         if out.is_empty() && self.lanes.iter().any(|l| l.busy) {
             self.sleep()?;
@@ -151,7 +151,7 @@ impl Lanes {
     ///
     /// # Errors
     /// From the operating system; how the request ended is in the answer.
-    pub(super) fn finish(&mut self, started: Option<Outcome>) -> Result<Outcome> {
+    pub(crate) fn finish(&mut self, started: Option<Outcome>) -> Result<Outcome> {
         let mut out = Vec::new();
         let mut outcome = started;
         while outcome.is_none() {
@@ -165,13 +165,16 @@ impl Lanes {
     ///
     /// # Errors
     /// If that could not be written.
-    pub(super) fn close_disk(&mut self, channel: usize, sync: bool) -> Result<()> {
+    pub(crate) fn close_disk(&mut self, channel: usize, sync: bool) -> Result<()> {
         self.settle()?;
         self.channels[channel].close_disk(sync)
     }
 
     /// Waits until nothing is in flight, whatever comes of it.
-    fn settle(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// From the operating system.
+    pub(crate) fn settle(&mut self) -> Result<()> {
         let mut out = Vec::new();
         while !self.channels.iter().all(BlockDevice::is_idle) {
             self.poll(&mut out)?;

@@ -1,6 +1,7 @@
 //! Long work on containers: making, copying, comparing, checking, repairing images. Each [`Job`] is a state machine that
 //! moves at most 1 MiB per lane and call, so that a thread drives it in production ([`Watch::run`]) and a seed in simulation.
 
+mod bench;
 mod cache_image;
 mod check;
 mod compact;
@@ -8,12 +9,19 @@ mod compare;
 mod convert;
 mod copy;
 mod create;
+mod delete;
+mod diff;
+mod disk_bytes;
+mod extract;
 mod inspect;
 mod lanes;
 mod merge;
 mod pack;
+mod properties;
 mod raw_disk;
+mod rebase;
 mod recrypt;
+mod relocate;
 mod repair;
 mod resize;
 mod script;
@@ -23,6 +31,7 @@ mod survey;
 mod tests;
 
 pub use crate::size::{human_bytes, parse_size};
+pub use bench::{Bench, MAX_BENCH_DEPTH, Timed, bench_disk};
 pub use cache_image::{CACHE_BLOCK_BYTES, InspectedCache, check_cache, create_cache, inspect_cache};
 pub use check::{Checked, check_image, check_image_with};
 pub use compact::{Compacted, SpareJob, compact_image};
@@ -30,17 +39,26 @@ pub use compare::{CompareJob, Comparison, compare_disks};
 pub use convert::{Convert, convert};
 pub use copy::{CopyJob, Selection};
 pub use create::{CreateImage, create_image, create_overlay};
+pub(crate) use create::{create_files, remove_files};
+pub use delete::delete_image;
+pub use diff::{DiffJob, diff_disks};
+pub use disk_bytes::DiskBytes;
+pub use extract::{Extract, extract};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
+pub(crate) use lanes::Lanes;
 pub use merge::{Merge, Merged, merge_images, named_from};
+pub use properties::{SetProperties, set_properties};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
+pub use rebase::{Rebase, rebase_image};
 pub use recrypt::{
     DiskKey, Into as RecryptInto, Recrypt, RecryptJob, Task as RecryptTask, is_unfinished, recrypt,
 };
+pub use relocate::{MoveImage, move_image};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};
 pub use steps::StepsJob;
-use steps::change;
+pub(crate) use steps::change;
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -118,7 +136,7 @@ pub(crate) const LANES: u16 = 8;
 const ENGINE_DEPTH: u32 = 128;
 
 /// A channel over the best engine there is, for a job with `lanes` lanes.
-fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+pub(crate) fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
     open_channel_over(EngineKind::Auto, disk, lanes)
 }
 
@@ -129,6 +147,6 @@ fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<C
         tracing::info!("threads instead of io_uring: {why}");
     }
     let mut channel = Channel::new(disk.clone(), chosen.engine, lanes)?;
-    channel.be_patient();
+    channel.be_patient(true);
     Ok(channel)
 }

@@ -28,7 +28,7 @@ pub struct StepsJob<'a> {
 ///
 /// # Errors
 /// Of writing; [`crate::ErrorKind::Cancelled`].
-pub(super) fn change(image: &ImageFiles, steps: Vec<FileStep>, watch: &mut Watch<'_>) -> Result<()> {
+pub(crate) fn change(image: &ImageFiles, steps: Vec<FileStep>, watch: &mut Watch<'_>) -> Result<()> {
     let files = image.files().iter().map(|f| &**f).collect();
     let mut job = StepsJob::new(files, steps);
     let done = watch.run(&mut job);

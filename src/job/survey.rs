@@ -73,7 +73,7 @@ impl Survey {
     }
 
     /// The same from `at` on.
-    pub(super) fn behind(disk: Arc<Disk>, at: GuestOffset) -> Self {
+    pub(crate) fn behind(disk: Arc<Disk>, at: GuestOffset) -> Self {
         Survey { at: at.0, ..Self::new(disk) }
     }
 

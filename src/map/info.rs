@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 /// The device that an image is meant for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DeviceType {
     /// A hard disk.
     #[default]
@@ -119,8 +119,10 @@ pub struct ImageInfo {
     pub parent_format: Option<String>,
     /// The user's comment.
     pub comment: Option<String>,
-    /// Geometry the image states: cylinders, heads, sectors.
+    /// Geometry the image states: cylinders, heads, sectors. The physical one where it has two, a VDI's logical one.
     pub geometry: Option<(u32, u32, u32)>,
+    /// Logical geometry: what a BIOS uses.
+    pub logical_geometry: Option<(u32, u32, u32)>,
     /// Format version, as people write it.
     pub version: Option<String>,
     /// Internal snapshots, in the image's order.

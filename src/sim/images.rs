@@ -6,7 +6,9 @@ use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{CacheFile, DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
 use crate::filter::Filters;
-use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewImage, NewParent, Repair, Spare};
+use crate::format::{
+    self, CheckReport, FileStep, Format, ImageFile, NewImage, NewParent, Properties, Repair, Spare,
+};
 use crate::io::{Host, HostFile};
 use crate::map::{ExtentKind, ExtentList, FileId, GuestOffset, GuestRange, ImageInfo, ImageMap};
 use crate::probe::paging::with_paged_tables;
@@ -331,6 +333,11 @@ pub(super) fn compact(format: Format, bytes: &Bytes, spare: &Spare) -> Result<Ve
 /// Another parent for an image of one file.
 pub(super) fn relink(format: Format, bytes: &Bytes, parent: Option<&NewParent>) -> Result<Vec<FileStep>> {
     format::relink(format, &[ImageFile { id: FileId(0), source: bytes }], parent)
+}
+
+/// A change of what an image of one file says of itself.
+pub(super) fn set_properties(format: Format, bytes: &Bytes, new: &Properties) -> Result<Vec<FileStep>> {
+    format::set_properties(format, &[ImageFile { id: FileId(0), source: bytes }], new)
 }
 
 /// What an image of one file says of itself.

@@ -1,11 +1,12 @@
 //! Repairs and changes of size, and those that a power cut or a kill interrupts: they write to the image like everybody else.
 
 use super::bytes::Bytes;
-use super::images::{Images, check, compact, repair, resize};
+use super::images::{Images, check, compact, info_of, repair, resize, set_properties};
 use super::{Rng, SimFile};
-use crate::format::{FileStep, Format, Spare};
+use crate::format::{FileStep, Format, Properties, Spare};
 use crate::io::HostFile;
 use crate::job::{Job, Step, StepsJob};
+use crate::map::ImageInfo;
 use std::sync::Arc;
 
 fn as_host_files(files: &[Arc<SimFile>]) -> Vec<&dyn HostFile> {
@@ -181,4 +182,57 @@ pub(super) fn refuse_damage(format: Format, state: &Bytes) -> Result<(), String>
         Some(report) if report.corruptions > 0 => Err(format!("damaged: {:?}", report.findings)),
         _ => Ok(()),
     }
+}
+
+/// Looks at what interrupted changes of what an image says of itself can leave: always the same disk, without damage; each value the
+/// old or the new one; done again they complete. Returns the states looked at.
+///
+/// # Errors
+/// The first thing that is not so.
+pub fn interrupted_properties(
+    images: &Images,
+    state: &Bytes,
+    new: &Properties,
+    samples: u64,
+    rng: &mut Rng,
+) -> Result<u64, String> {
+    let format = images.shape.kind.format();
+    let text = |e: crate::Error| e.to_string();
+    let view = |b: &Bytes| images.view(b).map_err(text);
+    let steps = |b: &Bytes| set_properties(format, b, new).map_err(text);
+    let said = |b: &Bytes| info_of(format, b).map_err(text);
+    let (before, old) = (view(state)?, said(state)?);
+    let whole = said(&carried_out(state, steps(state)?)?)?;
+    let judge = |left: &Bytes| -> Result<(), String> {
+        if view(left)? != before {
+            return Err("the disk is another".into());
+        }
+        refuse_damage(format, left)?;
+        mixed(&said(left)?, &old, &whole)?;
+        let again = carried_out(left, steps(left)?)?;
+        refuse_damage(format, &again).map_err(|e| format!("done again, {e}"))?;
+        mixed(&said(&again)?, &whole, &whole).map_err(|e| format!("done again, {e}"))?;
+        if view(&repaired(format, &again)?)? != before {
+            return Err("done again and repaired, the disk is another".into());
+        }
+        Ok(())
+    };
+    interrupted(state, steps(state)?, samples, rng, &judge).map_err(|e| format!("a change of properties {e}"))
+}
+
+/// Each value is one of two.
+fn mixed(is: &ImageInfo, a: &ImageInfo, b: &ImageInfo) -> Result<(), String> {
+    // A change of a VHDX's file gives it another one each time.
+    let modification =
+        is.format == "vhdx" || [a, b].iter().any(|o| o.modification_uuid == is.modification_uuid);
+    let one_of = |f: &dyn Fn(&ImageInfo) -> bool| f(a) || f(b);
+    let good = modification
+        && one_of(&|o| o.uuid == is.uuid)
+        && one_of(&|o| o.parent_uuid == is.parent_uuid)
+        && one_of(&|o| o.parent_modification_uuid == is.parent_modification_uuid)
+        && one_of(&|o| o.comment == is.comment)
+        && one_of(&|o| o.geometry == is.geometry)
+        && one_of(&|o| o.logical_geometry == is.logical_geometry)
+        && one_of(&|o| o.parent_names == is.parent_names);
+    if good { Ok(()) } else { Err(format!("says {is:?}, neither {a:?} nor {b:?}")) }
 }

@@ -16,10 +16,10 @@ use std::sync::Arc;
 /// A chain of images of one file each, the top first.
 #[derive(Clone, Debug)]
 pub struct Stack {
-    size: u64,
+    pub(super) size: u64,
     /// Kinds of the images.
-    kinds: Vec<Kind>,
-    images: Vec<(Bytes, Format)>,
+    pub(super) kinds: Vec<Kind>,
+    pub(super) images: Vec<(Bytes, Format)>,
 }
 
 impl Stack {
@@ -43,18 +43,18 @@ impl Stack {
     }
 
     /// The part from an image downwards, with other bytes for that.
-    fn part(&self, top: usize, bytes: &Bytes) -> Images {
+    pub(super) fn part(&self, top: usize, bytes: &Bytes) -> Images {
         let shape = Shape { kind: self.kinds[top], size: self.size, block: 4096 };
         Images::of(shape, bytes.clone(), &self.images[top + 1..])
     }
 
     /// What the top shows.
-    fn view(&self) -> Result<Vec<u8>, String> {
+    pub(super) fn view(&self) -> Result<Vec<u8>, String> {
         self.part(0, &self.images[0].0).view(&self.images[0].0).map_err(|e| e.to_string())
     }
 
     /// The same with other bytes for one of them.
-    fn with(&self, n: usize, bytes: &Bytes) -> Stack {
+    pub(super) fn with(&self, n: usize, bytes: &Bytes) -> Stack {
         let mut other = self.clone();
         other.images[n].0 = bytes.clone();
         other
@@ -93,11 +93,21 @@ impl Stack {
     }
 
     fn channel(&self, images: &Images, options: DiskOptions, rng: &mut Rng) -> Result<Channel, String> {
-        let disk: Arc<Disk> = images.open(options, &Arc::default()).map_err(|e| e.to_string())?;
-        disk.chain().top().map.keep_content_id();
-        let engine = engine_for(images, &Faults::default(), &Trace::default(), rng);
-        Channel::new(disk, Box::new(engine), CopyJob::slots()).map_err(|e| e.to_string())
+        channel(images, options, CopyJob::slots(), rng)
     }
+}
+
+/// A channel of a job over images.
+pub(super) fn channel(
+    images: &Images,
+    options: DiskOptions,
+    slots: u16,
+    rng: &mut Rng,
+) -> Result<Channel, String> {
+    let disk: Arc<Disk> = images.open(options, &Arc::default()).map_err(|e| e.to_string())?;
+    disk.chain().top().map.keep_content_id();
+    let engine = engine_for(images, &Faults::default(), &Trace::default(), rng);
+    Channel::new(disk, Box::new(engine), slots).map_err(|e| e.to_string())
 }
 
 /// A merge of an image into another, counted from the top.
@@ -223,7 +233,7 @@ fn finished(stack: &Stack, span: Span, expected: &[u8]) -> Result<(), String> {
 }
 
 /// What an image says of its parent, as far as it is found by that.
-fn named(info: &ImageInfo) -> (Option<uuid::Uuid>, Vec<String>, Option<u32>) {
+pub(super) fn named(info: &ImageInfo) -> (Option<uuid::Uuid>, Vec<String>, Option<u32>) {
     (info.parent_uuid, info.parent_names.clone(), info.parent_content_id)
 }
 

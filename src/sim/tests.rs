@@ -8,6 +8,8 @@ mod failing;
 mod faults;
 mod merging;
 mod powercut;
+mod properties;
+mod rebasing;
 mod recrypting;
 mod repairing;
 mod resizing;

@@ -109,7 +109,9 @@ impl Channel {
         // because it seems to be there already.
         let in_doubt = self.disk.options.write_same || self.disk.chain.top().map.must_write(part.start());
         let discard = matches!(request, Request::Discard(_));
+        let kept = self.disk.options.store_zeros && matches!(request, Request::Write(_));
         let change = match (beneath_zero, zeros) {
+            (_, true) if kept => Change::Write { part, beneath_zero },
             (true, true) if !in_doubt || discard => return Ok(None),
             (true, true) => Change::Zero { unit },
             (false, true) if part == unit => Change::Zero { unit },

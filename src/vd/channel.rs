@@ -98,9 +98,10 @@ impl Channel {
         })
     }
 
-    /// Writes may be done on this thread however long they are and take: for jobs, which have nothing else to do.
-    pub(crate) fn be_patient(&mut self) {
-        self.engine.be_patient();
+    /// Writes may be done on this thread however long they are and take: for jobs, which have nothing else to do. `write_out`: see
+    /// [`IoEngine::be_patient`].
+    pub(crate) fn be_patient(&mut self, write_out: bool) {
+        self.engine.be_patient(write_out);
         self.inline_write_bytes = u64::MAX;
     }
 

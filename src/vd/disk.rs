@@ -55,6 +55,8 @@ pub struct DiskOptions {
     pub discard: bool,
     /// What is written is kept although it is what shows through: what is beneath will go.
     pub write_same: bool,
+    /// Zeros that are written are stored as such, where they could be marked or left out.
+    pub store_zeros: bool,
 }
 
 impl Default for DiskOptions {
@@ -65,6 +67,7 @@ impl Default for DiskOptions {
             write_through: false,
             discard: true,
             write_same: false,
+            store_zeros: false,
         }
     }
 }

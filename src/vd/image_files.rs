@@ -9,7 +9,9 @@ use super::source::FileSource;
 use super::stand_in::stand_in;
 use super::unfinished::refuse_if_unfinished;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, CheckReport, FileStep, Format, ImageFile, NewParent, Reference, Repair, Spare};
+use crate::format::{
+    self, CheckReport, FileStep, Format, ImageFile, NewParent, Properties, Reference, Repair, Spare,
+};
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow, OsFile, OsHost};
 use crate::limits::MAX_FILES;
 use crate::map::{FileId, ImageInfo, ImageMap};
@@ -34,6 +36,8 @@ pub(crate) struct Further {
     pub(crate) lock_wait: Option<Duration>,
     /// Disks of the host may be among them.
     pub(crate) allow_raw_device: bool,
+    /// Others may write them as well.
+    pub(crate) shareable: bool,
 }
 
 impl ImageFiles {
@@ -80,7 +84,7 @@ impl ImageFiles {
     ) -> Result<Self> {
         let how = OpenHow { write, ..OpenHow::default() };
         let first: Arc<dyn HostFile> = Arc::new(OsFile::open(path, how)?);
-        let further = Further { how, lock_wait, allow_raw_device };
+        let further = Further { how, lock_wait, allow_raw_device, shareable: false };
         let lock = further.lock(&*first)?;
         let mut files = Self::around(path, first, stated, further)?;
         files.locks.extend(lock);
@@ -160,6 +164,14 @@ impl ImageFiles {
         self.with(first, |files| format::open_snapshot(self.format, files, name))
     }
 
+    /// Opens the image for reading without verifying what only matters for writing.
+    ///
+    /// # Errors
+    /// As [`format::open_unchecked`], with the file.
+    pub(crate) fn unchecked(&self, first: FileId) -> Result<Box<dyn ImageMap>> {
+        self.with(first, |files| format::open_unchecked(self.format, files))
+    }
+
     /// What is wrong with the image; `None` where nothing can be.
     ///
     /// # Errors
@@ -200,6 +212,14 @@ impl ImageFiles {
         self.with(FileId(0), |files| format::relink(self.format, files, parent))
     }
 
+    /// Plans to set what it says of itself.
+    ///
+    /// # Errors
+    /// As [`format::set_properties`], with the file.
+    pub fn set_properties(&self, new: &Properties) -> Result<Vec<FileStep>> {
+        self.with(FileId(0), |files| format::set_properties(self.format, files, new))
+    }
+
     /// What holds for every writer: nobody's parent is changed, nor an image of which a sync has failed since the machine was
     /// started.
     ///
@@ -209,6 +229,14 @@ impl ImageFiles {
         if !allow_write_to_parent {
             refuse_parent_of_another(&self.path, info.uuid.or_else(|| stand_in(&self.path)))?;
         }
+        self.refuse_after_failed_sync()
+    }
+
+    /// A sync of it has failed since the machine was started: what the disk holds is not known.
+    ///
+    /// # Errors
+    /// [`ErrorKind::SyncFailed`].
+    pub(crate) fn refuse_after_failed_sync(&self) -> Result<()> {
         self.marker().refuse_if_set().map_err(|e| e.at(&self.path))
     }
 
@@ -242,7 +270,11 @@ impl ImageFiles {
 
 impl Further {
     pub(crate) fn lock(self, file: &dyn HostFile) -> Result<Option<ImageLock>> {
-        let mode = if self.how.write { LockMode::Exclusive } else { LockMode::Shared };
+        let mode = match (self.how.write, self.shareable) {
+            (false, _) => LockMode::Shared,
+            (true, false) => LockMode::Exclusive,
+            (true, true) => LockMode::Sharing,
+        };
         self.lock_wait.map(|wait| ImageLock::take(file, mode, wait)).transpose()
     }
 }

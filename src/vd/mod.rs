@@ -49,7 +49,7 @@ pub use disk::{CacheMode, Disk, DiskOptions};
 pub use image_files::ImageFiles;
 pub use open::{ImageSpec, OpenDisk, OpenImage, OpenedDisk, open_disk};
 pub(crate) use own::Own;
-pub(crate) use parents::{Sought, any_other_child};
+pub(crate) use parents::{Sought, any_other_child, child_that_names};
 pub use request::{BlockDevice, Done, Outcome, Request};
 pub use source::FileSource;
 pub(crate) use stand_in::stand_in;

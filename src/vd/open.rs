@@ -5,7 +5,7 @@ use super::chain::{Chain, Layer};
 use super::identity::base_of;
 use super::image_files::{Further, ImageFiles};
 use super::marker::SyncFailureMarker;
-use super::parents::{ParentSearch, above_snapshots, default_dirs};
+use super::parents::{ParentSearch, above_snapshots, child_that_names, default_dirs};
 use super::references::parent_path;
 use super::stand_in::stand_in;
 use super::unfinished::refuse_if_unfinished;
@@ -57,6 +57,8 @@ pub struct OpenDisk {
     /// Where parents are searched first, and below; then, if none was named, in the image's own folder and below. Of a
     /// folder called `Snapshots` the one above is searched too.
     pub parent_dirs: Vec<PathBuf>,
+    /// Nothing is said of links between images that are not as they should be: they are about to change.
+    pub quiet: bool,
     /// Past the page cache.
     pub direct: bool,
     /// `None`: no locks (looking only). Else how long to wait for one.
@@ -69,6 +71,10 @@ pub struct OpenDisk {
     pub allow_raw_device: bool,
     /// A raw file whose name says that it is a CD or DVD may be written: for whoever has just made it.
     pub write_optical: bool,
+    /// Others may write the image at the same time. Only fixed images, whose metadata nobody changes.
+    pub shareable: bool,
+    /// What only matters for writing is not verified: a damaged image may be read. Only for reading.
+    pub skip_checks: bool,
     /// A cache image for those images of the chain that nobody writes: made by [`crate::job::create_cache`], used by one disk at a
     /// time. Its session has to be ended, by [`super::Channel::close_disk`] or [`Disk::end_cache`], or the next begins empty.
     pub cache_image: Option<PathBuf>,
@@ -86,12 +92,15 @@ impl OpenDisk {
             snapshot: None,
             parents: Vec::new(),
             parent_dirs: Vec::new(),
+            quiet: false,
             direct: false,
             lock_wait: None,
             allow_parent_mismatch: false,
             allow_write_to_parent: false,
             allow_raw_device: false,
             write_optical: false,
+            shareable: false,
+            skip_checks: false,
             cache_image: None,
             filters: Filters::default(),
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
@@ -181,6 +190,10 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         return Err(Error::new(ErrorKind::ReadOnly, what).at(&how.image.path).hint("pass --read-only"));
     }
     let mut images = vec![open_image(&how.image, how, write, &[])?];
+    if write && how.shareable && images[0].info.variant != "fixed" {
+        let what = "is not fixed: two that write it would spoil each other's tables";
+        return Err(Error::new(ErrorKind::Unsupported, what).at(&how.image.path));
+    }
     if how.parents.is_empty() {
         let mut places = named_places(how);
         places.push(ParentSearch::new(default_dirs(&how.image.path)));
@@ -197,7 +210,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         refuse_unaligned_metadata(&images[0])?;
     }
     let cache = open_cache(how, &images, read_only)?;
-    images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    if !how.quiet {
+        images.windows(2).for_each(|w| warn_of_odd_link(&w[0], &w[1]));
+    }
     for image in &images {
         image.info.notes.iter().for_each(|note| tracing::warn!("{}: {note}", image.path.display()));
     }
@@ -252,13 +267,19 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
             .hint("name its parents with --parent, base first"));
     }
     // The lock comes before the first byte is read: whoever writes it may be changing what we would read.
-    let further = Further { how: open_how, lock_wait: how.lock_wait, allow_raw_device: how.allow_raw_device };
+    let further = Further {
+        how: open_how,
+        lock_wait: how.lock_wait,
+        allow_raw_device: how.allow_raw_device,
+        shareable: how.shareable,
+    };
     let lock = further.lock(&*file)?;
     refuse_if_replaced(spec, &*file)?;
     let mut image = ImageFiles::around(&spec.path, file, spec.format, further)?;
     let first = first_file_id(above, &image).map_err(|e| e.at(&spec.path))?;
     let map = match &how.snapshot {
         Some(name) if above.is_empty() => image.snapshot(first, name)?,
+        None if !write && how.skip_checks => image.unchecked(first)?,
         _ => image.map(first, format::OpenHow { read_only: !write, info_only: false })?,
     };
     let locks = lock.into_iter().chain(image.take_locks()).collect();
@@ -431,9 +452,7 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
 
 /// A parent that is written to changes what its children show.
 pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let child = uuid.and_then(|u| ParentSearch::new(vec![dir.to_path_buf()]).child_of(u, &[]));
-    let Some(child) = child else { return Ok(()) };
+    let Some(child) = uuid.and_then(|u| child_that_names(path, u)) else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(path)

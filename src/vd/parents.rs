@@ -72,6 +72,12 @@ pub(crate) fn any_other_child<'a>(images: &[Sought<'a>], but: &[&Path]) -> Optio
     })
 }
 
+/// An image in the folder of this one, or below, that names `uuid` as its parent's.
+pub(crate) fn child_that_names(path: &Path, uuid: Uuid) -> Option<PathBuf> {
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    ParentSearch::new(vec![dir.to_path_buf()]).child_of(uuid, &[])
+}
+
 impl ParentSearch {
     pub(super) fn new(dirs: Vec<PathBuf>) -> Self {
         ParentSearch { dirs, found: None }

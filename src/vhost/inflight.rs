@@ -142,7 +142,7 @@ impl InflightRegion {
             first: queue_words(self.queue_size) * usize::from(queue),
             counter: 0,
             header: Header { version: 0, desc_num: 0, last_batch_head: 0, used_idx: 0 },
-            batch: Vec::with_capacity(usize::from(limits::PUBLISH_COMPLETIONS)),
+            batch: Vec::with_capacity(usize::from(limits::PUBLISH_COMPLETIONS[1])),
         })
     }
 }

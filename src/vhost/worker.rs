@@ -9,8 +9,8 @@
 //! taken, and has ended before a new chain is taken: so it is also before any FLUSH the driver posts from then on. (A
 //! FLUSH promises only what was acknowledged before it was posted, so those among the repeated ones keep their place.)
 //!
-//! Answers are shown to the driver, and a signal is considered, at the end of a batch and within it after every
-//! [`limits::PUBLISH_COMPLETIONS`] answers or [`limits::PUBLISH_MICROS`].
+//! Answers are shown to the driver, and a signal is considered, when nothing more is announced, and before that when they are half of what
+//! was outstanding (within [`limits::PUBLISH_COMPLETIONS`]) or after [`limits::PUBLISH_MICROS`].
 
 use super::dirty::RingLog;
 use super::inflight::{Contradiction, GONE, Tracker};
@@ -93,6 +93,8 @@ struct Active {
     repeating: bool,
     /// Answers the driver cannot see yet, and since when.
     unpublished: u16,
+    /// How many of those there may be.
+    publish_at: u16,
     since: Option<Instant>,
 }
 
@@ -270,6 +272,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             again,
             repeating,
             unpublished,
+            publish_at: limits::PUBLISH_COMPLETIONS[0],
             since,
         });
         if was_used {
@@ -324,7 +327,10 @@ impl<D: BlockDevice> QueueWorker<D> {
         if popped || moved || self.retry {
             self.hand_over();
         }
-        self.release();
+        // While more is announced the answers go on gathering.
+        if !self.has_work() {
+            self.release();
+        }
         moved || popped
     }
 
@@ -438,7 +444,9 @@ impl<D: BlockDevice> QueueWorker<D> {
                 return true;
             }
         };
+        let in_flight = self.in_flight;
         if let Some(a) = &mut self.active {
+            a.publish_at = publish_at(a.ring.available().unwrap_or(0) + in_flight);
             a.ring.disable_kicks();
         }
         self.log_ring();
@@ -640,7 +648,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             }
             Some(_) => false,
         };
-        if late || a.unpublished >= limits::PUBLISH_COMPLETIONS {
+        if late || a.unpublished >= a.publish_at {
             self.release();
         }
     }
@@ -674,4 +682,11 @@ impl<D: BlockDevice> QueueWorker<D> {
         // is in the ring all the same.
         let _ = call.notify();
     }
+}
+
+/// After how many answers the driver sees them, when the device has, or is to take, so many requests: half of them. While the driver
+/// wakes up and asks anew, the other half is dealt with; were it all of them, each side would wait for the other.
+fn publish_at(outstanding: u16) -> u16 {
+    let [least, most] = limits::PUBLISH_COMPLETIONS;
+    (outstanding / 2).clamp(least, most)
 }

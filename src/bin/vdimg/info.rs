@@ -8,9 +8,10 @@ use std::fmt::Write;
 use std::path::Path;
 use uuid::Uuid;
 use vdblk::Result;
+use vdblk::format::Chs;
 use vdblk::job::{Inspected, human_bytes, inspect_cache, inspect_image_with};
 use vdblk::map::{DeviceType, ImageInfo, Region, SnapshotInfo};
-use vdblk::vd::{DiskOptions, OpenDisk, open_disk};
+use vdblk::vd::{DiskOptions, ImageSpec, OpenDisk, open_disk};
 
 /// What `--output json` prints. The names are a promise.
 #[derive(Serialize)]
@@ -35,6 +36,8 @@ struct Json<'a> {
     /// What is odd about it although nothing is in danger.
     notes: &'a [String],
     geometry: Option<Geometry>,
+    /// What a BIOS uses.
+    logical_geometry: Option<Geometry>,
     file: String,
     version: Option<&'a str>,
     /// Internal snapshots, in the image's order.
@@ -149,13 +152,24 @@ struct Geometry {
     sectors: u32,
 }
 
+impl Geometry {
+    fn of((cylinders, heads, sectors): Chs) -> Self {
+        Geometry { cylinders, heads, sectors }
+    }
+}
+
 pub(crate) fn run(args: &Info) -> Result<u8> {
     if let (None, Some(cache)) = (args.image.format, inspect_cache(&args.file)?) {
         print(&cache::describe(&args.file, &cache, args.output))?;
         return Ok(0);
     }
-    let image = inspect_image_with(&args.image.spec(&args.file), args.image.parents.allow_raw_device)?;
+    let raw = args.image.parents.allow_raw_device;
+    let image = inspect_image_with(&args.image.spec(&args.file), raw)?;
     let chain = chain(args, &image);
+    if args.chain {
+        print(&each_of(args, image, chain?)?)?;
+        return Ok(0);
+    }
     let text = match args.output {
         Output::Json => json(&image, chain),
         Output::Human => human(&image) + &human_chain(&chain),
@@ -164,7 +178,27 @@ pub(crate) fn run(args: &Info) -> Result<u8> {
     Ok(0)
 }
 
+/// All of the chain, each image as by itself.
+fn each_of(args: &Info, image: Inspected, chain: Vec<Link>) -> Result<String> {
+    let raw = args.image.parents.allow_raw_device;
+    let spec = |l: &Link| {
+        Ok::<_, vdblk::Error>(ImageSpec { path: l.file.clone().into(), format: Some(l.format.parse()?) })
+    };
+    let below = chain[1..].iter().map(|l| inspect_image_with(&spec(l)?, raw));
+    let all = std::iter::once(Ok(image)).chain(below).collect::<Result<Vec<_>>>()?;
+    if args.output == Output::Human {
+        return Ok(all.iter().map(human).collect::<Vec<_>>().join("\n"));
+    }
+    let links = |n: usize| all[n..].iter().map(|i| Link::new(&i.path, &i.info)).collect();
+    let values: Vec<_> = all.iter().enumerate().map(|(n, image)| value(image, Ok(links(n)))).collect();
+    Ok(format!("[{}]\n", values.join(",\n")))
+}
+
 fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
+    value(image, chain) + "\n"
+}
+
+fn value(image: &Inspected, chain: Result<Vec<Link>>) -> String {
     let i = &image.info;
     let (chain, chain_error) = match chain {
         Ok(links) => (Some(links), None),
@@ -186,7 +220,8 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         parent_names: &i.parent_names,
         comment: i.comment.as_deref(),
         notes: &i.notes,
-        geometry: i.geometry.map(|(cylinders, heads, sectors)| Geometry { cylinders, heads, sectors }),
+        geometry: i.geometry.map(Geometry::of),
+        logical_geometry: i.logical_geometry.map(Geometry::of),
         file: image.path.display().to_string(),
         version: i.version.as_deref(),
         snapshots: i.snapshots.iter().map(JsonSnapshot::new).collect(),
@@ -194,7 +229,7 @@ fn json(image: &Inspected, chain: Result<Vec<Link>>) -> String {
         chain,
         chain_error,
     };
-    serde_json::to_string_pretty(&json).expect("numbers and texts") + "\n"
+    serde_json::to_string_pretty(&json).expect("numbers and texts")
 }
 
 /// Writing to a String does not fail.
@@ -248,6 +283,9 @@ fn human(image: &Inspected) -> String {
     }
     if let Some((c, h, s)) = i.geometry {
         let _ = writeln!(t, "geometry: {c} cylinders, {h} heads, {s} sectors");
+    }
+    if let Some((c, h, s)) = i.logical_geometry.filter(|g| i.geometry != Some(*g)) {
+        let _ = writeln!(t, "logical geometry: {c} cylinders, {h} heads, {s} sectors");
     }
     t
 }

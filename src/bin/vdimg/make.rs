@@ -1,10 +1,13 @@
-//! `vdimg create` and `vdimg convert`.
+//! `vdimg create`, `vdimg convert` and `vdimg clone`.
 
-use super::args::{Convert, Create};
+use super::args::{Clone, Convert, Create, TargetCache};
 use super::terminal;
-use vdblk::format::NewParent;
-use vdblk::job::{self, CreateImage, RawDiskWish, create_image, look_at_raw_disk, named_from};
-use vdblk::vd::{OpenDisk, OpenedDisk, open_disk};
+use std::path::Path;
+use vdblk::format::{Format, NewParent, extension_format};
+use vdblk::job::{
+    self, CreateImage, Inspected, RawDiskWish, create_image, inspect_image_with, look_at_raw_disk, named_from,
+};
+use vdblk::vd::{CacheMode, OpenDisk, OpenedDisk, open_disk};
 use vdblk::{Error, ErrorKind, Result};
 
 pub(crate) fn create(args: &Create) -> Result<u8> {
@@ -53,10 +56,64 @@ pub(crate) fn convert(args: &Convert) -> Result<u8> {
     let how = job::Convert {
         source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock)?,
         target: args.target.clone(),
-        format: args.output_format,
+        format: args.output_format.map_or_else(|| format_of_name(&args.target), Ok)?,
         variant: args.variant.clone(),
         options: args.options.clone(),
+        cache: match args.target_cache {
+            TargetCache::None => CacheMode::None,
+            TargetCache::Writeback => CacheMode::Writeback,
+            TargetCache::Unsafe => CacheMode::Unsafe,
+        },
     };
     terminal::watched(|watch| job::convert(&how, watch))?;
     Ok(0)
+}
+
+pub(crate) fn clone(args: &Clone) -> Result<u8> {
+    terminal::end_in_order();
+    let source = args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock)?;
+    let own = inspect_image_with(&source.image, args.image.parents.allow_raw_device)?;
+    if !own.format.can_be_created() {
+        let what = format!("{} images are not made", own.format);
+        let e = Error::new(ErrorKind::Unsupported, what).at(&args.source);
+        return Err(e.hint("vdimg convert makes one of another format"));
+    }
+    let how = job::Convert {
+        source,
+        target: args.target.clone(),
+        format: own.format,
+        variant: variant_of(&own),
+        options: options_of(&own),
+        cache: CacheMode::Writeback,
+    };
+    terminal::watched(|watch| job::convert(&how, watch))?;
+    Ok(0)
+}
+
+/// The format that a new file's name says.
+fn format_of_name(target: &Path) -> Result<Format> {
+    extension_format(target).ok_or_else(|| {
+        let e = Error::new(ErrorKind::InvalidArgument, "its name does not say in which format it is to be");
+        e.at(target).hint("say so with --output-format")
+    })
+}
+
+/// The variant of a new image that is like this one; `None`: the one that is made if nothing is said.
+fn variant_of(image: &Inspected) -> Option<String> {
+    let known = ["fixed", "split2g", "split2g-flat", "esx", "stream"];
+    let name = if image.info.variant == "flat" { "fixed" } else { image.info.variant };
+    known.contains(&name).then(|| name.to_string())
+}
+
+/// Its size of blocks, where that can be said.
+fn options_of(image: &Inspected) -> Vec<(String, String)> {
+    let key = match image.format {
+        Format::Vdi => "AllocationBlockSize",
+        Format::Qcow2 | Format::Qed | Format::Qcow => "cluster_size",
+        _ => return Vec::new(),
+    };
+    let block = image.info.block_size.map(|b| (key.to_string(), b.to_string()));
+    let compat = (image.format == Format::Qcow2 && image.info.version.as_deref() == Some("2"))
+        .then(|| ("compat".to_string(), "0.10".to_string()));
+    block.into_iter().chain(compat).collect()
 }

@@ -1,11 +1,13 @@
 //! What goes to the terminal and what comes from it: output, warnings, progress, signals.
 
+use super::args::ShowProgress;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
@@ -81,19 +83,57 @@ pub(crate) fn survive_file_size_limits() {
     let _ = register_signal_handler(libc::SIGXFSZ, ignored);
 }
 
-/// Runs something that takes long, with a progress bar if standard error is a terminal.
+/// How progress is told, from here on.
+static SHOWN_AS: Mutex<ShowProgress> = Mutex::new(ShowProgress::Auto);
+
+/// Says how progress is told.
+pub(crate) fn show_progress(how: ShowProgress) {
+    *SHOWN_AS.lock().expect("nobody panics with it") = how;
+}
+
+/// Between two lines of JSON.
+const LINES_APART: Duration = Duration::from_millis(100);
+
+/// Tells programs of progress, a JSON object a line.
+struct Lines {
+    last: Option<(Instant, Progress)>,
+}
+
+impl Lines {
+    fn tell(&mut self, p: Progress) {
+        let is_due = |(at, told): &(Instant, Progress)| {
+            *told != p && (at.elapsed() >= LINES_APART || p.done >= p.total)
+        };
+        if !self.last.as_ref().is_none_or(is_due) {
+            return;
+        }
+        self.last = Some((Instant::now(), p));
+        let percent = u128::from(p.done) * 100 / u128::from(p.total.max(1));
+        let line = format!("{{\"done\":{},\"total\":{},\"percent\":{percent}}}", p.done, p.total);
+        // Nobody may be there to read it.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+}
+
+/// Runs something that takes long, and tells of its progress: by a bar if standard error is a terminal, or as was said.
 ///
 /// # Errors
 /// Its own.
 pub(crate) fn watched<T>(what: impl FnOnce(&mut Watch<'_>) -> Result<T>) -> Result<T> {
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::no_length() } else { ProgressBar::hidden() };
+    let how = *SHOWN_AS.lock().expect("nobody panics with it");
+    let has_bar = how == ShowProgress::Auto && std::io::stderr().is_terminal();
+    let bar = if has_bar { ProgressBar::no_length() } else { ProgressBar::hidden() };
     let style = ProgressStyle::with_template("{percent:>3}% {wide_bar} {bytes}/{total_bytes}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut lines = (how == ShowProgress::Json).then_some(Lines { last: None });
     let result = what(&mut Watch {
         cancelled: &|| INTERRUPTED.load(Ordering::Relaxed),
         progress: &mut |p: Progress| {
             bar.set_length(p.total);
             bar.set_position(p.done);
+            if let Some(lines) = &mut lines {
+                lines.tell(p);
+            }
         },
     });
     bar.finish_and_clear();

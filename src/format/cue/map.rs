@@ -55,6 +55,11 @@ fn shape(form: DataForm) -> (u32, u32, u32) {
     }
 }
 
+/// Bytes of a block that lie before its data.
+pub fn data_offset(form: DataForm) -> u32 {
+    shape(form).1
+}
+
 impl CueMap {
     /// Opens the sheet, the first of `files`, and the files it names, for reading only.
     ///

@@ -3,7 +3,7 @@
 mod map;
 mod sheet;
 
-pub use map::CueMap;
+pub use map::{CueMap, data_offset};
 pub(super) use sheet::is_sheet;
 
 use super::{Driver, Reference};
@@ -21,6 +21,6 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: None,
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &[],
+    properties: None,
 };

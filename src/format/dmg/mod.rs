@@ -22,6 +22,6 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: None,
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &[],
+    properties: None,
 };

@@ -1,6 +1,6 @@
 //! What new images of both formats have in common.
 
-use super::super::blueprint::{NewImage, NewParent, refused};
+use super::super::blueprint::{NewImage, NewOption, NewParent, refused};
 use super::super::{Blueprint, Format};
 use crate::error::Result;
 use crate::limits::TABLE_PIECE_BYTES;
@@ -13,7 +13,7 @@ const MAX_NAME_BYTES: usize = 1023;
 ///
 /// # Errors
 /// The first such thing.
-pub(in super::super) fn check(format: Format, new: &NewImage, options: &[&str]) -> Result<()> {
+pub(in super::super) fn check(format: Format, new: &NewImage, options: &[NewOption]) -> Result<()> {
     new.without(format, "UUID", new.uuid.is_some())?;
     new.without(format, "comment", new.comment.is_some())?;
     new.without(format, "geometry", new.geometry.is_some())?;

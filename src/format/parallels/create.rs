@@ -1,7 +1,7 @@
 //! New images. They bear the old magic as long as its 32 bits for the size are enough: VirtualBox knows no other.
 
 use super::super::blueprint::refused;
-use super::super::{Blueprint, Format, NewImage};
+use super::super::{Blueprint, Format, NewImage, NewOption};
 use super::header::{EXTENDED, HEADER_BYTES, PLAIN, VERSION};
 use crate::error::Result;
 use crate::limits::{MAX_BLOCK_BYTES, MAX_TABLE_BYTES, SECTOR_BYTES, TABLE_PIECE_BYTES};
@@ -10,10 +10,13 @@ use crate::map::HostOffset;
 /// What QEMU and Parallels itself use.
 const DEFAULT_CLUSTER_BYTES: u64 = 1 << 20;
 
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 1] = [NewOption::number("cluster_size", Some("1048576"))];
+
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
     new.without(Format::Parallels, "UUID", new.uuid.is_some())?;
     new.without(Format::Parallels, "comment", new.comment.is_some())?;
-    new.only_options(&["cluster_size"])?;
+    new.only_options(&OPTIONS)?;
     match new.variant.as_deref().map(str::to_ascii_lowercase).as_deref() {
         None | Some("dynamic") => {}
         Some(v) => return Err(refused(format!("unknown variant '{v}'")).hint("dynamic")),

@@ -29,6 +29,6 @@ pub(super) const DRIVER: Driver = Driver {
     // its images do not say that they have one
     relink: Some(|_, _| Ok(Vec::new())),
     blueprint: Some(create::blueprint),
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &create::OPTIONS,
+    properties: None,
 };

@@ -2,7 +2,7 @@
 
 use super::super::bytes::{put_be32, put_be64};
 use super::super::levels::create::{backing_name, check, image, power};
-use super::super::{Blueprint, Format, NewImage, blueprint::refused};
+use super::super::{Blueprint, Format, NewImage, NewOption, blueprint::refused};
 use super::header::{FIELD_BYTES, MAGIC, MAX_L1_BYTES};
 use crate::error::Result;
 
@@ -12,8 +12,12 @@ const DEFAULT: (u64, u64) = (4096, 512);
 /// sector there is no rest.
 const DEFAULT_OF_DIFFS: (u64, u64) = (512, 4096);
 
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 2] =
+    [NewOption::number("cluster_size", None), NewOption::number("table_entries", None)];
+
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    check(Format::Qcow, new, &["cluster_size", "table_entries"])?;
+    check(Format::Qcow, new, &OPTIONS)?;
     let default = if new.parent.is_some() { DEFAULT_OF_DIFFS } else { DEFAULT };
     let cluster = power(new, "cluster_size", 512..=64 << 10, default.0)?;
     let entries = power(new, "table_entries", 64..=8192, default.1)?;

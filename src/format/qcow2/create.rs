@@ -1,7 +1,7 @@
 //! New QCOW2 images: header, refcount table, refcount blocks, first-level table, each at a cluster of its own.
 
 use super::super::Format;
-use super::super::blueprint::{Blueprint, NewImage, NewParent, refused};
+use super::super::blueprint::{Blueprint, NewImage, NewOption, NewParent, refused};
 use super::super::bytes::{put_be32, put_be64};
 use super::header::{
     EXT_BACKING_FORMAT, MAGIC, MAX_L1_BYTES, MAX_NAME_BYTES, V2_BYTES, V3_LONG_BYTES, incompatible,
@@ -18,7 +18,12 @@ const DEFAULT_CLUSTER_BYTES: u64 = 64 << 10;
 const REFCOUNT_TABLE_CLUSTER: u64 = 1;
 
 /// The options that are known.
-const OPTIONS: [&str; 4] = ["cluster_size", "compat", "extended_l2", "refcount_bits"];
+pub(super) const OPTIONS: [NewOption; 4] = [
+    NewOption::number("cluster_size", Some("65536")),
+    NewOption::word("compat", Some("1.1")),
+    NewOption::word("extended_l2", Some("off")),
+    NewOption::number("refcount_bits", Some("16")),
+];
 
 /// What was asked for, checked.
 #[derive(Clone, Debug)]

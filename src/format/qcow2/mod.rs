@@ -29,8 +29,8 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(|files, size| resize::resize(only(files).source, size)),
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &create::OPTIONS,
+    properties: None,
 };
 
 pub use check::check;

@@ -1,7 +1,7 @@
 //! New images: the header with the parent's name in its cluster, and a first level without entries.
 
 use super::super::levels::create::{backing_name, check, image, power};
-use super::super::{Blueprint, Format, NewImage, blueprint::refused};
+use super::super::{Blueprint, Format, NewImage, NewOption, blueprint::refused};
 use super::header::{BACKING, BACKING_RAW, CLUSTER_BYTES, FIELD_BYTES, MAGIC};
 use crate::error::Result;
 use crate::limits::MAX_DISK_BYTES;
@@ -10,8 +10,12 @@ use crate::limits::MAX_DISK_BYTES;
 const DEFAULT_CLUSTER_BYTES: u64 = 64 << 10;
 const DEFAULT_TABLE_CLUSTERS: u64 = 4;
 
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 2] =
+    [NewOption::number("cluster_size", Some("65536")), NewOption::number("table_size", Some("4"))];
+
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    check(Format::Qed, new, &["cluster_size", "table_size"])?;
+    check(Format::Qed, new, &OPTIONS)?;
     let possible = u64::from(*CLUSTER_BYTES.start())..=u64::from(*CLUSTER_BYTES.end());
     let cluster = power(new, "cluster_size", possible, DEFAULT_CLUSTER_BYTES)?;
     // QEMU opens no image whose tables have one cluster, although its specification allows them.

@@ -31,8 +31,8 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &create::OPTIONS,
+    properties: None,
 };
 
 /// For checks and repairs.

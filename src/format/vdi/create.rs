@@ -1,7 +1,7 @@
 //! New VDIs, laid out as VirtualBox does: header of 400 bytes, table at 1 MiB, data at the next boundary of 1 MiB.
 
 use super::super::blueprint::refused;
-use super::super::{Blueprint, NewImage};
+use super::super::{Blueprint, NewImage, NewOption};
 use super::header::{Header, Kind, NewHeader};
 use super::layout::FREE;
 use crate::error::{Error, Result};
@@ -16,6 +16,9 @@ const MIB: u64 = 1 << 20;
 const TABLE_AT: u32 = 1 << 20;
 /// Bytes of the comment field, the closing NUL included.
 const COMMENT_BYTES: usize = 256;
+
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 1] = [NewOption::number("AllocationBlockSize", Some("1048576"))];
 
 /// How a new image takes its space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -186,7 +189,7 @@ impl VdiCreate {
 /// # Errors
 /// As [`VdiCreate::blueprint`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    new.only_options(&["AllocationBlockSize"])?;
+    new.only_options(&OPTIONS)?;
     let mut c = VdiCreate::new(new.size_bytes, new.uuid.unwrap_or_else(Uuid::new_v4), new.modification);
     if let Some(v) = &new.variant {
         c.variant = v.parse()?;

@@ -299,6 +299,57 @@ impl Header {
         }
     }
 
+    pub(super) fn set_uuid(&mut self, uuid: Uuid) {
+        match &mut self.body {
+            Body::V0(h) => h.uuid = uuid.to_bytes_le(),
+            Body::V1(h, _) => h.uuid = uuid.to_bytes_le(),
+        }
+    }
+
+    /// What a differencing image says of its parent.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`]: versions 0.x do not know modification UUIDs of parents.
+    pub(super) fn set_parent_uuids(&mut self, parent: Uuid, modification: Uuid) -> Result<()> {
+        match &mut self.body {
+            Body::V0(_) if !modification.is_nil() => {
+                let what = "VDIs of versions 0.x have no place for a parent modification UUID";
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            Body::V0(h) => h.parent = parent.to_bytes_le(),
+            Body::V1(h, _) => {
+                (h.parent, h.parent_modification) = (parent.to_bytes_le(), modification.to_bytes_le());
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for one that is too long.
+    pub(super) fn set_comment(&mut self, comment: &str) -> Result<()> {
+        let place = match &mut self.body {
+            Body::V0(h) => &mut h.comment,
+            Body::V1(h, _) => &mut h.comment,
+        };
+        if comment.len() >= place.len() {
+            let what = format!("the comment has {} bytes; 255 are the limit", comment.len());
+            return Err(Error::new(ErrorKind::InvalidArgument, what));
+        }
+        place.fill(0);
+        place[..comment.len()].copy_from_slice(comment.as_bytes());
+        Ok(())
+    }
+
+    /// The logical geometry; where there is no field for it, the older one has it, which says nothing otherwise.
+    pub(super) fn set_geometry(&mut self, chs: (u32, u32, u32)) {
+        let new = Geometry::of(Some(chs));
+        match &mut self.body {
+            Body::V0(h) => h.geometry = new,
+            Body::V1(h, None) => h.geometry = new,
+            Body::V1(h, Some(logical)) => (h.geometry, *logical) = (Geometry::of(None), new),
+        }
+    }
+
     fn kind_code(&self) -> u32 {
         match &self.body {
             Body::V0(h) => h.kind.get(),

@@ -53,6 +53,22 @@ impl VdiMap {
         Ok(VdiMap { file, layout, is_diff, header: Mutex::new(header), table, counted: None, writer })
     }
 
+    /// Opens it for reading, whatever its table says of places that are shared, or lie behind the file's end.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(in super::super) fn open_unchecked(source: &dyn ByteSource, file: FileId) -> Result<Self> {
+        let header = Header::read(source)?;
+        let layout = header.layout(source.len())?;
+        if let Some(first) = header.broken_rules(&layout).into_iter().next() {
+            return Err(Error::new(ErrorKind::Corrupt, first.what));
+        }
+        let table = table::load(source, &layout)?;
+        let is_diff = header.is_diff();
+        let header = Mutex::new(header);
+        Ok(VdiMap { file, layout, is_diff, header, table, counted: None, writer: None })
+    }
+
     fn open_for_info(source: &dyn ByteSource, file: FileId, header: Header, layout: Layout) -> Result<Self> {
         let mut counted = 0;
         table::for_each(source, &layout, |_, value| {
@@ -255,6 +271,7 @@ impl ImageMap for VdiMap {
             parent_modification_uuid: some(header.parent_modification()),
             comment,
             geometry: header.geometry(),
+            logical_geometry: header.geometry(),
             version: Some(header.version()),
             ..ImageInfo::default()
         }

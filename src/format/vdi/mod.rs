@@ -8,6 +8,7 @@ mod dense;
 mod header;
 mod layout;
 mod map;
+mod properties;
 mod relink;
 mod repair;
 mod resize;
@@ -20,6 +21,7 @@ pub use header::SIGNATURE;
 pub use map::VdiMap;
 pub use repair::repair;
 
+use super::properties::Keeper;
 use super::{Driver, ImageFile, only};
 
 /// VDI as one of the formats.
@@ -35,6 +37,9 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(|files, size| resize::resize(only(files).source, size)),
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
-    keeps_comment: true,
-    keeps_geometry: true,
+    options: &create::OPTIONS,
+    properties: Some(Keeper {
+        keeps: properties::KEEPS,
+        plan: |files, new| properties::set(only(files).source, new),
+    }),
 };

@@ -1,7 +1,7 @@
 //! New VHDs.
 
 use super::super::blueprint::refused;
-use super::super::{Blueprint, Format, NewImage};
+use super::super::{Blueprint, Format, NewImage, NewOption};
 use super::footer::{FOOTER_BYTES, Footer, Kind, NewFooter};
 use super::header::{HEADER_BYTES, Header, NewHeader};
 use super::layout::FREE;
@@ -18,10 +18,13 @@ const DEFAULT_BLOCK_BYTES: u64 = 2 << 20;
 const MAX_VHD_BYTES: u64 = 2040 << 30;
 const BLOCK_SIZE: &str = "block_size";
 
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 1] = [NewOption::number(BLOCK_SIZE, Some("2097152"))];
+
 /// # Errors
 /// [`crate::ErrorKind::InvalidArgument`] naming the value that is not possible.
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    new.only_options(&[BLOCK_SIZE])?;
+    new.only_options(&OPTIONS)?;
     new.without(Format::Vhd, "comment", new.comment.is_some())?;
     checked_size(new.size_bytes, MAX_BLOCK_BYTES)?;
     if let Some((c, h, s)) = new.geometry

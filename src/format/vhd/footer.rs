@@ -181,6 +181,25 @@ impl Footer {
         self.checksum = self.sum().into();
     }
 
+    pub(super) fn set_id(&mut self, id: Uuid) {
+        self.id = id.to_bytes_le();
+        self.checksum = self.sum().into();
+    }
+
+    /// Another geometry. The disk keeps its size for every reader: some believe the geometry of most creators' images.
+    ///
+    /// # Errors
+    /// As [`Self::size_bytes`].
+    pub(super) fn set_geometry(&mut self, (c, h, s): (u32, u32, u32)) -> Result<()> {
+        self.current_bytes = self.size_bytes()?.into();
+        self.creator = CREATOR;
+        self.cylinders = u16::try_from(c).unwrap_or(u16::MAX).into();
+        self.heads = u8::try_from(h).unwrap_or(u8::MAX);
+        self.sectors = u8::try_from(s).unwrap_or(u8::MAX);
+        self.checksum = self.sum().into();
+        Ok(())
+    }
+
     /// The header is elsewhere.
     pub(super) fn set_header_at(&mut self, at: u64) {
         self.data_offset = at.into();

@@ -112,6 +112,12 @@ impl Header {
         self.checksum = self.sum().into();
     }
 
+    /// Another UUID of the parent. Of the bytes in the file only the first sector's change.
+    pub(super) fn set_parent(&mut self, id: Uuid) {
+        self.parent = id.to_bytes_le();
+        self.checksum = self.sum().into();
+    }
+
     pub(super) fn table_at(&self) -> u64 {
         self.table_at.get()
     }

@@ -12,12 +12,14 @@ mod header;
 mod layout;
 mod locator;
 mod map;
+mod properties;
 mod relink;
 mod repair;
 mod resize;
 mod table;
 mod writer;
 
+use super::properties::Keeper;
 use super::{Driver, ImageFile, OpenHow, only};
 use crate::error::Result;
 use crate::map::ImageMap;
@@ -35,8 +37,11 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(|files, size| resize::resize(only(files).source, size)),
     relink: Some(|files, parent| relink::relink(only(files).source, parent)),
     blueprint: Some(create::blueprint),
-    keeps_comment: false,
-    keeps_geometry: true,
+    options: &create::OPTIONS,
+    properties: Some(Keeper {
+        keeps: properties::KEEPS,
+        plan: |files, new| properties::set(only(files).source, new),
+    }),
 };
 
 /// Everything that reading and writing rely on is verified.

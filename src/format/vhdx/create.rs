@@ -1,7 +1,7 @@
 //! New VHDX images.
 
 use super::super::blueprint::refused;
-use super::super::{Blueprint, Format, NewImage};
+use super::super::{Blueprint, Format, NewImage, NewOption};
 use super::bat::{Entry, Layout};
 use super::header::{Header, Ids, SIGNATURE};
 use super::locator;
@@ -24,10 +24,18 @@ const LOG_SIZE: &str = "log_size";
 const LOGICAL: &str = "logical_sector_size";
 const PHYSICAL: &str = "physical_sector_size";
 
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 4] = [
+    NewOption::number(BLOCK_SIZE, None),
+    NewOption::number(LOG_SIZE, Some("1048576")),
+    NewOption::number(LOGICAL, Some("512")),
+    NewOption::number(PHYSICAL, Some("4096")),
+];
+
 /// # Errors
 /// [`ErrorKind::InvalidArgument`] naming the value that is not possible; [`ErrorKind::Limit`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    new.only_options(&[BLOCK_SIZE, LOG_SIZE, LOGICAL, PHYSICAL])?;
+    new.only_options(&OPTIONS)?;
     new.without(Format::Vhdx, "comment", new.comment.is_some())?;
     new.without(Format::Vhdx, "geometry", new.geometry.is_some())?;
     if new.uuid.is_some_and(|u| u.is_nil()) {

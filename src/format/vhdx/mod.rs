@@ -11,11 +11,13 @@ mod log;
 mod map;
 mod metadata;
 mod place;
+mod properties;
 mod region;
 mod repair;
 mod replayed;
 mod writer;
 
+use super::properties::Keeper;
 use super::{Driver, ImageFile, only};
 use map::VhdxMap;
 
@@ -32,8 +34,11 @@ pub(super) const DRIVER: Driver = Driver {
     resize: None,
     relink: None,
     blueprint: Some(create::blueprint),
-    keeps_comment: false,
-    keeps_geometry: false,
+    options: &create::OPTIONS,
+    properties: Some(Keeper {
+        keeps: properties::KEEPS,
+        plan: |files, new| properties::set(only(files).source, new),
+    }),
 };
 
 fn corrupt(what: impl Into<String>) -> crate::error::Error {

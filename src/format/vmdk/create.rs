@@ -2,7 +2,7 @@
 //! other, then grains from a whole grain on.
 
 use super::super::blueprint::{Sequential, refused};
-use super::super::{Blueprint, NewFile, NewImage, RawArea, RawAreaKind, RawDisk};
+use super::super::{Blueprint, NewFile, NewImage, NewOption, RawArea, RawAreaKind, RawDisk};
 use super::header::{FLAG_NEWLINE, FLAG_REDUNDANT, FLAG_ZEROED, KDMV, RawKdmv};
 use super::stream::Stream;
 use super::table::ENTRY_BYTES;
@@ -24,6 +24,13 @@ const TABLE_ENTRIES: u64 = 512;
 const GRAIN_BYTES: u64 = 64 << 10;
 /// A comment has at most so many bytes, its escapes included.
 const MAX_COMMENT: usize = 1024;
+
+/// The options that are known.
+pub(super) const OPTIONS: [NewOption; 3] = [
+    NewOption::number("grain_size", Some("65536")),
+    NewOption::word("zeroed_grain", Some("off")),
+    NewOption::number("extent_size", None),
+];
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Variant {
@@ -102,7 +109,7 @@ struct NewExtent {
 /// # Errors
 /// As [`super::super::blueprint`].
 pub(super) fn blueprint(new: &NewImage) -> Result<Blueprint> {
-    new.only_options(&["grain_size", "zeroed_grain", "extent_size"])?;
+    new.only_options(&OPTIONS)?;
     let variant = Variant::of(new)?;
     if variant == Variant::Stream {
         return Err(refused("a streamOptimized VMDK is written once, with all its disk holds")
@@ -343,8 +350,17 @@ impl SparseKind {
 }
 
 /// The comment as it stands in a descriptor.
-fn escaped(comment: &str) -> String {
-    comment.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r")
+///
+/// # Errors
+/// [`ErrorKind::InvalidArgument`] where it is too long.
+pub(super) fn escaped(comment: &str) -> Result<String> {
+    let escaped = comment.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r");
+    if escaped.len() > MAX_COMMENT || escaped.contains('\0') {
+        let what =
+            format!("the comment has {} bytes; {MAX_COMMENT} without NUL are the limit", escaped.len());
+        return Err(refused(what));
+    }
+    Ok(escaped)
 }
 
 fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) -> Result<String> {
@@ -383,14 +399,7 @@ fn descriptor(new: &NewImage, variant: Variant, kind: &str, extents: &[String]) 
     let modification = parent.and_then(|p| p.info.modification_uuid).unwrap_or(nil);
     t += &format!("ddb.uuid.parentmodification=\"{modification}\"\n");
     if let Some(comment) = new.comment.as_deref().filter(|c| !c.is_empty()) {
-        let comment = escaped(comment);
-        if comment.len() > MAX_COMMENT || comment.contains('\0') {
-            return Err(refused(format!(
-                "the comment has {} bytes; {MAX_COMMENT} without NUL are the limit",
-                comment.len()
-            )));
-        }
-        t += &format!("ddb.comment=\"{comment}\"\n");
+        t += &format!("ddb.comment=\"{}\"\n", escaped(comment)?);
     }
     Ok(t)
 }

@@ -218,23 +218,33 @@ pub(super) fn resized(comment: &[u8], from: usize, to: usize) -> Option<Vec<u8>>
 
 /// Where the value of a key stands in a descriptor's bytes, without quotes.
 pub(super) fn value_span(bytes: &[u8], key: &str) -> Option<Range<usize>> {
+    let (line, sign) = line_of(bytes, key)?;
+    let value = &bytes[sign + 1..line.end];
+    let blanks = value.len() - value.trim_ascii_start().len();
+    let trimmed = value.trim_ascii();
+    let quoted = trimmed.len() >= 2 && trimmed.starts_with(b"\"") && trimmed.ends_with(b"\"");
+    let from = sign + 1 + blanks + usize::from(quoted);
+    Some(from..from + trimmed.len() - 2 * usize::from(quoted))
+}
+
+/// Where the line of a key stands in a descriptor's bytes, with its end.
+pub(super) fn line_span(bytes: &[u8], key: &str) -> Option<Range<usize>> {
+    let (line, _) = line_of(bytes, key)?;
+    let has_end = bytes.get(line.end) == Some(&b'\n');
+    Some(line.start..line.end + usize::from(has_end))
+}
+
+/// The first line of a key, without its end, and where its sign of equality is.
+fn line_of(bytes: &[u8], key: &str) -> Option<(Range<usize>, usize)> {
     let text = bytes.split(|b| *b == 0).next().unwrap_or_default();
     let mut at = 0;
-    for line in text.split(|b| *b == b'\n') {
+    text.split(|b| *b == b'\n').find_map(|line| {
         let start = at;
         at += line.len() + 1;
-        let Some(sign) = line.iter().position(|b| *b == b'=') else { continue };
-        let (name, value) = (line[..sign].trim_ascii(), &line[sign + 1..]);
-        if !name.eq_ignore_ascii_case(key.as_bytes()) {
-            continue;
-        }
-        let blanks = value.len() - value.trim_ascii_start().len();
-        let trimmed = value.trim_ascii();
-        let quoted = trimmed.len() >= 2 && trimmed.starts_with(b"\"") && trimmed.ends_with(b"\"");
-        let from = start + sign + 1 + blanks + usize::from(quoted);
-        return Some(from..from + trimmed.len() - 2 * usize::from(quoted));
-    }
-    None
+        let sign = line.iter().position(|b| *b == b'=')?;
+        let is_it = line[..sign].trim_ascii().eq_ignore_ascii_case(key.as_bytes());
+        is_it.then_some((start..start + line.len(), start + sign))
+    })
 }
 
 /// The value in `line` if it is one of `key`.

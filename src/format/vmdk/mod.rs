@@ -10,6 +10,7 @@ mod layout;
 mod map;
 mod open;
 mod places;
+mod properties;
 mod relink;
 mod repair;
 mod resize;
@@ -25,6 +26,7 @@ pub(super) use descriptor::is_descriptor;
 pub use map::VmdkMap;
 
 use super::Driver;
+use super::properties::Keeper;
 
 /// VMDK as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
@@ -36,6 +38,6 @@ pub(super) const DRIVER: Driver = Driver {
     resize: Some(resize::resize),
     relink: Some(relink::relink),
     blueprint: Some(create::blueprint),
-    keeps_comment: true,
-    keeps_geometry: true,
+    options: &create::OPTIONS,
+    properties: Some(Keeper { keeps: properties::KEEPS, plan: properties::set }),
 };

@@ -315,6 +315,7 @@ fn info(d: &Descriptor, parts: &[Part]) -> ImageInfo {
         parent_format: None,
         comment: d.comment(),
         geometry: d.geometry(""),
+        logical_geometry: d.geometry("bios"),
         version: header.map(kind).or(se_sparse.then(|| "seSparse 2.1".to_string())),
         ..ImageInfo::default()
     }

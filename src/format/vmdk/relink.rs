@@ -47,29 +47,52 @@ pub(super) fn relink(files: &[ImageFile<'_>], parent: Option<&NewParent>) -> Res
     let mut list = StepList::new(files[0].id);
     let text = text_of(&found.bytes);
     let new = with_parent(text, &found.descriptor, parent)?;
-    if let Some(sectors) = in_place(text, &new).filter(|s| !found.embedded || s.len() <= 1) {
-        // What says so already is written again: after a sync that failed the disk may say something else.
-        let mut sectors: BTreeSet<_> = sectors.into_iter().collect();
-        sectors.extend(KEYS.iter().filter_map(|key| value_span(&new, key)).map(|s| s.start / SECTOR));
-        for n in sectors.into_iter().rev() {
-            let part = &new[n * SECTOR..new.len().min((n + 1) * SECTOR)];
-            list.write(found.at.0 + (n * SECTOR) as u64, part.to_vec());
-            list.sync();
-        }
-        return Ok(list.done());
+    if found.embedded {
+        rewrite_embedded(&mut list, files, &found, &new, &KEYS)?;
+    } else {
+        let sectors = in_place(text, &new)
+            .ok_or_else(|| refused("its descriptor has no room for the parent's name"))?;
+        write_sectors(&mut list, &found, &new, (sectors, &KEYS));
     }
-    if !found.embedded {
-        return Err(refused("its descriptor has no room for the parent's name"));
+    Ok(list.done())
+}
+
+/// Writes sectors of a descriptor that differ. What says so already, in the values of `keys`, is written again: after a sync that
+/// failed the disk may say something else.
+fn write_sectors(list: &mut StepList, found: &Found, new: &[u8], (differ, keys): (Vec<usize>, &[&str])) {
+    let mut sectors: BTreeSet<_> = differ.into_iter().collect();
+    sectors.extend(keys.iter().filter_map(|key| value_span(new, key)).map(|s| s.start / SECTOR));
+    for n in sectors.into_iter().rev() {
+        let part = &new[n * SECTOR..new.len().min((n + 1) * SECTOR)];
+        list.write(found.at.0 + (n * SECTOR) as u64, part.to_vec());
+        list.sync();
+    }
+}
+
+/// Writes an embedded descriptor anew, all of it or nothing.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] for a damaged image; [`ErrorKind::Unsupported`] for one that cannot be written;
+/// [`ErrorKind::InvalidArgument`] where there is no room.
+pub(super) fn rewrite_embedded(
+    list: &mut StepList,
+    files: &[ImageFile<'_>],
+    found: &Found,
+    new: &[u8],
+    keys: &[&str],
+) -> Result<()> {
+    if let Some(sectors) = in_place(text_of(&found.bytes), new).filter(|s| s.len() <= 1) {
+        write_sectors(list, found, new, (sectors, keys));
+        return Ok(());
     }
     let mut examined = match examine(files)? {
         Ok(e) => e,
-        Err(report) => return report.refuse_damage().map(|()| Vec::new()),
+        Err(report) => return report.refuse_damage(),
     };
     examined.report.refuse_damage()?;
     let extent = examined.extents.pop().filter(|e| !e.read_only);
     let extent = extent.ok_or_else(|| Error::new(ErrorKind::Unsupported, "this VMDK is only read"))?;
-    away_and_back(&mut list, &found, &extent, &new)?;
-    Ok(list.done())
+    away_and_back(list, found, &extent, new)
 }
 
 /// The descriptor is written twice: where it belongs is nothing that counts meanwhile.
@@ -89,7 +112,7 @@ fn away_and_back(list: &mut StepList, found: &Found, extent: &Extent<'_>, new: &
         found.at.0 == home.0 * SECTOR_BYTES || *from >= home.0 + home.1 || *to <= home.0
     });
     if new.len() as u64 >= room || !free {
-        return Err(refused("its descriptor has no room for the parent's name"));
+        return Err(refused("its descriptor has no room for that"));
     }
     let mut padded = new.to_vec();
     padded.resize(usize::try_from(room).expect("a descriptor's bytes"), 0);
@@ -115,7 +138,7 @@ fn away_and_back(list: &mut StepList, found: &Found, extent: &Extent<'_>, new: &
 }
 
 /// A descriptor's bytes up to its end.
-fn text_of(bytes: &[u8]) -> &[u8] {
+pub(super) fn text_of(bytes: &[u8]) -> &[u8] {
     bytes.split(|b| *b == 0).next().unwrap_or_default()
 }
 

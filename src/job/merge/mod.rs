@@ -6,7 +6,7 @@
 
 mod locked;
 mod refuse;
-mod remove;
+pub(super) mod remove;
 mod span;
 
 use super::{CopyJob, Watch, change, open_channel, open_channel_over};
@@ -101,7 +101,7 @@ fn plan(locked: &Locked, link: &Link) -> Result<Vec<FileStep>> {
 }
 
 /// An image in the words of those that name it as their parent.
-fn described(child: &Path, parent: &ImageFiles) -> Result<NewParent> {
+pub(super) fn described(child: &Path, parent: &ImageFiles) -> Result<NewParent> {
     let path = parent.files()[0].path();
     let mut info = parent.map(FileId(0), OpenHow { read_only: true, info_only: false })?.info();
     info.uuid = info.uuid.or_else(|| stand_in(path));

@@ -47,7 +47,7 @@ pub(super) fn remove(span: &Span, locked: &Locked, merged: &mut Merged) -> Resul
 }
 
 /// Why the `n`th file of an image stays.
-fn reason(image: &ImageFiles, n: usize, file: &dyn HostFile) -> Option<&'static str> {
+pub(in crate::job) fn reason(image: &ImageFiles, n: usize, file: &dyn HostFile) -> Option<&'static str> {
     let traits = file.traits();
     if traits.is_device {
         return Some("it is a device");

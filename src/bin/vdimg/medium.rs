@@ -1,0 +1,749 @@
+//! `vdimg medium`: the registry of known media.
+
+use super::args::Output;
+use super::terminal::{self, print};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use uuid::Uuid;
+use vdblk::format::Format;
+use vdblk::job::{NewSize, human_bytes, parse_size};
+use vdblk::map::DeviceType;
+use vdblk::medium::{
+    self, Medium, MediumType, NewMedium, OpenMedium, Prober, Question, Registry, State, system_registry,
+    user_registry,
+};
+use vdblk::{Error, ErrorKind, Result};
+
+/// What stands below the help of `vdimg medium`.
+pub(crate) const ENDS: &str = "\
+MEDIUM is a UUID or a file. A medium that is looked at has its file checked, for
+--timeout seconds at most; one that does not answer delays no other. Locks are
+held by processes and vanish with them.
+Examples: vdimg medium add disk.vdi
+          vdimg medium show disk.vdi --output json
+          vdimg medium lock --read disk.vdi -- cp disk.vdi backup.vdi
+          vdblk --medium disk.vdi --socket-path /tmp/s";
+
+#[derive(Debug, Args)]
+pub(crate) struct MediumArgs {
+    /// The registry [default: this user's, $XDG_DATA_HOME/vdblk/media.sqlite].
+    #[arg(long, value_name = "FILE", global = true)]
+    registry: Option<PathBuf>,
+    /// The registry of the whole system, /var/lib/vdblk/media.sqlite.
+    #[arg(long, global = true, conflicts_with = "registry")]
+    system: bool,
+    /// Seconds a look at a medium may take.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, global = true, value_parser = seconds)]
+    timeout: f64,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t, global = true)]
+    output: Output,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// List the known media, each after a check.
+    List {
+        /// Only what is known already: no file is looked at.
+        #[arg(long)]
+        no_check: bool,
+    },
+    /// Make a file a known medium, with its parents. Prints its UUID.
+    Add(Add),
+    /// Tell all about a medium, after a check.
+    Show {
+        /// Only what is known already: no file is looked at.
+        #[arg(long)]
+        no_check: bool,
+        /// UUID or file.
+        medium: String,
+    },
+    /// Look at media (all, if none is named). Exit status: 0 all can be read, 2 some cannot, 1 error.
+    Check {
+        /// UUIDs or files.
+        media: Vec<String>,
+    },
+    /// Note that a machine uses a medium. Prints what it uses: of immutable and multiattach media a new diff.
+    Attach(Use),
+    /// Note that a machine does not use a medium any more.
+    Detach(Use),
+    /// Lock a medium: while a command runs, else until standard input ends, or for another process.
+    Lock(Lock),
+    /// Take back a lock that was taken for a process.
+    Unlock(Unlock),
+    /// Move a medium's files, and its record.
+    Move {
+        /// UUID or file.
+        medium: String,
+        /// The new name, or a folder.
+        to: PathBuf,
+    },
+    /// Change the record of where a medium is. No file is touched.
+    SetLocation {
+        /// UUID or file.
+        medium: String,
+        /// Where it is now.
+        to: PathBuf,
+    },
+    /// Change description, type or auto-reset.
+    Set(Set),
+    /// Forget a medium. Its file stays.
+    Close {
+        /// UUID or file.
+        medium: String,
+    },
+    /// Remove a hard disk's files, and forget it.
+    Delete {
+        /// UUID or file.
+        medium: String,
+    },
+    /// Make a hard disk, with --parent a diff. Prints its UUID.
+    Create(Create),
+    /// Copy what a medium shows into a new one. Prints its UUID.
+    Clone(Clone_),
+    /// Merge a medium, and those between, into another of its chain.
+    Merge {
+        /// UUID or file.
+        source: String,
+        /// Which one takes it in: beneath it, or above.
+        #[arg(long, value_name = "MEDIUM")]
+        into: String,
+    },
+    /// Change the size of a medium's disk.
+    Resize {
+        /// Make it smaller although data is lost.
+        #[arg(long)]
+        shrink: bool,
+        /// UUID or file.
+        medium: String,
+        /// The size, such as 20G; or +SIZE.
+        #[arg(value_parser = super::args::new_size)]
+        size: NewSize,
+    },
+    /// Take from a medium's file what need not be kept.
+    Compact {
+        /// UUID or file.
+        medium: String,
+    },
+    /// Make a diff anew: it shows what its parent does.
+    Reset {
+        /// UUID or file.
+        medium: String,
+    },
+    /// Show the media as trees of diffs.
+    Tree,
+    /// Take over the media of a VirtualBox.xml, with its machines, or of a .vbox.
+    Import {
+        /// The settings file.
+        file: PathBuf,
+    },
+    /// Write the media into a settings file; of one that exists only the registry of media is replaced.
+    Export {
+        /// Those that this machine uses, with their parents.
+        #[arg(long, value_name = "UUID")]
+        machine: Option<Uuid>,
+        /// The settings file: .vbox of a machine, else VirtualBox.xml.
+        file: PathBuf,
+    },
+    /// Make all images in a folder and below known; chains are found by UUIDs.
+    Scan {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Look at a file, for another process of ours.
+    #[command(hide = true)]
+    Probe {
+        #[arg(long)]
+        format: Option<Format>,
+        #[arg(long)]
+        find_parent: bool,
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Add {
+    /// Its format [default: what extension and contents agree on].
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// hdd, dvd or floppy [default: by its name and size].
+    #[arg(long, value_parser = device)]
+    device: Option<DeviceType>,
+    /// Its parent, where the image does not name one.
+    #[arg(long, value_name = "MEDIUM")]
+    parent: Option<String>,
+    /// normal, immutable, multiattach, writethrough, shareable or readonly [default: normal; dvd: readonly; floppy: writethrough].
+    #[arg(long = "type", value_name = "TYPE", value_parser = medium_type)]
+    medium_type: Option<MediumType>,
+    /// A text.
+    #[arg(long)]
+    description: Option<String>,
+    /// The file.
+    file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct Use {
+    /// The machine.
+    #[arg(long, value_name = "UUID")]
+    machine: Uuid,
+    /// The snapshot of it that uses the medium [default: its current state].
+    #[arg(long, value_name = "UUID")]
+    snapshot: Option<Uuid>,
+    /// UUID or file.
+    medium: String,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Mode {
+    /// For reading: others may read.
+    #[arg(long)]
+    read: bool,
+    /// For writing: alone.
+    #[arg(long)]
+    write: bool,
+}
+
+#[derive(Debug, Args)]
+struct Lock {
+    #[command(flatten)]
+    mode: Mode,
+    /// The lock belongs to this process, and goes with it.
+    #[arg(long, conflicts_with = "command")]
+    pid: Option<u32>,
+    /// UUID or file.
+    medium: String,
+    /// A command to run under the lock; its exit status is ours.
+    #[arg(last = true)]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+struct Unlock {
+    #[command(flatten)]
+    mode: Mode,
+    /// The process it belongs to.
+    #[arg(long)]
+    pid: u32,
+    /// UUID or file.
+    medium: String,
+}
+
+#[derive(Debug, Args)]
+struct Set {
+    #[command(flatten)]
+    changes: Changes,
+    /// UUID or file.
+    medium: String,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+struct Changes {
+    /// A text; an empty one takes it away.
+    #[arg(long)]
+    description: Option<String>,
+    /// normal, immutable, multiattach, writethrough, shareable or readonly.
+    #[arg(long = "type", value_name = "TYPE", value_parser = medium_type)]
+    medium_type: Option<MediumType>,
+    /// Whether the diff is made anew at every start.
+    #[arg(long, value_name = "on|off", value_parser = on_off)]
+    auto_reset: Option<bool>,
+}
+
+#[derive(Debug, Args)]
+struct Create {
+    /// vdi, vmdk, vhd, vhdx, qcow2, qcow, qed, parallels or raw.
+    #[arg(long, value_name = "FORMAT", default_value = "vdi")]
+    format: Format,
+    /// Size of the disk [default: the parent's].
+    #[arg(long, value_parser = parse_size, required_unless_present = "parent")]
+    size: Option<u64>,
+    /// Variant of the format, as vdimg create has them.
+    #[arg(long)]
+    variant: Option<String>,
+    /// What it is a diff of.
+    #[arg(long, value_name = "MEDIUM")]
+    parent: Option<String>,
+    /// The diff is made anew at every start.
+    #[arg(long, requires = "parent")]
+    auto_reset: bool,
+    /// A text.
+    #[arg(long)]
+    description: Option<String>,
+    /// The new file; without an extension it gets that of the format.
+    file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct Clone_ {
+    /// Format of the new one.
+    #[arg(long, value_name = "FORMAT", default_value = "vdi")]
+    format: Format,
+    /// Variant of the format, as vdimg convert has them.
+    #[arg(long)]
+    variant: Option<String>,
+    /// A text.
+    #[arg(long)]
+    description: Option<String>,
+    /// UUID or file.
+    medium: String,
+    /// The new file; without an extension it gets that of the format.
+    file: PathBuf,
+}
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+    let n: Option<f64> = text.parse().ok();
+    n.filter(|n| (0.01..=3600.0).contains(n)).ok_or_else(|| "seconds, 0.01 to 3600".into())
+}
+
+fn medium_type(text: &str) -> std::result::Result<MediumType, String> {
+    MediumType::parse(text).map_err(|e| e.to_string())
+}
+
+fn device(text: &str) -> std::result::Result<DeviceType, String> {
+    let all = [DeviceType::HardDisk, DeviceType::Dvd, DeviceType::Floppy];
+    all.into_iter().find(|d| d.name() == text).ok_or_else(|| "hdd, dvd or floppy".into())
+}
+
+fn on_off(text: &str) -> std::result::Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off".into()),
+    }
+}
+
+pub(crate) fn run(args: &MediumArgs) -> Result<u8> {
+    if let What::Probe { format, find_parent, file } = &args.what {
+        let q = Question { path: file.clone(), format: *format, find_parent: *find_parent };
+        print(&(medium::answer(&medium::look(&q)) + "\n"))?;
+        return Ok(0);
+    }
+    let path = match &args.registry {
+        Some(path) => path.clone(),
+        None if args.system => system_registry(),
+        None => user_registry()?,
+    };
+    let registry = Registry::open_with(&path, prober())?;
+    registry.set_check_limit(Duration::from_secs_f64(args.timeout));
+    let at = At { registry: &registry, output: args.output };
+    match &args.what {
+        What::List { no_check } => at.list(*no_check),
+        What::Show { no_check, medium } => at.show(&registry.find(medium)?, !*no_check),
+        What::Check { media } => at.check(media),
+        What::Tree => at.tree(),
+        What::Lock(a) => at.lock(a),
+        What::Unlock(a) => at.unlock(a),
+        What::Import { .. } | What::Export { .. } | What::Scan { .. } => at.transfer(&args.what),
+        What::Add(_) | What::Create(_) | What::Clone(_) | What::Attach(_) => at.gain(&args.what),
+        other => at.change(other),
+    }
+}
+
+/// Media are looked at by processes of this program: one that hangs in the kernel is left behind. The link leads to it even after
+/// its file was replaced.
+fn prober() -> Prober {
+    Prober::Process(["/proc/self/exe", "medium", "probe"].map(OsString::from).to_vec())
+}
+
+/// A relative name is one from where the user is.
+fn from_here(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|e| Error::io("find the current folder", e))
+}
+
+/// What the interface tells of a medium.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Json {
+    id: String,
+    description: Option<String>,
+    state: &'static str,
+    location: String,
+    name: String,
+    size: u64,
+    logical_size: u64,
+    last_access_error: Option<String>,
+    machine_ids: Option<Vec<String>>,
+    snapshot_ids: std::collections::BTreeMap<String, Vec<String>>,
+    device: &'static str,
+    format: String,
+    variant: String,
+    #[serde(rename = "type")]
+    medium_type: &'static str,
+    auto_reset: bool,
+    parent: Option<String>,
+    children: Vec<String>,
+    properties: std::collections::BTreeMap<String, String>,
+    locks: Vec<JsonLock>,
+}
+
+#[derive(Serialize)]
+struct JsonLock {
+    pid: u32,
+    program: String,
+    mode: String,
+    count: u32,
+}
+
+fn texts(ids: Vec<Uuid>) -> Vec<String> {
+    ids.iter().map(Uuid::to_string).collect()
+}
+
+/// Everything of it; `checked`: what the check saw others do with its file.
+fn describe(m: &Medium<'_>, state: State) -> Result<Json> {
+    let r = m.record()?;
+    let machines = m.machine_ids()?;
+    let mut snapshot_ids = std::collections::BTreeMap::new();
+    for machine in machines.iter().flatten() {
+        snapshot_ids.insert(machine.to_string(), texts(m.snapshot_ids(*machine)?.unwrap_or_default()));
+    }
+    let locks = m.holders()?.into_iter();
+    Ok(Json {
+        id: r.id.to_string(),
+        state: state.name(),
+        location: r.location.display().to_string(),
+        name: r.name(),
+        size: m.size()?,
+        logical_size: r.logical_size,
+        last_access_error: r.last_access_error,
+        machine_ids: machines.map(texts),
+        snapshot_ids,
+        device: r.device.name(),
+        format: r.format,
+        variant: r.variant,
+        medium_type: r.medium_type.name(),
+        auto_reset: r.auto_reset,
+        parent: r.parent.map(|p| p.to_string()),
+        children: texts(m.children()?),
+        description: r.description,
+        properties: r.properties,
+        locks: locks
+            .map(|l| JsonLock { pid: l.pid, program: l.program, mode: l.mode, count: l.count })
+            .collect(),
+    })
+}
+
+/// JSON, a document and a line end.
+fn json(what: &impl Serialize) -> String {
+    serde_json::to_string_pretty(what).expect("numbers and texts") + "\n"
+}
+
+/// The open registry and how to print.
+struct At<'r> {
+    registry: &'r Registry,
+    output: Output,
+}
+
+impl At<'_> {
+    fn all(&self, check: bool) -> Result<Vec<(Medium<'_>, State)>> {
+        let ids: Vec<_> = self.registry.media()?.iter().map(|r| r.id).collect();
+        let outside = if check { self.registry.check(&ids)? } else { vec![None; ids.len()] };
+        let mut all = Vec::new();
+        for (id, outside) in ids.into_iter().zip(outside) {
+            // It may have been closed meanwhile.
+            let Ok(m) = self.registry.medium(id) else { continue };
+            let Ok(state) = m.state_seen(outside) else { continue };
+            all.push((m, state));
+        }
+        Ok(all)
+    }
+
+    fn list(&self, no_check: bool) -> Result<u8> {
+        let all = self.all(!no_check)?;
+        let text = match self.output {
+            Output::Json => json(&all.iter().map(|(m, s)| describe(m, *s)).collect::<Result<Vec<_>>>()?),
+            Output::Human => {
+                let mut t = String::new();
+                for (m, state) in &all {
+                    let r = m.record()?;
+                    let _ =
+                        writeln!(t, "{}  {state:<12}  {:<12}  {}", r.id, r.medium_type, r.location.display());
+                }
+                t
+            }
+        };
+        print(&text)?;
+        Ok(0)
+    }
+
+    fn show(&self, m: &Medium<'_>, check: bool) -> Result<u8> {
+        let state = if check { m.state()? } else { m.cached_state()? };
+        let j = describe(m, state)?;
+        if self.output == Output::Json {
+            print(&json(&j))?;
+            return Ok(0);
+        }
+        let mut t = String::new();
+        let mut line = |name: &str, value: &str| {
+            let _ = writeln!(t, "{name}: {value}");
+        };
+        line("UUID", &j.id);
+        line("state", j.state);
+        if let Some(e) = &j.last_access_error {
+            line("last access error", e);
+        }
+        line("location", &j.location);
+        line("device", j.device);
+        line(
+            "format",
+            &[&j.format, &j.variant]
+                .into_iter()
+                .filter(|s| !s.is_empty())
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(", "),
+        );
+        line(
+            "type",
+            &if j.auto_reset { format!("{}, auto-reset", j.medium_type) } else { j.medium_type.into() },
+        );
+        line("size", &human_bytes(j.size));
+        line("logical size", &human_bytes(j.logical_size));
+        if let Some(text) = &j.description {
+            line("description", &text.escape_debug().to_string());
+        }
+        j.parent.iter().for_each(|p| line("parent", p));
+        j.children.iter().for_each(|c| line("child", c));
+        for (machine, states) in &j.snapshot_ids {
+            line("machine", &format!("{machine}, in {}", states.join(", ")));
+        }
+        for l in &j.locks {
+            line("lock", &format!("{} by {}, process {}", l.mode, l.program, l.pid));
+        }
+        print(&t)?;
+        Ok(0)
+    }
+
+    fn check(&self, media: &[String]) -> Result<u8> {
+        let named = media.iter().map(|m| Ok(self.registry.find(m)?.id())).collect::<Result<Vec<_>>>()?;
+        let mut all = if media.is_empty() { self.all(true)? } else { Vec::new() };
+        for (id, outside) in named.iter().zip(self.registry.check(&named)?) {
+            let m = self.registry.medium(*id)?;
+            all.push((m, m.state_seen(outside)?));
+        }
+        let described = all.iter().map(|(m, s)| describe(m, *s)).collect::<Result<Vec<_>>>()?;
+        let text = match self.output {
+            Output::Json => json(&described),
+            Output::Human => described.iter().fold(String::new(), |mut t, j| {
+                let error = j.last_access_error.as_ref().map_or(String::new(), |e| format!(": {e}"));
+                let _ = writeln!(t, "{}: {}{error}", j.location, j.state);
+                t
+            }),
+        };
+        print(&text)?;
+        Ok(if described.iter().any(|j| j.last_access_error.is_some()) { 2 } else { 0 })
+    }
+
+    fn tree(&self) -> Result<u8> {
+        let all = self.registry.media()?;
+        let mut t = String::new();
+        for root in all.iter().filter(|r| r.parent.is_none()) {
+            let mut next = vec![(root, 0)];
+            while let Some((r, depth)) = next.pop() {
+                let (indent, name) = ("  ".repeat(depth), r.location.display());
+                let reset = if r.auto_reset { ", auto-reset" } else { "" };
+                let _ = writeln!(t, "{indent}{} {name} ({}, {}{reset})", r.id, r.format, r.medium_type);
+                next.extend(all.iter().rev().filter(|c| c.parent == Some(r.id)).map(|c| (c, depth + 1)));
+            }
+        }
+        if self.output == Output::Json {
+            let all = self.all(false)?;
+            t = json(&all.iter().map(|(m, s)| describe(m, *s)).collect::<Result<Vec<_>>>()?);
+        }
+        print(&t)?;
+        Ok(0)
+    }
+
+    fn lock(&self, a: &Lock) -> Result<u8> {
+        if let Some(pid) = a.pid {
+            self.registry.act_for(pid)?;
+        }
+        let m = self.registry.find(&a.medium)?;
+        let change = if a.mode.write { m.lock_write()? } else { m.lock_read()? };
+        if !a.command.is_empty() {
+            return run_command(&a.command);
+        }
+        self.print_change(change)?;
+        if a.pid.is_none() {
+            // Until whoever started us is done: an end, whatever came before it.
+            let _ = std::io::copy(&mut std::io::stdin().lock().take(u64::MAX), &mut std::io::sink());
+        }
+        Ok(0)
+    }
+
+    fn unlock(&self, a: &Unlock) -> Result<u8> {
+        self.registry.act_for(a.pid)?;
+        let m = self.registry.find(&a.medium)?;
+        let change = if a.mode.write { m.unlock_write()? } else { m.unlock_read()? };
+        self.print_change(change)?;
+        Ok(0)
+    }
+
+    fn print_change(&self, c: medium::Change) -> Result<()> {
+        #[derive(Serialize)]
+        struct Both {
+            before: &'static str,
+            after: &'static str,
+        }
+        match self.output {
+            Output::Json => print(&json(&Both { before: c.before.name(), after: c.after.name() })),
+            Output::Human => print(&format!("{} (was {})\n", c.after, c.before)),
+        }
+    }
+
+    /// The UUID of what is there now and was not before.
+    fn print_id(&self, m: &Medium<'_>) -> Result<u8> {
+        match self.output {
+            Output::Human => print(&format!("{}\n", m.id()))?,
+            Output::Json => print(&json(&describe(m, m.cached_state()?)?))?,
+        }
+        Ok(0)
+    }
+
+    fn gain(&self, what: &What) -> Result<u8> {
+        let id = |m: &Option<String>| m.as_ref().map(|m| self.registry.find(m).map(|m| m.id())).transpose();
+        let gained = match what {
+            What::Add(a) => self.registry.open_medium(&OpenMedium {
+                location: a.file.clone(),
+                format: a.format,
+                device: a.device,
+                parent: id(&a.parent)?,
+                medium_type: a.medium_type,
+                description: a.description.clone(),
+            })?,
+            What::Create(a) => self.registry.create(&NewMedium {
+                location: from_here(&a.file)?,
+                format: a.format,
+                size_bytes: a.size,
+                variant: a.variant.clone(),
+                parent: id(&a.parent)?,
+                description: a.description.clone(),
+                auto_reset: a.auto_reset,
+            })?,
+            What::Clone(a) => {
+                terminal::end_in_order();
+                let source = self.registry.find(&a.medium)?.id();
+                let new = NewMedium {
+                    location: from_here(&a.file)?,
+                    format: a.format,
+                    size_bytes: None,
+                    variant: a.variant.clone(),
+                    parent: None,
+                    description: a.description.clone(),
+                    auto_reset: false,
+                };
+                terminal::watched(|watch| Ok(self.registry.clone_medium(source, &new, watch)?))?
+            }
+            What::Attach(a) => {
+                let m = self.registry.find(&a.medium)?.id();
+                self.registry.attach(m, a.machine, a.snapshot)?
+            }
+            _ => return Err(Error::new(ErrorKind::InvalidArgument, "nothing is made by this")),
+        };
+        self.print_id(&gained)
+    }
+
+    fn change(&self, what: &What) -> Result<u8> {
+        let find = |m: &String| self.registry.find(m);
+        match what {
+            What::Detach(a) => find(&a.medium)?.detach(a.machine, a.snapshot)?,
+            What::Move { medium, to } => self.registry.move_to(find(medium)?.id(), &from_here(to)?)?,
+            What::SetLocation { medium, to } => find(medium)?.set_location(&from_here(to)?)?,
+            What::Set(a) => self.set(&find(&a.medium)?, &a.changes)?,
+            What::Close { medium } => find(medium)?.close()?,
+            What::Delete { medium } => self.registry.delete(find(medium)?.id())?,
+            What::Reset { medium } => self.registry.reset(find(medium)?.id())?,
+            What::Merge { source, into } => {
+                terminal::end_in_order();
+                let (source, into) = (find(source)?.id(), find(into)?.id());
+                terminal::watched(|watch| Ok(self.registry.merge(source, into, watch)?))?;
+            }
+            What::Resize { shrink, medium, size } => {
+                terminal::end_in_order();
+                let id = find(medium)?.id();
+                let (old, new) =
+                    terminal::watched(|watch| Ok(self.registry.resize(id, *size, *shrink, watch)?))?;
+                print(&format!("{} before, {} now\n", human_bytes(old), human_bytes(new)))?;
+            }
+            What::Compact { medium } => {
+                terminal::end_in_order();
+                let id = find(medium)?.id();
+                let done = terminal::watched(|watch| Ok(self.registry.compact(id, watch)?))?;
+                print(&format!("{} before, {} now\n", human_bytes(done.before), human_bytes(done.after)))?;
+            }
+            _ => return Err(Error::new(ErrorKind::InvalidArgument, "nothing is changed by this")),
+        }
+        Ok(0)
+    }
+
+    fn set(&self, m: &Medium<'_>, a: &Changes) -> Result<()> {
+        // Only what can be read is changed.
+        m.state()?;
+        if let Some(text) = &a.description {
+            m.set_description(Some(text))?;
+        }
+        if let Some(t) = a.medium_type {
+            m.set_type(t)?;
+        }
+        if let Some(on) = a.auto_reset {
+            m.set_auto_reset(on)?;
+        }
+        Ok(())
+    }
+
+    fn transfer(&self, what: &What) -> Result<u8> {
+        let (added, known, left) = match what {
+            What::Import { file } => {
+                let done = self.registry.import(file)?;
+                (done.added, done.known, done.left)
+            }
+            What::Scan { folder } => {
+                let done = self.registry.scan(folder)?;
+                (done.added, done.known, done.left)
+            }
+            What::Export { machine, file } => {
+                let n = self.registry.export(file, *machine)?;
+                print(&format!("{n} media written to {}\n", file.display()))?;
+                return Ok(0);
+            }
+            _ => return Err(Error::new(ErrorKind::InvalidArgument, "nothing is transferred by this")),
+        };
+        #[derive(Serialize)]
+        struct Done {
+            added: Vec<String>,
+            known: Vec<String>,
+            left: Vec<(String, String)>,
+        }
+        let left: Vec<_> = left.into_iter().map(|(p, why)| (p.display().to_string(), why)).collect();
+        if self.output == Output::Json {
+            print(&json(&Done { added: texts(added), known: texts(known), left }))?;
+            return Ok(0);
+        }
+        let mut t = format!("{} added, {} known already\n", added.len(), known.len());
+        for (file, why) in left {
+            let _ = writeln!(t, "left: {file}: {why}");
+        }
+        print(&t)?;
+        Ok(0)
+    }
+}
+
+/// Runs a command; its exit status is ours. That of one that a signal ended is what shells make of it.
+fn run_command(command: &[OsString]) -> Result<u8> {
+    use std::os::unix::process::ExitStatusExt;
+    let (name, args) = command.split_first().expect("not empty");
+    let ended = Command::new(name).args(args).stdin(Stdio::inherit()).status();
+    let status = ended.map_err(|e| Error::io(format!("run {}", name.display()), e))?;
+    let code = status.code().or(status.signal().map(|s| 128 + s)).unwrap_or(1);
+    Ok(u8::try_from(code).unwrap_or(1))
+}
