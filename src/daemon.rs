@@ -3,6 +3,7 @@
 mod overlay;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::filter::KeyFiles;
 use crate::format::Format;
 use crate::io::{EngineKind, make_engine};
 use crate::job::human_bytes;
@@ -65,6 +66,8 @@ pub struct Config {
     pub allow_raw_device: bool,
     /// A cache image for those of the images that nobody writes.
     pub cache_image: Option<PathBuf>,
+    /// Password and key store of an encrypted disk.
+    pub keys: KeyFiles,
     /// A diff that takes the writes; made if it is not there.
     pub overlay: Option<PathBuf>,
     /// No changes.
@@ -192,6 +195,7 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         shareable: false,
         skip_checks: false,
         cache_image: config.cache_image.clone(),
+        filters: config.keys.unlock()?,
         options,
     };
     match &config.overlay {
@@ -320,6 +324,7 @@ fn describe(config: &Config, opened: &OpenedDisk, shape: &DeviceShape, engine: &
         },
     ];
     parts.extend(config.cache_image.as_ref().map(|path| format!("cache image {}", path.display())));
+    parts.extend(config.keys.key_store.is_some().then(|| "encrypted".to_string()));
     if opened.disk.is_read_only() {
         parts.insert(1, "read-only".to_string());
     }

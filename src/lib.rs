@@ -17,6 +17,7 @@
 pub mod container;
 pub mod daemon;
 pub mod error;
+pub mod filter;
 pub mod format;
 pub mod io;
 pub mod job;

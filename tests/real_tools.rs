@@ -34,3 +34,17 @@ fn images_go_round_between_vdblk_qemu_and_virtualbox() {
     assert!(out.status.success(), "{said}{}", String::from_utf8_lossy(&out.stderr));
     assert!(said.contains("all compared equal"), "{said}");
 }
+
+#[test]
+fn virtualbox_and_vdimg_read_what_the_other_has_encrypted() {
+    if !is_root() || !chroot().join("usr/bin/VBoxManage").exists() {
+        return println!("skipped: VirtualBox is not set up, or this is not root");
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/oracle/crypt.sh");
+    let out =
+        Command::new(script).env("VDIMG", env!("CARGO_BIN_EXE_vdimg")).output().expect("start the script");
+    let said = String::from_utf8_lossy(&out.stdout);
+    println!("{said}");
+    assert!(out.status.success(), "{said}{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(said.matches("VirtualBox and vdimg read each other's").count(), 4, "{said}");
+}

@@ -13,18 +13,20 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("size", &["error"]),
     ("format", &["error", "limits", "probe", "map", "size"]),
     ("io", &["error", "limits", "map"]),
-    ("vd", &["error", "limits", "probe", "map", "format", "io"]),
+    ("filter", &["error", "limits", "map"]),
+    ("vd", &["error", "limits", "probe", "map", "filter", "format", "io"]),
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
-    ("job", &["error", "limits", "map", "size", "format", "io", "vd"]),
-    ("container", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
-    ("medium", &["error", "limits", "map", "size", "format", "io", "vd", "job"]),
-    ("sim", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
-    ("daemon", &["error", "limits", "map", "format", "io", "vd", "job", "virtio", "vhost"]),
+    ("job", &["error", "limits", "map", "size", "filter", "format", "io", "vd"]),
+    ("container", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
+    ("medium", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
+    ("sim", &["error", "limits", "probe", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
+    ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
 
 /// The only files with `unsafe` in them.
 const UNSAFE: &[&str] = &[
+    "filter/locked.rs",
     "io/aligned.rs",
     "container/buffers.rs",
     "io/buf.rs",

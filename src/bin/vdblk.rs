@@ -1,5 +1,7 @@
 //! The daemon: arguments into library calls, nothing else.
 
+#[path = "common/keys.rs"]
+mod keys;
 #[path = "vdblk/known.rs"]
 mod known;
 #[path = "common/usage.rs"]
@@ -89,6 +91,8 @@ struct Args {
     /// create-cache makes; for slow storage and packed images. It is used by one disk at a time, and begins empty after a crash
     #[arg(long, value_name = "FILE")]
     cache_image: Option<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Keys,
     /// Take no changes; several may serve an image so at a time
     #[arg(long)]
     read_only: bool,
@@ -204,6 +208,7 @@ impl Args {
             allow_write_to_parent: self.allow_write_to_parent,
             allow_raw_device: self.allow_raw_device,
             cache_image: self.cache_image,
+            keys: self.keys.files(),
             overlay: self.overlay,
             read_only: self.read_only,
             lock_wait: Duration::from_secs(self.lock_wait),

@@ -12,12 +12,16 @@ mod check;
 mod compact;
 #[path = "vdimg/compare.rs"]
 mod compare;
+#[path = "vdimg/crypt.rs"]
+mod crypt;
 #[path = "vdimg/formats.rs"]
 mod formats;
 #[path = "vdimg/info.rs"]
 mod info;
 #[path = "vdimg/io.rs"]
 mod io;
+#[path = "common/keys.rs"]
+mod keys;
 #[path = "vdimg/make.rs"]
 mod make;
 #[path = "vdimg/map.rs"]
@@ -81,6 +85,9 @@ fn run(command: Command) -> Result<u8> {
         Command::Resize(a) => resize::run(&a),
         Command::Compact(a) => compact::run(&a),
         Command::Merge(a) => merge::run(&a),
+        Command::Encrypt(a) => crypt::encrypt(&a),
+        Command::Decrypt(a) => crypt::decrypt(&a),
+        Command::Rekey(a) => crypt::rekey(&a),
         Command::Move(a) => relocate::run(&a),
         Command::Rebase(a) => rebase::run(&a),
         Command::SetUuid(a) => properties::set_uuid(&a),

@@ -3,6 +3,7 @@
 use super::lanes::Lanes;
 use super::{Job, LANE_BYTES, Piece, PieceKind, Progress, Step, Survey, Watch, change, open_channel};
 use crate::error::{Error, ErrorKind, Result};
+use crate::filter::Filters;
 use crate::format::{OpenHow, Spare};
 use crate::map::{FileId, GuestOffset, GuestRange, ImageMap};
 use crate::vd::{Channel, Disk, ImageFiles, ImageSpec, OpenDisk, OpenImage, open_disk};
@@ -30,6 +31,8 @@ pub fn compact_image(how: &OpenDisk, watch: &mut Watch<'_>) -> Result<Compacted>
     let map = image.map(FileId(0), OpenHow { read_only: true, info_only: false })?;
     // Children see the same as before.
     image.refuse_to_write(&map.info(), true)?;
+    // What is encrypted is compared as it is: all images of a chain share the key.
+    let how = &OpenDisk { filters: Filters::default(), ..how.clone() };
     let beneath = if map.limits().is_diff { Some(open_beneath(how)?) } else { None };
     drop(map);
     let before = bytes_of(&image)?;

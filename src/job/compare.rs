@@ -86,6 +86,8 @@ impl Side {
     /// File and place of a piece of data, such that two sides can be compared.
     fn place(&self, p: &Piece) -> Option<((u64, u64), u64)> {
         match p.kind {
+            // The other side may have other filters.
+            _ if !self.survey.disk().filters().is_empty() => None,
             PieceKind::Data { file, off } => {
                 Some((self.survey.disk().host_file(file).traits().identity, off.0))
             }
@@ -131,7 +133,10 @@ impl Pairing {
             let b = self.sides[1].piece_at(self.at, end)?;
             let both = a.range.intersect(b.range);
             let same = self.sides[0].place(&a).is_some_and(|p| self.sides[1].place(&b) == Some(p));
-            let has_data = [a.kind.is_data(), b.kind.is_data()];
+            let must_read = |side: usize, p: &Piece| self.sides[side].survey.must_read(p.kind);
+            // Behind a disk's end nothing can be read: it counts as zeros.
+            let inside = self.sizes.map(|size| self.at < size);
+            let has_data = [inside[0] && must_read(0, &a), inside[1] && must_read(1, &b)];
             if same || has_data == [false, false] {
                 self.at = both.end().0;
                 continue;

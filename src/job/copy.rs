@@ -45,6 +45,9 @@ pub struct CopyJob {
     lanes: Lanes,
     survey: Survey,
     selection: Selection,
+    /// Zeros that were read are written like other bytes: filters of the target make something else of them, which other
+    /// programs turn back into zeros.
+    keep_zeros: bool,
     states: Vec<State>,
     /// What the survey has found and no lane has taken yet.
     found: GuestRange,
@@ -93,14 +96,17 @@ impl CopyJob {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn of(source: Channel, target: Channel, selection: Selection) -> Result<CopyJob> {
+    pub fn of(source: Channel, target: Channel, mut selection: Selection) -> Result<CopyJob> {
         let disk = source.disk().clone();
         let (have, need) = (target.disk().size_bytes(), disk.size_bytes());
         if have < need {
             let what = format!("{need} bytes do not fit a disk of {have} bytes");
             return Err(Error::new(ErrorKind::OutOfRange, what));
         }
+        let filters = target.disk().filters();
+        selection.zeros |= filters.hide_zeros();
         Ok(CopyJob {
+            keep_zeros: filters.changes_writes(),
             lanes: Lanes::new(vec![source, target], LANES)?,
             survey: Survey::new(disk),
             selection,
@@ -140,7 +146,7 @@ impl CopyJob {
         while self.found.is_empty() {
             let Some(piece) = self.survey.next_piece()? else { return Ok(None) };
             self.progress.done = piece.range.start().0;
-            self.found_data = piece.kind.is_data();
+            self.found_data = self.survey.must_read(piece.kind);
             if (self.found_data || self.selection.zeros) && self.selection.depths.contains(&piece.depth) {
                 self.found = piece.range;
             }
@@ -197,7 +203,9 @@ impl CopyJob {
             };
             let read = usize::try_from(range.len()).expect("inside a lane");
             let bytes = &self.lanes.bytes(lane)[..read];
-            let next = if self.selection.zeros {
+            let next = if self.keep_zeros {
+                (done < range.len()).then_some((done, range.len() - done, false))
+            } else if self.selection.zeros {
                 next_part(bytes, range.start(), done)
             } else {
                 next_run(bytes, range.start(), done).map(|(skip, run)| (skip, run, false))

@@ -20,6 +20,7 @@ mod pack;
 mod properties;
 mod raw_disk;
 mod rebase;
+mod recrypt;
 mod relocate;
 mod repair;
 mod resize;
@@ -49,6 +50,9 @@ pub use merge::{Merge, Merged, merge_images, named_from};
 pub use properties::{SetProperties, set_properties};
 pub use raw_disk::{RawDiskWish, look_at_raw_disk};
 pub use rebase::{Rebase, rebase_image};
+pub use recrypt::{
+    DiskKey, Into as RecryptInto, Recrypt, RecryptJob, Task as RecryptTask, is_unfinished, recrypt,
+};
 pub use relocate::{MoveImage, move_image};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};

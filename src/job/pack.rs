@@ -78,7 +78,7 @@ impl PackJob {
     fn next_window(&mut self) -> Result<Option<GuestRange>> {
         while self.found.end().0 <= self.covered {
             let Some(piece) = self.survey.next_piece()? else { return Ok(None) };
-            if piece.kind.is_data() {
+            if self.survey.must_read(piece.kind) {
                 self.found = piece.range;
             }
         }

@@ -3,6 +3,7 @@
 use super::merge::described;
 use super::{DiffJob, Watch, change, open_channel, open_channel_over};
 use crate::error::{Error, ErrorKind, Result};
+use crate::filter::Filters;
 use crate::format::{FileStep, OpenHow};
 use crate::io::{EngineKind, sync_dir};
 use crate::map::FileId;
@@ -30,6 +31,10 @@ pub struct Rebase {
 /// name another parent or be written, or internal snapshots show what is beneath; [`ErrorKind::ReadOnly`] where a diff in the folder has the
 /// image as its parent: all of them before anything is written; of opening, locking, reading and writing; [`ErrorKind::Cancelled`].
 pub fn rebase_image(how: &Rebase, watch: &mut Watch<'_>) -> Result<()> {
+    // The images themselves are copied between: all have the same key, and what filters make of them stays what it is.
+    let plain = |disk: &OpenDisk| OpenDisk { filters: Filters::default(), ..disk.clone() };
+    let how =
+        &Rebase { image: plain(&how.image), onto: how.onto.as_ref().map(plain), only_name: how.only_name };
     let (spec, wait) = (&how.image.image, how.image.lock_wait.unwrap_or(Duration::ZERO));
     let raw = how.image.allow_raw_device;
     let image = ImageFiles::open_with(&spec.path, spec.format, true, Some(wait), raw)?;

@@ -82,6 +82,17 @@ impl Survey {
         &self.disk
     }
 
+    /// What is of this kind has to be read to be known: as [`PieceKind::is_data`], and everything where the disk's filters make
+    /// something else of zeros.
+    pub fn must_read(&self, kind: PieceKind) -> bool {
+        kind.is_data() || self.disk.filters().hide_zeros()
+    }
+
+    /// Everything before this was looked at.
+    pub(super) fn at(&self) -> GuestOffset {
+        self.ahead.map_or(GuestOffset(self.at), |p| p.range.start())
+    }
+
     /// The next piece; `None` at the end of the disk.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use super::foreign::{vhd, vhdx, vmdk};
 use super::forgetful::Forgetful;
 use super::past::{Past, fill};
 use super::{CacheFile, DATA, Faults, Rng, SimEngine, SimFile, Trace, World};
+use crate::filter::Filters;
 use crate::format::{
     self, CheckReport, FileStep, Format, ImageFile, NewImage, NewParent, Properties, Repair, Spare,
 };
@@ -199,6 +200,8 @@ pub struct Images {
     pub cache: Option<CacheFile>,
     /// Processes hold the tables only in parts, which they forget by this chance.
     pub forgets: Option<u64>,
+    /// Between what processes show and what the images hold.
+    pub filters: Filters,
 }
 
 /// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order: from another one on in each process, as far as
@@ -355,6 +358,11 @@ impl Images {
 
     /// The same over so many parents.
     pub fn with_parents(shape: Shape, parents: usize, rng: &mut Rng) -> (Images, Vec<Past>) {
+        Self::filtered(shape, parents, &Filters::default(), rng)
+    }
+
+    /// The same, all of them behind these filters.
+    pub fn filtered(shape: Shape, parents: usize, filters: &Filters, rng: &mut Rng) -> (Images, Vec<Past>) {
         let Shape { kind, size, block } = shape;
         let mut past = vec![Past::known(0); usize::try_from(size / 512).expect("a small disk")];
         let mut below = Vec::new();
@@ -368,6 +376,7 @@ impl Images {
                 below: sealed(&of_vdi(&below), 1),
                 cache: None,
                 forgets: None,
+                filters: filters.clone(),
             };
             past = written_full(&images, past, rng);
             below.insert(0, images.top.bytes());
@@ -377,15 +386,18 @@ impl Images {
         if kind == Kind::VmdkBare {
             vmdk::take_tables(&mut bytes, rng);
         }
-        if kind.format() == Format::Vhd && rng.chance(50) {
+        // What is put there past the filters would be read through them.
+        let plain = filters.is_empty();
+        if plain && kind.format() == Format::Vhd && rng.chance(50) {
             vhd::add_parts(&mut bytes, &mut past, rng);
         }
-        if kind == Kind::VhdxDiff && rng.chance(50) {
+        if plain && kind == Kind::VhdxDiff && rng.chance(50) {
             vhdx::add_parts(&mut bytes, &mut past, rng);
         }
         let first = 1 + bytes.further().len();
         let below = sealed(&of_vdi(&below), first);
-        (Images { shape, top: SimFile::new("top", bytes), below, cache: None, forgets: None }, past)
+        let (top, filters) = (SimFile::new("top", bytes), filters.clone());
+        (Images { shape, top, below, cache: None, forgets: None, filters }, past)
     }
 
     /// A new image over these, the nearest first, one file each.
@@ -397,7 +409,8 @@ impl Images {
 
     /// Images of one file each.
     pub(super) fn of(shape: Shape, top: Bytes, below: &[(Bytes, Format)]) -> Images {
-        Images { shape, top: SimFile::new("top", top), below: sealed(below, 1), cache: None, forgets: None }
+        let (top, below) = (SimFile::new("top", top), sealed(below, 1));
+        Images { shape, top, below, cache: None, forgets: None, filters: Filters::default() }
     }
 
     /// A copy whose top file is its own.
@@ -442,7 +455,9 @@ impl Images {
         });
         let cache = self.cache.as_ref().map(|c| c.begin(self)).transpose()?.flatten();
         let host = Arc::new(SimHost::of(&self.top.bytes()));
-        Ok(Disk::with_cache(chain, (files, cache), options, host, on_failure))
+        let disk = Disk::with_cache(chain, (files, cache), options, host, on_failure);
+        disk.change_filters(|filters| filters.clone_from(&self.filters));
+        Ok(disk)
     }
 
     fn layers(&self, top: Arc<dyn ImageMap>) -> Vec<Layer> {
@@ -514,6 +529,7 @@ impl Images {
                 rest = rest.skip(e.len);
             }
         }
+        self.filters.on_read(GuestOffset(0), &mut all);
         Ok(all)
     }
 }
@@ -562,6 +578,7 @@ pub(super) fn copy_target(size: u64) -> Images {
         below: vec![],
         cache: None,
         forgets: None,
+        filters: Filters::default(),
     }
 }
 

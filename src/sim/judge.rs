@@ -7,6 +7,7 @@ use super::foreign::{self, Order, Program};
 use super::images::{Images, check};
 use super::mending::{interrupted_repairs, repaired};
 use super::past::{Past, fill, value_of};
+use crate::map::GuestOffset;
 
 /// What was looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -139,6 +140,7 @@ impl Judge {
             let from = usize::try_from(u64::from(block) * block_bytes).expect("a small disk");
             let own = from..(from + size).min(expected.len());
             expected[own.clone()].copy_from_slice(&data[..own.len()]);
+            images.filters.on_write(GuestOffset(u64::from(block) * block_bytes), &mut data);
             let mut wrong = None;
             (program.append)(&mut b, block, &data, order, &mut |b| {
                 // On the way the new block may be anything.

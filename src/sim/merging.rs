@@ -7,6 +7,7 @@ use super::images::{Images, check, engine_for, info_of, relink};
 use super::mending::{carried_out, interrupted, refuse_damage, repaired};
 use super::past::Past;
 use super::{Faults, Kind, Rng, Shape, Trace, World};
+use crate::filter::Filters;
 use crate::format::{Format, NewParent};
 use crate::job::{CopyJob, Job, Selection, Step};
 use crate::map::ImageInfo;
@@ -57,6 +58,38 @@ impl Stack {
     pub(super) fn with(&self, n: usize, bytes: &Bytes) -> Stack {
         let mut other = self.clone();
         other.images[n].0 = bytes.clone();
+        other
+    }
+
+    /// What the top shows behind filters.
+    ///
+    /// # Errors
+    /// What the format says of it.
+    pub fn view_behind(&self, filters: &Filters) -> Result<Vec<u8>, String> {
+        let mut images = self.part(0, &self.images[0].0);
+        images.filters = filters.clone();
+        images.view(&self.images[0].0).map_err(|e| e.to_string())
+    }
+
+    /// One of the images by itself, with these bytes.
+    pub(super) fn alone(&self, n: usize, bytes: &Bytes) -> Images {
+        Images::of(Shape { kind: self.kinds[n], size: self.size, block: 4096 }, bytes.clone(), &[])
+    }
+
+    /// The images, the top first.
+    pub(super) fn images(&self) -> &[(Bytes, Format)] {
+        &self.images
+    }
+
+    /// Their bytes.
+    pub(super) fn bytes(&self) -> Vec<Bytes> {
+        self.images.iter().map(|(b, _)| b.clone()).collect()
+    }
+
+    /// The same images with other bytes.
+    pub(super) fn with_all(&self, bytes: &[Bytes]) -> Stack {
+        let mut other = self.clone();
+        other.images.iter_mut().zip(bytes).for_each(|(image, b)| image.0 = b.clone());
         other
     }
 

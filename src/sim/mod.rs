@@ -26,6 +26,7 @@ mod play;
 mod port;
 mod ram;
 mod rebasing;
+mod recrypting;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -49,9 +50,13 @@ pub use merging::{Stack, interrupted_merge};
 pub use past::{Past, fill, value_of};
 pub use play::{Habit, Play, Played, play};
 pub use rebasing::interrupted_rebase;
+pub use recrypting::interrupted_recrypt;
 pub use rng::Rng;
 pub use trace::Trace;
-pub use workload::{Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk};
+pub use workload::{
+    Kills, Op, Thorough, all_workloads, powercut_after_kills, powercut_workload, small_disk,
+    small_disk_behind,
+};
 pub use world::{Guest, Left, Through, World};
 
 pub use crate::probe::sabotage::{Sabotage, sabotage};

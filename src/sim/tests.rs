@@ -3,12 +3,14 @@
 mod caching;
 mod chains;
 mod compacting;
+mod encrypted;
 mod failing;
 mod faults;
 mod merging;
 mod powercut;
 mod properties;
 mod rebasing;
+mod recrypting;
 mod repairing;
 mod resizing;
 mod rings;

@@ -5,6 +5,7 @@ use super::judge::Judge;
 use super::past::Past;
 use super::play::Played;
 use super::{Faults, Landing, Rng, Through, Trace, World};
+use crate::filter::Filters;
 use crate::map::{GuestOffset, GuestRange};
 use crate::vd::{DiskOptions, Request};
 
@@ -55,9 +56,14 @@ pub fn all_workloads() -> Vec<Vec<Op>> {
 
 /// A small disk whose blocks 0 to 2 hold data already (where there is no parent to hold some).
 pub fn small_disk(kind: Kind, seed: u64) -> (Images, Vec<Past>) {
+    small_disk_behind(kind, &Filters::default(), seed)
+}
+
+/// The same behind filters.
+pub fn small_disk_behind(kind: Kind, filters: &Filters, seed: u64) -> (Images, Vec<Past>) {
     let mut rng = Rng(seed);
     let shape = Shape { kind, size: BLOCKS * BLOCK - 1024, block: BLOCK };
-    let (images, past) = Images::new(shape, &mut rng);
+    let (images, past) = Images::filtered(shape, usize::from(kind.has_parent()), filters, &mut rng);
     if rng.chance(50) {
         return (images, past);
     }

@@ -31,6 +31,7 @@ impl Channel {
             match self.step(slot) {
                 Next::Again => {}
                 Next::Wait => break,
+                Next::Finished if self.piece_ended(slot) => {}
                 Next::Finished => {
                     self.finish(slot);
                     break;
@@ -47,6 +48,7 @@ impl Channel {
         }
         match s.work {
             Work::Moving => self.step_moving(slot),
+            Work::NextPiece => self.step_next_piece(slot),
             Work::Bouncing(_) => self.step_bouncing(slot),
             Work::Claimed { .. } => self.step_claimed(slot),
             Work::Comparing { .. } => self.step_comparing(slot),
@@ -222,7 +224,7 @@ impl Channel {
         let sync = match request {
             Request::Read(_) => false,
             Request::Flush => true,
-            _ => self.write_through,
+            _ => self.write_through && !self.more_pieces(slot),
         };
         if !sync || self.disk.options.skip_syncs || self.disk.options.read_only {
             return Next::Finished;

@@ -3,6 +3,7 @@
 use super::disk::Disk;
 use super::fills::Fills;
 use super::mailbox::{Event, Mailbox};
+use super::own::Own;
 use super::slot::{Job, Ops, Slot};
 use super::{BlockDevice, Done, Outcome, Request};
 use crate::error::{Error, ErrorKind, Failure, Result};
@@ -45,6 +46,8 @@ pub struct Channel {
     parts: Vec<BufSlice>,
     completions: Vec<Completion>,
     pub(super) fills: Fills,
+    /// Where small requests go through the filters.
+    pub(super) scratch: Option<Own>,
     pub(super) write_through: bool,
     /// Longest write that is done at once.
     inline_write_bytes: u64,
@@ -87,6 +90,7 @@ impl Channel {
             parts: Vec::new(),
             completions: Vec::new(),
             fills: Fills::default(),
+            scratch: None,
             write_through: disk.options().write_through,
             inline_write_bytes: INLINE_WRITE_BYTES,
             end_outcome: None,
@@ -152,11 +156,31 @@ impl Channel {
     /// The common reads and writes: one extent, one operation that ends at once.
     fn try_at_once(&mut self, request: Request, bufs: &[BufSlice]) -> Option<Outcome> {
         let (kind, range) = match request {
-            Request::Read(r) if self.disk.cache.is_some() => return self.read_cached_at_once(r, bufs),
+            Request::Read(r) if self.disk.has_detours() => return self.read_by_detour(r, bufs),
             Request::Read(r) => (IoKind::Read, r),
+            Request::Write(r) if self.disk.is_filtered() => return self.write_filtered_at_once(r, bufs),
             Request::Write(r) if self.may_write_at_once(r) => (IoKind::Write, r),
             _ => return None,
         };
+        self.move_at_once(kind, range, bufs)
+    }
+
+    /// A read through the filters, or from the cache image.
+    fn read_by_detour(&mut self, r: GuestRange, bufs: &[BufSlice]) -> Option<Outcome> {
+        match self.disk.is_filtered() {
+            true => self.read_filtered_at_once(r, bufs),
+            false => self.read_cached_at_once(r, bufs),
+        }
+    }
+
+    /// Bytes of one extent, by one operation that ends at once.
+    #[inline]
+    pub(super) fn move_at_once(
+        &mut self,
+        kind: IoKind,
+        range: GuestRange,
+        bufs: &[BufSlice],
+    ) -> Option<Outcome> {
         if range.is_empty() {
             return None;
         }
@@ -183,7 +207,7 @@ impl Channel {
         self.extents.as_slice().first().filter(|e| e.len == range.len()).copied()
     }
 
-    fn may_write_at_once(&self, r: GuestRange) -> bool {
+    pub(super) fn may_write_at_once(&self, r: GuestRange) -> bool {
         r.len() <= self.inline_write_bytes
             && !self.write_through
             && self.disk.start.is_done()
@@ -324,6 +348,9 @@ impl BlockDevice for Channel {
         }
         self.busy += 1;
         self.slot(slot).begin(Job::Request(request), range, bufs);
+        if self.disk.is_filtered() {
+            self.begin_filtered(slot, request);
+        }
         self.advance(slot);
         self.done.pop_if(|d| d.slot == slot).map(|d| d.outcome)
     }

@@ -9,12 +9,13 @@ use super::pages::Pages;
 use super::sync::SyncGroup;
 use super::units::Units;
 use crate::error::{self, Error, Failure};
+use crate::filter::Filters;
 use crate::io::{BouncePool, FileTraits, Host, HostFile, ImageLock};
 use crate::limits::BOUNCE_BYTES;
 use crate::map::{Claims, FileId, Waiter};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 /// How a disk uses the host's page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,8 +113,15 @@ pub struct Disk {
     pub(crate) units: Units,
     pub(crate) start: Start,
     pub(crate) room: Mutex<Room>,
-    bounce: Arc<BouncePool>,
-    bounce_waiters: Mutex<VecDeque<Waiter>>,
+    bounce: Bounces,
+    /// Between what the disk shows and what its images hold.
+    filters: RwLock<Arc<Filters>>,
+    /// There are some.
+    is_filtered: AtomicBool,
+    /// Reads do not go straight to the images: there is a cache, or there are filters.
+    detours: AtomicBool,
+    /// Of requests on their way through the filters. A pool of its own: whoever holds one of these may need one of the other.
+    filter_bounce: Bounces,
     pub(crate) mailboxes: Mailboxes,
     /// The locks on its images: they go when the last channel has gone, and its I/O with it.
     locks: OnceLock<Vec<ImageLock>>,
@@ -127,6 +135,38 @@ impl std::fmt::Debug for Disk {
             .field("chain", &self.chain)
             .field("options", &self.options)
             .finish_non_exhaustive()
+    }
+}
+
+/// A bounded number of bounce buffers, and who waits for one.
+#[derive(Debug, Default)]
+pub(crate) struct Bounces {
+    pool: Arc<BouncePool>,
+    waiters: Mutex<VecDeque<Waiter>>,
+}
+
+impl Bounces {
+    /// A buffer of `len` bytes; `None`: `who` waits for one.
+    fn take(&self, len: usize, who: Waiter) -> Option<Own> {
+        let mut waiters = self.waiters.lock().expect("bounce lock");
+        let buf = self.pool.take(len).map(Own::Pooled);
+        if buf.is_none() {
+            waiters.push_back(who);
+        }
+        buf
+    }
+
+    /// A buffer back; the one who has waited longest is to be told.
+    fn give(&self, buf: Own) -> Option<Waiter> {
+        let mut waiters = self.waiters.lock().expect("bounce lock");
+        drop(buf);
+        waiters.pop_front()
+    }
+
+    /// Buffers in use, and those who wait for one.
+    #[cfg(any(test, feature = "sim"))]
+    fn held(&self) -> usize {
+        self.pool.in_use() + self.waiters.lock().expect("bounce lock").len()
     }
 }
 
@@ -161,6 +201,7 @@ impl Disk {
             assert_eq!(usize::from(cache.id.0), files.len(), "the cache's file comes last");
             files.push(cache.file.clone());
         }
+        let detours = AtomicBool::new(cache.is_some());
         Arc::new(Disk {
             chain,
             files: files.into_iter().map(DiskFile::new).collect(),
@@ -173,8 +214,11 @@ impl Disk {
             units: Units::default(),
             start: Start::default(),
             room: Mutex::default(),
-            bounce: Arc::new(BouncePool::default()),
-            bounce_waiters: Mutex::default(),
+            bounce: Bounces::default(),
+            filters: RwLock::default(),
+            is_filtered: AtomicBool::new(false),
+            detours,
+            filter_bounce: Bounces::default(),
             mailboxes: Mailboxes::default(),
             locks: OnceLock::new(),
             sync_failed: AtomicBool::new(false),
@@ -242,33 +286,61 @@ impl Disk {
 
     /// A bounce buffer; `None`: `who` waits for one.
     pub(crate) fn take_bounce(&self, who: Waiter) -> Option<Own> {
-        let mut waiters = self.bounce_waiters.lock().expect("bounce lock");
-        let buf = self.bounce.take(BOUNCE_BYTES).map(Own::Pooled);
-        if buf.is_none() {
-            waiters.push_back(who);
-        }
-        buf
+        self.bounce.take(BOUNCE_BYTES, who)
     }
 
     /// A bounce buffer back; the one who has waited longest is to be told.
     pub(crate) fn give_bounce(&self, buf: Own) -> Option<Waiter> {
-        let mut waiters = self.bounce_waiters.lock().expect("bounce lock");
-        drop(buf);
-        waiters.pop_front()
+        self.bounce.give(buf)
+    }
+
+    /// A buffer for a request on its way through the filters, as [`Self::take_bounce`].
+    pub(crate) fn take_filter_bounce(&self, len: usize, who: Waiter) -> Option<Own> {
+        self.filter_bounce.take(len, who)
+    }
+
+    /// As [`Self::give_bounce`].
+    pub(crate) fn give_filter_bounce(&self, buf: Own) -> Option<Waiter> {
+        self.filter_bounce.give(buf)
+    }
+
+    /// The filters as they are now; a request keeps those it has begun with.
+    pub fn filters(&self) -> Arc<Filters> {
+        self.filters.read().expect("filter lock").clone()
+    }
+
+    /// Adds or removes filters. For requests that are under way those are at work that they have begun with.
+    pub fn change_filters<T>(&self, change: impl FnOnce(&mut Filters) -> T) -> T {
+        let mut filters = self.filters.write().expect("filter lock");
+        let changed = change(Arc::make_mut(&mut filters));
+        let any = !filters.is_empty();
+        self.is_filtered.store(any, Ordering::Release);
+        self.detours.store(any || self.cache.is_some(), Ordering::Release);
+        changed
+    }
+
+    /// There are filters.
+    pub(crate) fn is_filtered(&self) -> bool {
+        self.is_filtered.load(Ordering::Acquire)
+    }
+
+    /// See [`Self::detours`]: what a read of a disk without them pays for cache and filters.
+    pub(crate) fn has_detours(&self) -> bool {
+        self.detours.load(Ordering::Acquire)
     }
 
     /// Claims, bounce buffers, page writes and waiting slots that are still held: 0 for a disk at rest.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn held(&self) -> usize {
         let room = self.room.lock().expect("room lock");
-        let waiters = self.bounce_waiters.lock().expect("bounce lock").len() + room.waiters.len();
         self.claims.held()
-            + self.bounce.in_use()
+            + self.bounce.held()
+            + self.filter_bounce.held()
             + self.pages.in_flight_count()
             + self.loads.in_flight_count()
             + self.units.in_flight_count()
             + self.cache.as_ref().map_or(0, |c| c.held())
-            + waiters
+            + room.waiters.len()
     }
 
     /// Every change is refused.

@@ -7,6 +7,7 @@ use super::open::refuse_parent_of_another;
 use super::references::{device_path, extent_path};
 use super::source::FileSource;
 use super::stand_in::stand_in;
+use super::unfinished::refuse_if_unfinished;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     self, CheckReport, FileStep, Format, ImageFile, NewParent, Properties, Reference, Repair, Spare,
@@ -58,6 +59,23 @@ impl ImageFiles {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_with(
+        path: &Path,
+        stated: Option<Format>,
+        write: bool,
+        lock_wait: Option<Duration>,
+        allow_raw_device: bool,
+    ) -> Result<Self> {
+        if lock_wait.is_some() {
+            refuse_if_unfinished(path)?;
+        }
+        Self::open_any(path, stated, write, lock_wait, allow_raw_device)
+    }
+
+    /// The same for whoever completes a change of its key.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) fn open_any(
         path: &Path,
         stated: Option<Format>,
         write: bool,

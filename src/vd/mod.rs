@@ -15,6 +15,7 @@ mod chain;
 mod channel;
 mod disk;
 mod fills;
+mod filtering;
 mod identity;
 mod image_files;
 mod loads;
@@ -34,6 +35,7 @@ mod stand_in;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 mod units;
 mod unpack;
 
@@ -51,4 +53,5 @@ pub(crate) use parents::{Sought, any_other_child, child_that_names};
 pub use request::{BlockDevice, Done, Outcome, Request};
 pub use source::FileSource;
 pub(crate) use stand_in::stand_in;
+pub(crate) use unfinished::{refuse_if_unfinished, side_file};
 pub use unpack::unpack;

@@ -8,8 +8,10 @@ use super::marker::SyncFailureMarker;
 use super::parents::{ParentSearch, above_snapshots, child_that_names, default_dirs};
 use super::references::parent_path;
 use super::stand_in::stand_in;
+use super::unfinished::refuse_if_unfinished;
 use super::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
+use crate::filter::Filters;
 use crate::format::{self, Format};
 use crate::io::{HostFile, ImageLock, OpenHow, OsFile, OsHost};
 use crate::limits::{MAX_CHAIN_IMAGES, MAX_FILES, SECTOR_BYTES};
@@ -76,6 +78,8 @@ pub struct OpenDisk {
     /// A cache image for those images of the chain that nobody writes: made by [`crate::job::create_cache`], used by one disk at a
     /// time. Its session has to be ended, by [`super::Channel::close_disk`] or [`Disk::end_cache`], or the next begins empty.
     pub cache_image: Option<PathBuf>,
+    /// Between what the disk shows and what its images hold.
+    pub filters: Filters,
     /// What channels may do.
     pub options: DiskOptions,
 }
@@ -98,6 +102,7 @@ impl OpenDisk {
             shareable: false,
             skip_checks: false,
             cache_image: None,
+            filters: Filters::default(),
             options: DiskOptions { read_only: true, ..DiskOptions::default() },
         }
     }
@@ -216,6 +221,7 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let on_failure = Box::new(move || marker.set());
     let disk = Disk::with_cache(Chain::new(layers), (files, cache), options, Arc::new(OsHost), on_failure);
     disk.hold(images.iter_mut().flat_map(|i| std::mem::take(&mut i.locks)).collect());
+    disk.change_filters(|filters| filters.clone_from(&how.filters));
     Ok(OpenedDisk { disk, images })
 }
 
@@ -247,6 +253,9 @@ fn is_optical(image: &ImageSpec) -> bool {
 
 /// Opens the image that lies beneath those `above` it.
 fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]) -> Result<OpenImage> {
+    if how.lock_wait.is_some() {
+        refuse_if_unfinished(&spec.path)?;
+    }
     let open_how = OpenHow { write, direct: how.direct, ..OpenHow::default() };
     let file = OsFile::open(&spec.path, open_how).map_err(|e| advise(e, write))?;
     let file: Arc<dyn HostFile> = Arc::new(file);

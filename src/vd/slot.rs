@@ -2,6 +2,7 @@
 
 use super::Request;
 use super::fills::Fill;
+use super::filtering::Outer;
 use super::own::Own;
 use super::pages::PageId;
 use crate::error::Failure;
@@ -45,6 +46,8 @@ pub(crate) struct Slot {
     pub(crate) work: Work,
     /// A bounce buffer while `work` needs one.
     pub(crate) buf: Option<Own>,
+    /// The request whose pieces go through the filters; range and memory are those of a piece then.
+    pub(crate) outer: Option<Box<Outer>>,
     /// A packed unit it has waited for.
     pub(crate) unit: Option<(Packed, Arc<[u8]>)>,
     /// Places of the cache image that it reads from.
@@ -72,6 +75,7 @@ impl Slot {
             bufs: Vec::new(),
             work: Work::Moving,
             buf: None,
+            outer: None,
             unit: None,
             pins: Vec::new(),
             again: false,
@@ -86,6 +90,7 @@ impl Slot {
     pub(crate) fn begin(&mut self, job: Job, range: GuestRange, bufs: &[BufSlice]) {
         assert!(self.job == Job::None && self.pending == 0, "slot in use");
         debug_assert!(self.claim.is_none() && self.buf.is_none() && self.pins.is_empty() && !self.again);
+        debug_assert!(self.outer.is_none());
         self.job = job;
         self.range = range;
         self.cursor = 0;
@@ -117,6 +122,8 @@ impl Slot {
 pub(crate) enum Work {
     /// Ranges are mapped and operations started, as far as nothing has to be changed for it.
     Moving,
+    /// The next piece of a request goes through the filters.
+    NextPiece,
     /// Bytes in place go through the bounce buffer: the file takes only aligned memory, and the request's is not.
     Bouncing(Bounced),
     /// The claim on the unit around `part` is held: look again, then decide.

@@ -22,7 +22,7 @@ pub(crate) use bytes::{Bench, Cat, Dd};
 pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-pub(crate) use common::{Image, Output, Parents};
+pub(crate) use common::{Image, Lock, Output, Parents};
 pub(crate) use io::Io;
 pub(crate) use look::{Check, Compare, Diff, Formats, Info, Map};
 pub(crate) use make::{Clone, Convert, Create, CreateCache, TargetCache};
@@ -62,6 +62,32 @@ pub(crate) struct ManPages {
     #[arg(value_parser = super::usage::existing_dir)]
     pub(crate) dir: PathBuf,
 }
+
+const ENCRYPT: &str = "\
+The key store is written to a new file, readable by its owner alone. Keep it:
+nothing in the image tells that it is encrypted, and without password and key
+store everything in it is lost. VirtualBox takes its text as the property
+CRYPT/KeyStore of the base image (docs/crypt.md).
+Without --in-place a copy beside the image is encrypted, compared with it, and
+takes its place: it needs as much space again. With --in-place the image itself
+is changed, and its parents; ended at any moment, the same command completes it,
+and until then nothing else opens the images.
+Example: vdimg encrypt --password-file pw --key-store disk.keys disk.vdi";
+
+const DECRYPT: &str = "\
+Without --in-place a copy beside the image is changed, compared with it, and
+takes its place: it needs as much space again. With --in-place the image itself
+is changed, and its parents; ended at any moment, the same command completes it,
+and until then nothing else opens the images.
+Example: vdimg decrypt --password-file pw --key-store disk.keys disk.vdi";
+
+const REKEY: &str = "\
+Without --in-place a copy beside the image is changed, compared with it, and
+takes its place: it needs as much space again. With --in-place the image itself
+is changed, and its parents; ended at any moment, the same command completes it,
+and until then nothing else opens the images.
+Example: vdimg rekey --password-file pw --key-store disk.keys \\
+             --new-password-file pw2 --new-key-store disk2.keys disk.vdi";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -114,6 +140,15 @@ pub(crate) enum Command {
     /// Print the geometries an image states, or set them.
     #[command(after_help = properties::GEOMETRY)]
     Geometry(Geometry),
+    /// Encrypt an image as VirtualBox does, with a new key.
+    #[command(after_help = ENCRYPT)]
+    Encrypt(super::crypt::Encrypt),
+    /// Decrypt an image.
+    #[command(after_help = DECRYPT)]
+    Decrypt(super::crypt::Decrypt),
+    /// Encrypt an image with another key, or change only the password.
+    #[command(after_help = REKEY)]
+    Rekey(super::crypt::Rekey),
     /// Make an empty cache image, for vdblk --cache-image.
     #[command(after_help = make::CREATE_CACHE)]
     CreateCache(CreateCache),

@@ -20,7 +20,7 @@ fn refused(what: impl Into<String>) -> Error {
 }
 
 pub(crate) fn cat(args: &Cat) -> Result<u8> {
-    let opened = open_disk(&args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock))?;
+    let opened = open_disk(&args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock)?)?;
     let disk = DiskBytes::new(&opened.disk)?;
     let (start, len) = match args.partition {
         None => (0, disk.size_bytes()),
@@ -128,7 +128,7 @@ pub(crate) fn bench(args: &Bench) -> Result<u8> {
         direct: args.cache == "none",
         allow_write_to_parent: args.allow_write_to_parent,
         options: DiskOptions { read_only: !args.write, ..DiskOptions::default() },
-        ..args.image.open(&args.file, None, args.lock)
+        ..args.image.open(&args.file, None, args.lock)?
     })?;
     let how = job::Bench {
         count: args.count,

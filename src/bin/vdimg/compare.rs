@@ -1,6 +1,7 @@
 //! `vdimg compare` and `vdimg diff`.
 
 use super::args::{Compare, Diff, Image, Output, Parents};
+use super::keys::Keys;
 use super::terminal;
 use vdblk::Result;
 use vdblk::job::{compare_disks, diff_disks};
@@ -20,9 +21,14 @@ fn open(args: &Compare) -> Result<[OpenedDisk; 2]> {
             allow_parent_mismatch: args.allow_parent_mismatch2,
             allow_raw_device: args.image.parents.allow_raw_device,
         },
+        keys: Keys {
+            password_file: args.password_file2.clone(),
+            key_store: args.key_store2.clone(),
+            unallocated: args.image.keys.unallocated,
+        },
     };
-    let a = open_disk(&args.image.open(&args.first, args.snapshot.snapshot.as_ref(), args.lock))?;
-    let b = open_disk(&second.open(&args.second, args.snapshot2.as_ref(), args.lock))?;
+    let a = open_disk(&args.image.open(&args.first, args.snapshot.snapshot.as_ref(), args.lock)?)?;
+    let b = open_disk(&second.open(&args.second, args.snapshot2.as_ref(), args.lock)?)?;
     Ok([a, b])
 }
 

@@ -12,7 +12,7 @@ pub(crate) fn run(args: &Io) -> Result<u8> {
     let opened = open_disk(&OpenDisk {
         allow_write_to_parent: args.allow_write_to_parent,
         options: DiskOptions { read_only, ..DiskOptions::default() },
-        ..args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock)
+        ..args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock)?
     })?;
     let mut script = Script::new(&opened.disk)?;
     let ran = if args.commands.is_empty() { run_input(&mut script) } else { run_all(&mut script, args) };

@@ -54,7 +54,7 @@ fn open_parent(args: &Create) -> Result<Option<OpenedDisk>> {
 pub(crate) fn convert(args: &Convert) -> Result<u8> {
     terminal::end_in_order();
     let how = job::Convert {
-        source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock),
+        source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock)?,
         target: args.target.clone(),
         format: args.output_format.map_or_else(|| format_of_name(&args.target), Ok)?,
         variant: args.variant.clone(),
@@ -71,7 +71,7 @@ pub(crate) fn convert(args: &Convert) -> Result<u8> {
 
 pub(crate) fn clone(args: &Clone) -> Result<u8> {
     terminal::end_in_order();
-    let source = args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock);
+    let source = args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock)?;
     let own = inspect_image_with(&source.image, args.image.parents.allow_raw_device)?;
     if !own.format.can_be_created() {
         let what = format!("{} images are not made", own.format);

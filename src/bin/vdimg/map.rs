@@ -26,15 +26,16 @@ struct Json {
 }
 
 pub(crate) fn run(args: &Map) -> Result<u8> {
-    let opened = open_disk(&args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock))?;
+    let opened = open_disk(&args.image.open(&args.file, args.snapshot.snapshot.as_ref(), args.lock)?)?;
     let mut survey = Survey::new(opened.disk.clone());
+    let hidden = opened.disk.filters().hide_zeros();
     let json = args.output == Output::Json;
     let mut text = String::from(if json { "[" } else { HEADER });
     let mut first = true;
     while let Some(piece) = survey.next_piece()? {
         if json {
             text.push_str(if first { "" } else { ",\n" });
-            text.push_str(&json_of(&opened, &piece));
+            text.push_str(&json_of(&opened, &piece, hidden));
         } else {
             human_of(&opened, &piece, &mut text);
         }
@@ -50,8 +51,8 @@ pub(crate) fn run(args: &Map) -> Result<u8> {
 }
 
 /// As qemu-img says it: `data` where the image has a place, `zero` where it reads as zeros, `present` where any image of
-/// the chain decides. A hole in a raw file is no place.
-fn json_of(opened: &OpenedDisk, p: &Piece) -> String {
+/// the chain decides. A hole in a raw file is no place. `hidden`: filters make something else of zeros.
+fn json_of(opened: &OpenedDisk, p: &Piece, hidden: bool) -> String {
     let (data, offset) = match p.kind {
         PieceKind::Data { off, .. } => (true, Some(off.0)),
         PieceKind::Packed { .. } => (true, None),
@@ -63,7 +64,7 @@ fn json_of(opened: &OpenedDisk, p: &Piece) -> String {
         length: p.range.len(),
         depth: p.depth,
         present: p.kind != PieceKind::Unallocated,
-        zero: !p.kind.is_data(),
+        zero: !p.kind.is_data() && !hidden,
         data,
         compressed: matches!(p.kind, PieceKind::Packed { .. }),
         offset,

@@ -11,7 +11,7 @@ pub(crate) fn run(args: &Merge) -> Result<u8> {
     let how = job::Merge {
         chain: OpenDisk {
             allow_write_to_parent: args.allow_write_to_parent,
-            ..args.image.open(&args.top, None, args.lock)
+            ..args.image.open(&args.top, None, args.lock)?
         },
         from: args.from.clone(),
         into: args.into.clone(),

@@ -19,7 +19,7 @@ pub(crate) fn run(args: &Rebase) -> Result<u8> {
     let how = job::Rebase {
         image: OpenDisk {
             allow_write_to_parent: args.allow_write_to_parent,
-            ..args.image.open(&args.file, None, args.lock)
+            ..args.image.open(&args.file, None, args.lock)?
         },
         onto,
         only_name: args.only_name,

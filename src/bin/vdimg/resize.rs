@@ -11,7 +11,7 @@ pub(crate) fn run(args: &Resize) -> Result<u8> {
     let how = job::Resize {
         image: OpenDisk {
             allow_write_to_parent: args.allow_write_to_parent,
-            ..args.image.open(&args.file, None, args.lock)
+            ..args.image.open(&args.file, None, args.lock)?
         },
         size: args.size,
         shrink: args.shrink,

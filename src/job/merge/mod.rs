@@ -11,6 +11,7 @@ mod span;
 
 use super::{CopyJob, Watch, change, open_channel, open_channel_over};
 use crate::error::{Error, ErrorKind, Result};
+use crate::filter::Filters;
 use crate::format::{FileStep, NewParent, OpenHow};
 use crate::io::{EngineKind, sync_dir};
 use crate::map::FileId;
@@ -163,6 +164,8 @@ fn open(span: &Span, how: &Merge, top: usize, options: DiskOptions) -> Result<Ar
         parent_dirs: Vec::new(),
         lock_wait: None,
         allow_write_to_parent: true,
+        // What is encrypted stays so: all images of a chain share the key.
+        filters: Filters::default(),
         options,
         ..how.chain.clone()
     };

@@ -1,5 +1,6 @@
 //! What commands have in common: images, their parents, locks, output.
 
+use super::super::keys::Keys;
 use super::super::usage::existing_dir;
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -34,6 +35,8 @@ pub(crate) struct Image {
     pub(crate) format: Option<Format>,
     #[command(flatten)]
     pub(crate) parents: Parents,
+    #[command(flatten)]
+    pub(crate) keys: Keys,
 }
 
 /// Which state of an image.
@@ -64,8 +67,12 @@ impl Image {
     }
 
     /// How to open the disk, or what it was at a snapshot: read-only, locked.
-    pub(crate) fn open(&self, file: &Path, snapshot: Option<&String>, lock: Lock) -> OpenDisk {
-        OpenDisk { snapshot: snapshot.cloned(), ..self.parents.open(self.spec(file), lock) }
+    ///
+    /// # Errors
+    /// If the key of an encrypted disk cannot be had.
+    pub(crate) fn open(&self, file: &Path, snapshot: Option<&String>, lock: Lock) -> vdblk::Result<OpenDisk> {
+        let filters = self.keys.files().unlock()?;
+        Ok(OpenDisk { snapshot: snapshot.cloned(), filters, ..self.parents.open(self.spec(file), lock) })
     }
 }
 

@@ -81,6 +81,12 @@ pub(crate) struct Compare {
     /// A parent of the second image, base first, as --parent (repeatable).
     #[arg(long = "parent2", value_name = "FILE[,format=F]", value_parser = ImageSpec::parse)]
     pub(crate) parents2: Vec<ImageSpec>,
+    /// Password of the second image, as --password-file.
+    #[arg(long, value_name = "FILE", requires = "key_store2")]
+    pub(crate) password_file2: Option<PathBuf>,
+    /// Key store of the second image, as --key-store.
+    #[arg(long, value_name = "FILE", requires = "password_file2")]
+    pub(crate) key_store2: Option<PathBuf>,
     /// A folder to search parents of the second image in, as --parent-dir (repeatable).
     #[arg(long = "parent-dir2", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs2: Vec<PathBuf>,
