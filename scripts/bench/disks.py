@@ -110,6 +110,7 @@ class Disks:
         it when it has been free for seconds), and whoever fills the page cache next would pay for that."""
         path = self.path("touch")
         with open(path, "wb", buffering=0) as f:
-            for _ in range(bytes_to_come * 9 // 8 >> 16):
-                f.write(bytes(1 << 16))
+            # pieces as large as those to come: the page cache takes a folio for each
+            for _ in range(bytes_to_come * 9 // 8 >> 20):
+                f.write(bytes(1 << 20))
         os.unlink(path)
