@@ -24,6 +24,7 @@ pub mod job;
 pub mod limits;
 pub mod map;
 pub mod medium;
+pub mod plugin;
 pub mod probe;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;

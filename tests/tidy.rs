@@ -18,9 +18,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("virtio", &["error", "limits", "map", "io", "vd"]),
     ("vhost", &["error", "limits", "probe", "map", "io", "vd", "virtio"]),
     ("job", &["error", "limits", "map", "size", "filter", "format", "io", "vd"]),
-    ("container", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
+    ("plugin", &["error", "limits", "map", "filter", "format"]),
+    ("container", &["error", "limits", "map", "size", "filter", "format", "plugin", "io", "vd", "job"]),
     ("medium", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
-    ("sim", &["error", "limits", "probe", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
+    (
+        "sim",
+        &[
+            "error", "limits", "probe", "map", "filter", "format", "plugin", "io", "vd", "job", "virtio",
+            "vhost",
+        ],
+    ),
     ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
 ];
 
@@ -34,6 +41,8 @@ const UNSAFE: &[&str] = &[
     "io/sys.rs",
     "io/threads.rs",
     "io/uring.rs",
+    "plugin/calls.rs",
+    "plugin/library.rs",
     "vd/own.rs",
     "vhost/lost.rs",
     "vhost/mapping.rs",

@@ -4,6 +4,8 @@
 mod keys;
 #[path = "vdblk/known.rs"]
 mod known;
+#[path = "common/plugins.rs"]
+mod plugins;
 #[path = "common/usage.rs"]
 mod usage;
 
@@ -93,6 +95,8 @@ struct Args {
     cache_image: Option<PathBuf>,
     #[command(flatten)]
     keys: keys::Keys,
+    #[command(flatten)]
+    _plugins: plugins::Plugins,
     /// Take no changes; several may serve an image so at a time
     #[arg(long)]
     read_only: bool,
@@ -259,6 +263,9 @@ fn main() -> ExitCode {
     // QEMU's conventions: this option alone decides, whatever stands beside it.
     if std::env::args_os().skip(1).any(|a| a == "--print-capabilities") {
         return ended(print_capabilities());
+    }
+    if let Err(e) = plugins::load(&|what| usage::tell(PROGRAM, what)) {
+        return ended(Err(e));
     }
     let args = match arguments() {
         Ok(args) => args,

@@ -32,6 +32,8 @@ mod medium;
 mod merge;
 #[path = "vdimg/pages.rs"]
 mod pages;
+#[path = "common/plugins.rs"]
+mod plugins;
 #[path = "vdimg/properties.rs"]
 mod properties;
 #[path = "vdimg/rebase.rs"]
@@ -56,6 +58,10 @@ const PROGRAM: &str = "vdimg";
 fn main() -> ExitCode {
     terminal::show_warnings();
     terminal::survive_file_size_limits();
+    if let Err(e) = plugins::load(&|what| usage::tell(PROGRAM, what)) {
+        usage::tell(PROGRAM, &e.to_string());
+        return ExitCode::FAILURE;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage::refuse(PROGRAM, &e),

@@ -66,6 +66,8 @@ pub struct BackendInfo {
     pub extensions: Vec<FileExtension>,
     /// What it can be told when an image is made.
     pub config: Vec<ConfigKey>,
+    /// The file of the plug-in it came with; `None`: it is our own.
+    pub plugin: Option<&'static str>,
 }
 
 /// The formats in the order in which VirtualBox tries them.
@@ -83,9 +85,11 @@ const PROBE_ORDER: [Format; 11] = [
     Format::Raw,
 ];
 
-/// All back-ends, in the order in which files are tried with them (`VDBackendInfo`).
+/// All back-ends, in the order in which files are tried with them (`VDBackendInfo`): our own, then those of plug-ins. RAW alone, which takes
+/// what nothing else does, is tried behind those.
 pub fn backend_info() -> Vec<BackendInfo> {
-    PROBE_ORDER.into_iter().map(BackendInfo::of).collect()
+    let plugged = Format::all().into_iter().filter(|f| matches!(f, Format::Registered(_)));
+    PROBE_ORDER.into_iter().chain(plugged).map(BackendInfo::of).collect()
 }
 
 /// The back-end of this name, in any case (`VDBackendInfoOne`).
@@ -124,6 +128,10 @@ impl BackendInfo {
             caps: caps(format),
             extensions: extensions(format),
             config: config(format),
+            plugin: match format {
+                Format::Registered(r) => Some(r.origin()),
+                _ => None,
+            },
         }
     }
 }

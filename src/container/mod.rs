@@ -34,6 +34,7 @@ mod flags;
 mod image;
 mod iter;
 mod live;
+mod plugins;
 mod properties;
 mod query;
 mod queue;
@@ -58,6 +59,10 @@ pub use flags::{
     RawDiskFlags, RegionListFlags, RepairFlags, SegmentFlags,
 };
 pub use iter::{IoIter, IterSegment};
+pub use plugins::{
+    FilterInfo, PluginInfo, Scanned, filter_info, filter_info_one, open_filter, plugin_info, plugin_load,
+    plugin_load_dir, plugin_unload, plugin_unload_dir,
+};
 pub use queue::{IoQueue, IoRequest, IoRequestState, IoRequestType, OnComplete};
 pub use types::{
     Geometry, IMAGE_CONTENT_UNKNOWN, LAST_IMAGE, RegionDesc, RegionList, VDI_IMAGE_VERSION,

@@ -1,7 +1,7 @@
 //! The files that a user names: a password, a key store.
 
 use super::key_store::{KeyStore, MAX_KEY_STORE_TEXT};
-use super::{Crypt, Filters, Secret, Unallocated};
+use super::{Crypt, Direction, Filters, Secret, Unallocated, open_filter};
 use crate::error::{Error, ErrorKind, Result};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -50,17 +50,23 @@ pub struct KeyFiles {
     pub key_store: Option<KeySource>,
     /// What shows where nothing was written.
     pub unallocated: Unallocated,
+    /// Filters of plug-ins, each with what it is told: what is written goes through them in this order, and to encryption last.
+    pub filters: Vec<(String, String)>,
 }
 
 impl KeyFiles {
-    /// The filters for the disk; none if no files were named.
+    /// The filters for the disk; none if neither files nor filters were named.
     ///
     /// # Errors
     /// Of reading, with the file; [`ErrorKind::PermissionDenied`] if the password is not the one; [`ErrorKind::InvalidArgument`] for one
     /// file without the other.
     pub fn unlock(&self) -> Result<Filters> {
+        let mut filters = Filters::showing(self.unallocated);
+        for (name, config) in &self.filters {
+            filters.add(open_filter(name, config)?, Direction::Both);
+        }
         let (password, store) = match (&self.password, &self.key_store) {
-            (None, None) => return Ok(Filters::default()),
+            (None, None) => return Ok(filters),
             (Some(password), Some(store)) => (password, store),
             _ => {
                 let what = "an encrypted disk takes a password and its key store";
@@ -70,7 +76,8 @@ impl KeyFiles {
         };
         let store = store.read()?;
         let key = store.unlock(&read_password(password)?).map_err(|e| e.at(password))?;
-        Ok(Filters::of(Arc::new(Crypt::new(store.cipher(), &key)?), self.unallocated))
+        filters.add(Arc::new(Crypt::new(store.cipher(), &key)?), Direction::Both);
+        Ok(filters)
     }
 }
 

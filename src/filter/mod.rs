@@ -1,18 +1,21 @@
 //! Filters between what a disk shows and what its images hold: each direction has its chain. They work on whole sectors of 512
 //! bytes at offsets of the virtual disk, in memory of our own, never in the guest's.
 //!
-//! The one kind there is so far is [`Crypt`], VirtualBox's disk encryption.
+//! The one kind of our own is [`Crypt`], VirtualBox's disk encryption; plug-ins bring others.
 
 mod crypt;
 mod key_files;
 mod key_store;
 mod locked;
+mod registered;
 mod xts;
 
 pub use crypt::Crypt;
 pub use key_files::{KeyFiles, KeySource, read_key_store, read_password, unlock, write_key_store};
 pub use key_store::{Cipher, KDF_MILLIS, KeyStore, iterations_for};
 pub use locked::{MAX_SECRET_BYTES, Secret};
+pub use registered::{FilterInfo, filter_info, filter_info_one, open_filter};
+pub(crate) use registered::{register, unregister};
 pub use xts::Xts;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -34,6 +37,11 @@ pub trait Filter: Send + Sync + Debug {
 
     /// The reverse.
     fn on_read(&self, at: GuestOffset, bytes: &mut [u8]);
+
+    /// It may make zeros of what a guest writes, so that a sector of zeros may be one that was written.
+    fn may_write_zeros(&self) -> bool {
+        false
+    }
 }
 
 /// What a sector shows in which the images hold nothing but zeros: it was never written, or is not needed any more.
@@ -77,9 +85,16 @@ pub struct Filters {
 }
 
 impl Filters {
+    /// No filter yet.
+    pub fn showing(unallocated: Unallocated) -> Filters {
+        Filters { unallocated, ..Filters::default() }
+    }
+
     /// One filter in both directions.
     pub fn of(filter: Arc<dyn Filter>, unallocated: Unallocated) -> Filters {
-        Filters { read: vec![filter.clone()], write: vec![filter], unallocated }
+        let mut filters = Self::showing(unallocated);
+        filters.add(filter, Direction::Both);
+        filters
     }
 
     /// No filter in either direction.
@@ -87,8 +102,12 @@ impl Filters {
         self.read.is_empty() && self.write.is_empty()
     }
 
-    /// Adds a filter, the newest of its directions.
+    /// Adds a filter, the newest of its directions. One that may make zeros of what is written shows in unallocated space what it makes of
+    /// zeros: the two cannot be told apart.
     pub fn add(&mut self, filter: Arc<dyn Filter>, direction: Direction) {
+        if filter.may_write_zeros() {
+            self.unallocated = Unallocated::VirtualBox;
+        }
         if direction.reads() {
             self.read.push(filter.clone());
         }

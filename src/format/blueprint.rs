@@ -64,7 +64,7 @@ impl NewImage {
     }
 
     /// Refuses options other than these.
-    pub(super) fn only_options(&self, known: &[NewOption]) -> Result<()> {
+    pub(crate) fn only_options(&self, known: &[NewOption]) -> Result<()> {
         let is_known = |k: &str| known.iter().any(|o| o.key.eq_ignore_ascii_case(k));
         let Some((k, _)) = self.options.iter().find(|(k, _)| !is_known(k)) else { return Ok(()) };
         let e = refused(format!("unknown option '{k}'"));
@@ -76,7 +76,7 @@ impl NewImage {
     }
 
     /// Refuses what the format has no place for.
-    pub(super) fn without(&self, format: Format, what: &str, given: bool) -> Result<()> {
+    pub(crate) fn without(&self, format: Format, what: &str, given: bool) -> Result<()> {
         if given {
             return Err(refused(format!("{format} images have no {what}")));
         }
@@ -188,7 +188,7 @@ impl std::fmt::Debug for NewFile {
 
 impl Blueprint {
     /// An image of one file.
-    pub(super) fn single(
+    pub(crate) fn single(
         len: u64,
         preallocate: Option<(HostOffset, u64)>,
         pieces: impl IntoIterator<Item = (HostOffset, Vec<u8>), IntoIter: Send + 'static>,

@@ -1,7 +1,7 @@
 //! Which format a file has. Nothing is ever taken for raw because nothing else matched: a guest that owns a
 //! raw disk can write any signature into it, and would then choose how its host reads the file.
 
-use super::Format;
+use super::{Format, registered};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{ByteSource, DeviceType, HostOffset};
 use std::path::Path;
@@ -154,10 +154,11 @@ fn describes_a_machine(path: &Path, source: &dyn ByteSource) -> Result<bool> {
 /// The format the extension names, in any case.
 pub fn extension_format(path: &Path) -> Option<Format> {
     let extension = path.extension()?.to_str()?.to_ascii_lowercase();
-    Format::ALL.into_iter().find(|f| f.extensions().contains(&extension.as_str()))
+    Format::all().into_iter().find(|f| f.extensions().contains(&extension.as_str()))
 }
 
-/// The format whose signature the contents bear. Never [`Format::Raw`].
+/// The format whose signature the contents bear. Never [`Format::Raw`]. Formats that are registered are asked after our own, so that
+/// none of them takes away a file that would be read without it.
 ///
 /// # Errors
 /// Those of reading; a file too short for a signature has none.
@@ -168,14 +169,17 @@ pub fn signature(source: &dyn ByteSource) -> Result<Option<Format>> {
     if let Some(format) = signature_of_head(&head) {
         return Ok(Some(format));
     }
-    let Some(foot_at) = source.len().checked_sub(HEAD_BYTES) else { return Ok(None) };
-    let mut foot = [0; 8];
+    let foot_at = source.len().saturating_sub(HEAD_BYTES);
+    let mut foot = vec![0; head.len()];
     source.read_at(HostOffset(foot_at), &mut foot)?;
-    Ok(match &foot {
-        b"conectix" => Some(Format::Vhd),
-        [b'k', b'o', b'l', b'y', ..] => Some(Format::Dmg),
-        _ => None,
-    })
+    if len == HEAD_BYTES {
+        match foot.first_chunk() {
+            Some(b"conectix") => return Ok(Some(Format::Vhd)),
+            Some([b'k', b'o', b'l', b'y', ..]) => return Ok(Some(Format::Dmg)),
+            _ => {}
+        }
+    }
+    Ok(registered::probe(&head, &foot, source.len()).map(Format::Registered))
 }
 
 fn signature_of_head(head: &[u8]) -> Option<Format> {

@@ -18,6 +18,7 @@ mod qcow;
 pub mod qcow2;
 mod qed;
 pub mod raw;
+mod registered;
 mod relink;
 mod report;
 mod sector_bits;
@@ -34,6 +35,8 @@ pub use blueprint::{
 };
 pub use detect::{RAW_EXTENSIONS, detect, device_type, extension_format, is_optical_name, signature};
 pub use properties::{Chs, Properties, Property, set_properties};
+pub use registered::Registered;
+pub(crate) use registered::{NewFormat, register, unregister};
 pub use report::{CheckReport, Finding, Repair, Severity};
 pub use spare::Spare;
 pub use steps::FileStep;
@@ -68,10 +71,12 @@ pub enum Format {
     Dmg,
     /// A CD: a cue sheet and the files it names.
     Cue,
+    /// One that a plug-in has brought (docs/plugins.md).
+    Registered(Registered),
 }
 
 impl Format {
-    /// Every format, in the order users read them in messages.
+    /// Every format of our own, in the order users read them in messages.
     pub const ALL: [Format; 11] = [
         Format::Raw,
         Format::Vdi,
@@ -85,6 +90,11 @@ impl Format {
         Format::Dmg,
         Format::Cue,
     ];
+
+    /// Every format there is now: our own, and behind them those of plug-ins, the oldest first.
+    pub fn all() -> Vec<Format> {
+        Self::ALL.into_iter().chain(registered::all().into_iter().map(Format::Registered)).collect()
+    }
 
     /// The name for options and output, lower case.
     pub fn name(self) -> &'static str {
@@ -100,6 +110,7 @@ impl Format {
             Format::Parallels => "parallels",
             Format::Dmg => "dmg",
             Format::Cue => "cue",
+            Format::Registered(r) => r.name(),
         }
     }
 
@@ -118,6 +129,7 @@ impl Format {
             Format::Parallels => &["hdd", "hds", "parallels"],
             Format::Dmg => &["dmg"],
             Format::Cue => &["cue"],
+            Format::Registered(r) => r.extensions(),
         }
     }
 
@@ -148,6 +160,11 @@ impl Format {
         self.driver().options
     }
 
+    /// [`repair`] puts right what [`check`] finds.
+    pub fn can_be_repaired(self) -> bool {
+        self.driver().repair.is_some()
+    }
+
     /// [`compact`] takes from its images what they need not keep.
     pub fn can_be_compacted(self) -> bool {
         self.driver().compact.is_some()
@@ -167,6 +184,7 @@ impl Format {
             Format::Dmg => &dmg::DRIVER,
             Format::Cue => &cue::DRIVER,
             Format::Qed => &qed::DRIVER,
+            Format::Registered(r) => r.driver(),
         }
     }
 
@@ -184,6 +202,7 @@ impl Format {
             Format::Parallels => "Parallels",
             Format::Dmg => "DMG",
             Format::Cue => "CUE",
+            Format::Registered(r) => r.title(),
         }
     }
 }
@@ -203,8 +222,9 @@ impl FromStr for Format {
         if lower == "vpc" {
             return Ok(Format::Vhd);
         }
-        Self::ALL.into_iter().find(|f| f.name() == lower).ok_or_else(|| {
-            let names: Vec<_> = Self::ALL.iter().map(|f| f.name()).collect();
+        let all = Self::all();
+        all.iter().find(|f| f.name() == lower).copied().ok_or_else(|| {
+            let names: Vec<_> = all.iter().map(|f| f.name()).collect();
             Error::new(ErrorKind::InvalidArgument, format!("unknown format '{name}'"))
                 .hint(format!("one of: {}", names.join(", ")))
         })
@@ -248,25 +268,32 @@ pub struct Reference {
 
 type Files<'a> = &'a [ImageFile<'a>];
 type Steps = Result<Vec<FileStep>>;
-type Named = fn(&dyn ByteSource) -> Result<Vec<Reference>>;
 
-/// What a format can do, a function each.
-#[derive(Debug)]
+type Open = dyn Fn(Files<'_>, OpenHow) -> Result<Box<dyn ImageMap>> + Send + Sync;
+type Named = dyn Fn(&dyn ByteSource) -> Result<Vec<Reference>> + Send + Sync;
+type Check = dyn Fn(Files<'_>) -> Result<CheckReport> + Send + Sync;
+type Mend = dyn Fn(Files<'_>) -> Result<Repair> + Send + Sync;
+type Compact = dyn Fn(Files<'_>, &Spare) -> Steps + Send + Sync;
+type Resize = dyn Fn(Files<'_>, u64) -> Steps + Send + Sync;
+type Relink = dyn Fn(Files<'_>, Option<&NewParent>) -> Steps + Send + Sync;
+type Make = dyn Fn(&NewImage) -> Result<Blueprint> + Send + Sync;
+
+/// What a format can do, a function each: constants of the formats here, closures of those that are registered.
 struct Driver {
-    open: fn(Files<'_>, OpenHow) -> Result<Box<dyn ImageMap>>,
+    open: &'static Open,
     /// The further files; `None`: there never are any.
-    references: Option<Named>,
+    references: Option<&'static Named>,
     /// `None`: there is nothing that could be wrong.
-    check: Option<fn(Files<'_>) -> Result<CheckReport>>,
-    repair: Option<fn(Files<'_>) -> Result<Repair>>,
+    check: Option<&'static Check>,
+    repair: Option<&'static Mend>,
     /// `None`: nothing is taken from it.
-    compact: Option<fn(Files<'_>, &Spare) -> Steps>,
+    compact: Option<&'static Compact>,
     /// `None`: the disk keeps its size.
-    resize: Option<fn(Files<'_>, u64) -> Steps>,
+    resize: Option<&'static Resize>,
     /// `None`: the parent's name stays what it is.
-    relink: Option<fn(Files<'_>, Option<&NewParent>) -> Steps>,
+    relink: Option<&'static Relink>,
     /// `None`: none can be made.
-    blueprint: Option<fn(&NewImage) -> Result<Blueprint>>,
+    blueprint: Option<&'static Make>,
     /// Those that `blueprint` takes.
     options: &'static [NewOption],
     /// `None`: what its images say of themselves, if anything, stays what it is.

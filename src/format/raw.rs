@@ -21,7 +21,7 @@ const LENGTHEN: PlanToken = PlanToken(0);
 
 /// Raw as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         Ok(Box::new(RawMap::open(source, id, how)?))
     },
@@ -29,9 +29,9 @@ pub(super) const DRIVER: Driver = Driver {
     check: None,
     repair: None,
     compact: None,
-    resize: Some(resize),
+    resize: Some(&resize),
     relink: None,
-    blueprint: Some(blueprint),
+    blueprint: Some(&blueprint),
     options: &[],
     properties: None,
 };

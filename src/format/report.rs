@@ -68,7 +68,7 @@ impl CheckReport {
     }
 
     /// One more finding.
-    pub(super) fn add(&mut self, severity: Severity, repairable: bool, text: String) {
+    pub(crate) fn add(&mut self, severity: Severity, repairable: bool, text: String) {
         match severity {
             Severity::Corruption => self.corruptions += 1,
             Severity::Leak => self.leaks += 1,

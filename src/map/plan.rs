@@ -170,33 +170,44 @@ impl Plan {
         self
     }
 
-    /// Checks rule O1 (docs/crash-model.md): a pointer is handed to the kernel only if what it names is clean,
+    /// The rule of docs/crash-model.md that the plan breaks. O1: a pointer is handed to the kernel only if what it names is clean,
     /// or after a sync behind the last write of data.
-    ///
-    /// # Panics
-    /// On a plan that breaks the rule: a format is wrong, and running it could lose data.
-    pub fn assert_ordered(&self) {
+    pub fn broken_rule(&self) -> Option<&'static str> {
         let (mut unsynced_data, mut holds) = (false, false);
         for step in &self.steps {
+            let pointer = |op: &MetaOp| matches!(op, MetaOp::Entry { pointer: true, .. });
             match step {
                 Step::Guest { .. } | Step::Block { .. } | Step::Move { .. } | Step::Extend { .. } => {
                     unsynced_data = true;
                 }
-                Step::Sync { .. } => {
-                    assert!(!holds, "a sync that waits for itself: {self:?}");
-                    unsynced_data = false;
-                }
+                Step::Sync { .. } if holds => return Some("a sync that waits for itself"),
+                Step::Sync { .. } => unsynced_data = false,
                 Step::HoldSyncs { .. } => holds = true,
-                Step::Through { op, .. } => {
-                    assert!(holds, "beside a sync: {self:?}");
-                    assert!(!matches!(op, MetaOp::Entry { pointer: true, .. }), "an entry that nobody gates");
+                Step::Through { .. } | Step::SyncLength { .. } if !holds => {
+                    return Some("written through beside a sync");
                 }
-                Step::Meta { op: MetaOp::Entry { pointer: true, .. }, .. } => {
-                    assert!(self.clean || !unsynced_data, "O1: pointer before its data is durable: {self:?}");
+                Step::Through { op, .. } if pointer(op) => return Some("an entry that nobody gates"),
+                Step::Meta { op, .. } if pointer(op) && unsynced_data && !self.clean => {
+                    return Some("O1: pointer before its data is durable");
                 }
-                Step::SyncLength { .. } => assert!(holds, "beside a sync: {self:?}"),
-                Step::Meta { .. } | Step::Truncate { .. } | Step::Punch { .. } | Step::Barrier => {}
+                Step::Meta { .. }
+                | Step::Through { .. }
+                | Step::SyncLength { .. }
+                | Step::Truncate { .. }
+                | Step::Punch { .. }
+                | Step::Barrier => {}
             }
+        }
+        None
+    }
+
+    /// Checks what [`Self::broken_rule`] tells.
+    ///
+    /// # Panics
+    /// On a plan that breaks a rule: a format is wrong, and running it could lose data.
+    pub fn assert_ordered(&self) {
+        if let Some(rule) = self.broken_rule() {
+            panic!("{rule}: {self:?}");
         }
     }
 }

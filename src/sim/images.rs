@@ -66,10 +66,14 @@ pub enum Kind {
     Qcow,
     /// One over a parent full of data; a table has several clusters.
     QcowDiff,
+    /// An image of a format that is registered, without a parent.
+    Other(Format),
+    /// The same over a VDI full of data.
+    OtherDiff(Format),
 }
 
 impl Kind {
-    /// All of them.
+    /// All of our own formats.
     pub const ALL: [Kind; 21] = [
         Kind::Raw,
         Kind::Vdi,
@@ -118,6 +122,7 @@ impl Kind {
             Kind::QedDiff => "qed-diff",
             Kind::Qcow => "qcow",
             Kind::QcowDiff => "qcow-diff",
+            Kind::Other(f) | Kind::OtherDiff(f) => f.name(),
         }
     }
 
@@ -135,6 +140,7 @@ impl Kind {
                 | Kind::Qcow2Diff
                 | Kind::QedDiff
                 | Kind::QcowDiff
+                | Kind::OtherDiff(_)
         )
     }
 
@@ -151,6 +157,8 @@ impl Kind {
             // both levels, and data between and behind them
             Format::Qed => 4096..64 << 10,
             Format::Qcow => 512..16 << 10,
+            // of the example: the header, and what fits into one page
+            Format::Registered(_) => 0..8192,
             _ => 1 << 20..DATA,
         }
     }
@@ -172,6 +180,7 @@ impl Kind {
             Kind::Qcow2 | Kind::Qcow2Diff => Format::Qcow2,
             Kind::Qed | Kind::QedDiff => Format::Qed,
             Kind::Qcow | Kind::QcowDiff => Format::Qcow,
+            Kind::Other(f) | Kind::OtherDiff(f) => f,
         }
     }
 }
@@ -269,12 +278,13 @@ fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>
             let cluster = block.min(16 << 10);
             vec![option("cluster_size", &cluster.to_string()), option("table_entries", "8192")]
         }
+        Format::Registered(_) => vec![option("block_size", &block.to_string())],
         _ => Vec::new(),
     };
     options.extend((kind == Kind::VmdkZeroed).then(|| option("zeroed_grain", "on")));
     let extent = (size / 3).next_multiple_of(block);
     options.extend((kind == Kind::VmdkSplit).then(|| option("extent_size", &extent.to_string())));
-    let has_uuid = matches!(format, Format::Vdi | Format::Vhd | Format::Vmdk);
+    let has_uuid = matches!(format, Format::Vdi | Format::Vhd | Format::Vmdk | Format::Registered(_));
     let blueprint = format::blueprint(
         format,
         &NewImage {

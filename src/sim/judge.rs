@@ -100,7 +100,7 @@ impl Judge {
         if report.corruptions > 0 {
             return Err(format!("opens, and is corrupt: {:?}", report.findings));
         }
-        if self.stats.states.is_multiple_of(self.deep_every) {
+        if self.stats.states.is_multiple_of(self.deep_every) && format.can_be_repaired() {
             let repaired = self.repair(images, state)?;
             if images.view(&repaired).map_err(|e| e.to_string())? != seen {
                 return Err("a repair changed what the guest sees".into());

@@ -7,6 +7,7 @@ mod encrypted;
 mod failing;
 mod faults;
 mod merging;
+mod plugins;
 mod powercut;
 mod properties;
 mod rebasing;

@@ -2,7 +2,7 @@
 
 use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
-use vdblk::filter::{KeyFiles, KeySource, Unallocated};
+use vdblk::filter::{KeyFiles, KeySource, Unallocated, filter_info_one};
 
 /// Keys of an encrypted disk. Never a password itself: everybody on the host can read command lines.
 #[derive(Clone, Debug, Default, Args)]
@@ -18,6 +18,17 @@ pub(crate) struct Keys {
     /// What an encrypted disk shows where nothing was ever written
     #[arg(long, value_enum, default_value_t)]
     pub(crate) unallocated: Shown,
+    /// Filter what the disk shows through this filter of a plug-in (repeatable: what is written goes through them in this order, and to
+    /// encryption last); vdimg formats lists them
+    #[arg(long, value_name = "NAME[=TEXT]", value_parser = filter)]
+    pub(crate) filter: Vec<(String, String)>,
+}
+
+/// The name of a filter, and what it is told.
+pub(crate) fn filter(text: &str) -> Result<(String, String), String> {
+    let (name, config) = text.split_once('=').unwrap_or((text, ""));
+    filter_info_one(name).map_err(|e| e.to_string())?;
+    Ok((name.to_string(), config.to_string()))
 }
 
 /// What unallocated space shows.
@@ -46,6 +57,7 @@ impl Keys {
             password: self.password_file.clone(),
             key_store: self.key_store.clone().map(KeySource::File),
             unallocated: self.unallocated.into(),
+            filters: self.filter.clone(),
         }
     }
 }

@@ -17,6 +17,7 @@ pub(crate) mod medium;
 #[path = "args/properties.rs"]
 mod properties;
 
+use super::plugins::Plugins;
 use super::terminal::ShowProgress;
 pub(crate) use bytes::{Bench, Cat, Dd};
 pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize};
@@ -42,6 +43,8 @@ pub(crate) struct Cli {
     /// How the progress of what takes long is told on standard error.
     #[arg(long, global = true, value_enum, default_value_t)]
     pub(crate) progress: ShowProgress,
+    #[command(flatten)]
+    _plugins: Plugins,
 }
 
 const COMPLETIONS: &str = "\

@@ -25,6 +25,7 @@ fn open(args: &Compare) -> Result<[OpenedDisk; 2]> {
             password_file: args.password_file2.clone(),
             key_store: args.key_store2.clone(),
             unallocated: args.image.keys.unallocated,
+            filter: args.filter2.clone(),
         },
     };
     let a = open_disk(&args.image.open(&args.first, args.snapshot.snapshot.as_ref(), args.lock)?)?;

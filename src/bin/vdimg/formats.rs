@@ -5,13 +5,16 @@ use super::terminal::print;
 use serde_json::json;
 use std::fmt::Write;
 use vdblk::Result;
-use vdblk::container::{BackendCaps, BackendInfo, backend_info};
+use vdblk::container::{BackendCaps, BackendInfo, FilterInfo, backend_info, filter_info};
 use vdblk::format::Property;
 
 pub(crate) fn run(args: &Formats) -> Result<u8> {
     let all = backend_info();
     let text = match args.output {
-        Output::Human => all.iter().map(human).collect::<Vec<_>>().join("\n"),
+        Output::Human => {
+            let filters = filter_info();
+            all.iter().map(human).chain([filters_for_people(&filters)]).collect::<Vec<_>>().join("\n")
+        }
         Output::Json => {
             let values: Vec<_> = all.iter().map(value).collect();
             serde_json::to_string_pretty(&values).expect("texts and numbers") + "\n"
@@ -48,6 +51,7 @@ fn value(b: &BackendInfo) -> serde_json::Value {
         "extensions": extensions,
         "options": config,
         "properties": properties(b),
+        "plugin": b.plugin,
     })
 }
 
@@ -63,8 +67,24 @@ fn human(b: &BackendInfo) -> String {
         let _ = writeln!(t, "  option: {}, {}{default}", k.key, k.value.name());
     }
     let kept = properties(b);
+    if let Some(file) = b.plugin {
+        let _ = writeln!(t, "  plug-in: {file}");
+    }
     if !kept.is_empty() {
         let _ = writeln!(t, "  says of itself: {}", kept.join(", "));
+    }
+    t
+}
+
+/// The filters there are, a line each.
+fn filters_for_people(filters: &[FilterInfo]) -> String {
+    let mut t = String::new();
+    for f in filters {
+        let from = f.origin.as_ref().map_or_else(
+            || "encryption as VirtualBox does it: --password-file FILE --key-store FILE".into(),
+            |file| format!("--filter {}[=TEXT], plug-in: {file}", f.name),
+        );
+        let _ = writeln!(t, "filter {}: {from}", f.name);
     }
     t
 }

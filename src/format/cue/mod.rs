@@ -10,8 +10,8 @@ use super::{Driver, Reference};
 
 /// CUE as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| Ok(Box::new(CueMap::open(files, how)?)),
-    references: Some(|source| {
+    open: &|files, how| Ok(Box::new(CueMap::open(files, how)?)),
+    references: Some(&|source| {
         let files = sheet::Sheet::read(source)?.files;
         Ok(files.into_iter().map(|f| Reference { name: f.name, writable: false, is_device: false }).collect())
     }),

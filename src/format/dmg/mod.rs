@@ -11,7 +11,7 @@ use super::{Driver, ImageFile, only};
 
 /// DMG as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         Ok(Box::new(DmgMap::open(source, id, how)?))
     },

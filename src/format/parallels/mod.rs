@@ -17,18 +17,18 @@ use super::{Driver, ImageFile, only};
 
 /// Parallels as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         Ok(Box::new(ParallelsMap::open(source, id, how)?))
     },
     references: None,
-    check: Some(|files| check::check(only(files).source)),
-    repair: Some(|files| repair::repair(only(files).source)),
-    compact: Some(|files, spare| compact::compact(only(files).source, spare)),
-    resize: Some(|files, size| resize::resize(only(files).source, size)),
+    check: Some(&|files| check::check(only(files).source)),
+    repair: Some(&|files| repair::repair(only(files).source)),
+    compact: Some(&|files, spare| compact::compact(only(files).source, spare)),
+    resize: Some(&|files, size| resize::resize(only(files).source, size)),
     // its images do not say that they have one
-    relink: Some(|_, _| Ok(Vec::new())),
-    blueprint: Some(create::blueprint),
+    relink: Some(&|_, _| Ok(Vec::new())),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: None,
 };

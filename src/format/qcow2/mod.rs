@@ -18,17 +18,17 @@ use super::{Driver, ImageFile, only};
 
 /// QCOW2 as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         Ok(Box::new(Qcow2Map::open(source, id, how)?))
     },
     references: None,
-    check: Some(|files| check(only(files).source)),
-    repair: Some(|files| repair(only(files).source)),
+    check: Some(&|files| check(only(files).source)),
+    repair: Some(&|files| repair(only(files).source)),
     compact: None,
-    resize: Some(|files, size| resize::resize(only(files).source, size)),
-    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
-    blueprint: Some(create::blueprint),
+    resize: Some(&|files, size| resize::resize(only(files).source, size)),
+    relink: Some(&|files, parent| relink::relink(only(files).source, parent)),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: None,
 };

@@ -11,7 +11,7 @@ use crate::map::ByteSource;
 
 /// QED as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         let header = header::Header::read(source)?;
         let geometry = header.geometry(source.len())?;
@@ -25,12 +25,12 @@ pub(super) const DRIVER: Driver = Driver {
         Ok(Box::new(LevelMap::open(source, id, how, header)?))
     },
     references: None,
-    check: Some(|files| levels::check(only(files).source, examine)),
-    repair: Some(|files| levels::repair(only(files).source, examine)),
+    check: Some(&|files| levels::check(only(files).source, examine)),
+    repair: Some(&|files| levels::repair(only(files).source, examine)),
     compact: None,
     resize: None,
-    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
-    blueprint: Some(create::blueprint),
+    relink: Some(&|files, parent| relink::relink(only(files).source, parent)),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: None,
 };

@@ -26,17 +26,17 @@ use super::{Driver, ImageFile, only};
 
 /// VDI as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         Ok(Box::new(VdiMap::open(source, id, how)?))
     },
     references: None,
-    check: Some(|files| check(only(files).source)),
-    repair: Some(|files| repair(only(files).source)),
-    compact: Some(|files, spare| compact::compact(only(files).source, spare)),
-    resize: Some(|files, size| resize::resize(only(files).source, size)),
-    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
-    blueprint: Some(create::blueprint),
+    check: Some(&|files| check(only(files).source)),
+    repair: Some(&|files| repair(only(files).source)),
+    compact: Some(&|files, spare| compact::compact(only(files).source, spare)),
+    resize: Some(&|files, size| resize::resize(only(files).source, size)),
+    relink: Some(&|files, parent| relink::relink(only(files).source, parent)),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: Some(Keeper {
         keeps: properties::KEEPS,

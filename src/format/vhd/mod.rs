@@ -29,14 +29,14 @@ use map::VhdMap;
 
 /// VHD as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| open(only(files), how),
+    open: &|files, how| open(only(files), how),
     references: None,
-    check: Some(|files| check::check(only(files).source)),
-    repair: Some(|files| repair::repair(only(files).source)),
-    compact: Some(|files, spare| compact::compact(only(files).source, spare)),
-    resize: Some(|files, size| resize::resize(only(files).source, size)),
-    relink: Some(|files, parent| relink::relink(only(files).source, parent)),
-    blueprint: Some(create::blueprint),
+    check: Some(&|files| check::check(only(files).source)),
+    repair: Some(&|files| repair::repair(only(files).source)),
+    compact: Some(&|files, spare| compact::compact(only(files).source, spare)),
+    resize: Some(&|files, size| resize::resize(only(files).source, size)),
+    relink: Some(&|files, parent| relink::relink(only(files).source, parent)),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: Some(Keeper {
         keeps: properties::KEEPS,

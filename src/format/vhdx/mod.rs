@@ -23,17 +23,17 @@ use map::VhdxMap;
 
 /// VHDX as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| {
+    open: &|files, how| {
         let ImageFile { id, source } = only(files);
         Ok(Box::new(VhdxMap::open(source, id, how)?))
     },
     references: None,
-    check: Some(|files| check::check(only(files).source)),
-    repair: Some(|files| repair::repair(only(files).source)),
+    check: Some(&|files| check::check(only(files).source)),
+    repair: Some(&|files| repair::repair(only(files).source)),
     compact: None,
     resize: None,
     relink: None,
-    blueprint: Some(create::blueprint),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: Some(Keeper {
         keeps: properties::KEEPS,

@@ -30,14 +30,14 @@ use super::properties::Keeper;
 
 /// VMDK as one of the formats.
 pub(super) const DRIVER: Driver = Driver {
-    open: |files, how| Ok(Box::new(open::open(files, how)?)),
-    references: Some(open::references),
-    check: Some(check::check),
-    repair: Some(repair::repair),
-    compact: Some(compact::compact),
-    resize: Some(resize::resize),
-    relink: Some(relink::relink),
-    blueprint: Some(create::blueprint),
+    open: &|files, how| Ok(Box::new(open::open(files, how)?)),
+    references: Some(&open::references),
+    check: Some(&check::check),
+    repair: Some(&repair::repair),
+    compact: Some(&compact::compact),
+    resize: Some(&resize::resize),
+    relink: Some(&relink::relink),
+    blueprint: Some(&create::blueprint),
     options: &create::OPTIONS,
     properties: Some(Keeper { keeps: properties::KEEPS, plan: properties::set }),
 };

@@ -87,6 +87,9 @@ pub(crate) struct Compare {
     /// Key store of the second image, as --key-store.
     #[arg(long, value_name = "FILE", requires = "password_file2")]
     pub(crate) key_store2: Option<PathBuf>,
+    /// Filter the second image through this filter of a plug-in, as --filter (repeatable).
+    #[arg(long, value_name = "NAME[=TEXT]", value_parser = super::super::keys::filter)]
+    pub(crate) filter2: Vec<(String, String)>,
     /// A folder to search parents of the second image in, as --parent-dir (repeatable).
     #[arg(long = "parent-dir2", value_name = "DIR", value_parser = existing_dir)]
     pub(crate) parent_dirs2: Vec<PathBuf>,
