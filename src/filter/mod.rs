@@ -82,6 +82,12 @@ impl Filters {
         Filters { read: vec![filter.clone()], write: vec![filter], unallocated }
     }
 
+    /// The same filters, which show something else where nothing was written.
+    #[must_use]
+    pub fn showing(self, unallocated: Unallocated) -> Filters {
+        Filters { unallocated, ..self }
+    }
+
     /// No filter in either direction.
     pub fn is_empty(&self) -> bool {
         self.read.is_empty() && self.write.is_empty()
