@@ -56,6 +56,7 @@ pub use rebase::{Rebase, rebase_image};
 pub use recrypt::{
     DiskKey, Into as RecryptInto, Recrypt, RecryptJob, Task as RecryptTask, is_unfinished, recrypt,
 };
+pub(crate) use relocate::link_or_copy;
 pub use relocate::{MoveImage, move_image};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};

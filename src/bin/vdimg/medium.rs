@@ -351,7 +351,10 @@ impl At<'_> {
         let find = |m: &String| self.registry.find(m);
         match what {
             What::Detach(a) => find(&a.medium)?.detach(a.machine, a.snapshot)?,
-            What::Move { medium, to } => self.registry.move_to(find(medium)?.id(), &from_here(to)?)?,
+            What::Move { medium, to } => {
+                let (id, to) = (find(medium)?.id(), from_here(to)?);
+                terminal::watched(|watch| Ok(self.registry.move_to(id, &to, watch)?))?;
+            }
             What::SetLocation { medium, to } => find(medium)?.set_location(&from_here(to)?)?,
             What::Set(a) => self.set(&find(&a.medium)?, &a.changes)?,
             What::Close { medium } => find(medium)?.close()?,
