@@ -14,9 +14,10 @@ Left out, for VirtualBox does not do it, or not so that one could compare (docs/
   - zeros in QEDs: vdblk, like QEMU, writes the mark for a cluster of zeros, of which VirtualBox knows nothing: it shows the bytes
     from byte 1 of the file on instead
   - merging upwards into images without a UUID for their parent, and downwards beneath such: VirtualBox fails with VERR_NOT_SUPPORTED
-  - HONOR_SAME of VMDKs: of a grain of which a part is written VirtualBox then loses what is beneath
+  - HONOR_SAME over parents: of a block of which a part is written VirtualBox then loses what is beneath
   - diffs of formats that name parents by UUID over those that have none; VMDKs whose parent is merged into what lies beneath: VirtualBox
-    leaves the old parent's UUID in them (and then fails to set their own: VERR_BUFFER_OVERFLOW)
+    leaves the old parent's UUID in them (and then fails to set their own: VERR_BUFFER_OVERFLOW); VHDs in the same place: it crashes
+  - merging upwards into VHDs: VirtualBox then shows something else than before
   - comments of several lines: VirtualBox's VMDKs lose the ends of the lines
   - the size that VirtualBox shows after a resize: it is the old one until the image is opened again, so it is
   - UUIDs of images on which others stand: vdblk refuses to change them
@@ -145,7 +146,9 @@ class Sequence:
         low, high = min(source, target), max(source, target)
         if low > 0 and child and self.chain[low - 1][0] not in NAMING and target > source:
             return
-        if child and target < source and (self.chain[target][0] not in NAMING or child[0] == "VMDK"):
+        if child and target < source and (self.chain[target][0] not in NAMING or child[0] != "VDI"):
+            return
+        if target > source and self.chain[target][0] == "VHD":
             return
         self.chain[low:high + 1] = [self.chain[target]]
         self.models[low:high + 1] = [self.models[high]]
@@ -165,7 +168,7 @@ class Sequence:
             self.add("open", fmt, name, {"open": READ_ONLY}, look=False)
         fmt, name, _ = self.chain[-1]
         self.flags = self.rng.choice([0, 0, HONOR_SAME, HONOR_ZEROES, HONOR_SAME | HONOR_ZEROES])
-        if fmt == "VMDK":
+        if len(self.chain) > 1:
             self.flags &= ~HONOR_SAME
         if fmt == "VDI" and self.rng.random() < 0.5:
             self.flags |= DISCARD

@@ -145,6 +145,11 @@ pub(crate) fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
     open_channel_over(EngineKind::Auto, disk, lanes)
 }
 
+/// The same for callers of several threads, one at a time: a ring belongs to the first thread that submits to it.
+pub(crate) fn open_shared_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+    open_channel_over(EngineKind::Threads, disk, lanes)
+}
+
 /// The same over an engine of this kind.
 fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
     let chosen = make_engine(kind, ENGINE_DEPTH)?;

@@ -109,7 +109,7 @@ pub(crate) enum Command {
     /// Tell in which ranges two disks differ. Exit status: 0 they are equal, 1 different, 2 error.
     #[command(after_help = look::DIFF)]
     Diff(Diff),
-    /// Look for damage in one image. Exit status: 0 clean, 2 corrupt, 3 leaks only, 63 its format has nothing to check, 1 error.
+    /// Look for damage in one image. Exit status: 0 clean, 2 corrupt, 3 leaks only, 1 error.
     #[command(after_help = look::CHECK)]
     Check(Check),
     /// Put right what check finds; bytes that belong to no block are given up, and named. Exit status: 0 clean now,

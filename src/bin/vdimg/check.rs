@@ -9,9 +9,6 @@ use vdblk::Result;
 use vdblk::format::{CheckReport, Format, Severity};
 use vdblk::job::{Checked, Repaired, check_cache, check_image_with, repair_image_with};
 
-/// Exit status for formats that cannot be checked, as qemu-img's.
-const NOTHING_TO_CHECK: u8 = 63;
-
 pub(crate) fn check(args: &Check) -> Result<u8> {
     let named = args.image.format.is_some();
     if let (false, Some(report)) = (named, check_cache(&args.file, args.lock.wait())?) {
@@ -27,9 +24,9 @@ pub(crate) fn check(args: &Check) -> Result<u8> {
         check_image_with(&args.image.spec(&args.file), args.lock.wait(), allow_raw_device)?
     };
     if report.is_none() && args.output == Output::Human {
-        return nothing_to_do(format).map(|()| NOTHING_TO_CHECK);
+        return nothing_to_do(format);
     }
-    let status = report.as_ref().map_or(NOTHING_TO_CHECK, CheckReport::exit_code);
+    let status = report.as_ref().map_or(0, CheckReport::exit_code);
     let text = match (args.output, &report) {
         (Output::Human, Some(report)) => describe(report),
         _ => json(&args.file, format.name(), report.as_ref()),
@@ -99,7 +96,7 @@ pub(crate) fn repair(args: &Repair) -> Result<u8> {
     let (wait, allow) = (args.lock.wait(), args.image.parents.allow_raw_device);
     let done = terminal::watched(|watch| repair_image_with(&spec, args.dry_run, wait, allow, watch))?;
     let (before, lines, after) = match done {
-        Repaired::NothingToRepair(format) => return nothing_to_do(format).map(|()| 0),
+        Repaired::NothingToRepair(format) => return nothing_to_do(format),
         Repaired::Report { before, lines, after } => (before, lines, after),
     };
     let mut text = describe(&before);
@@ -118,8 +115,9 @@ pub(crate) fn repair(args: &Repair) -> Result<u8> {
     Ok(after.as_ref().unwrap_or(&before).exit_code())
 }
 
-fn nothing_to_do(format: Format) -> Result<()> {
-    terminal::print(&format!("A {format} image has nothing to check.\n"))
+fn nothing_to_do(format: Format) -> Result<u8> {
+    terminal::print(&format!("A {format} image has nothing to check.\n"))?;
+    Ok(0)
 }
 
 /// Every finding a line, the sums last.

@@ -93,6 +93,34 @@ fn requests_end_when_a_container_loses_its_images() {
     assert_eq!(status(c.async_flush(done)), Status::NotOpened);
 }
 
+/// A ring of the kernel's belongs to one thread; a container to none.
+#[test]
+fn any_thread_reads_writes_flushes_and_closes() {
+    let f = Folder::new();
+    let mut c = with_base(&f, "VDI", "a.vdi", 16 * MIB);
+    c.flush().unwrap();
+    std::thread::scope(|s| {
+        for n in 0..4u64 {
+            let c = &c;
+            s.spawn(move || {
+                for i in 0..20 {
+                    let (at, data) = (n * 4 * MIB + i * (200 << 10), pattern(n * 100 + i, 150 << 10));
+                    c.write(at, &data).unwrap();
+                    c.flush().unwrap();
+                    assert!(bytes(c, at, 150 << 10) == data);
+                }
+            });
+        }
+    });
+    std::thread::spawn(move || {
+        diff(&mut c, "VDI", &f.path("b.vdi"));
+        c.write(0, &[1; 512]).unwrap();
+        c.close_all().unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
 /// VirtualBox has codes of their own for what is wrong with headers.
 #[test]
 fn headers_are_refused_with_their_format_s_code() {
