@@ -545,6 +545,7 @@ fn the_documents_name_what_is_there() {
         ("M", read("tests/medium.rs")),
         ("T", read("tests/medium_serve.rs")),
         ("N", read("tests/medium_many.rs")),
+        ("X", read("tests/medium_crypt.rs")),
     ]);
     let (mut rows, mut named) = (0, 0);
     for line in doc.lines().filter(|l| l.starts_with("| ") && !l.contains("| test |")) {

@@ -10,7 +10,7 @@ mod locked;
 mod xts;
 
 pub use crypt::Crypt;
-pub use key_files::{KeyFiles, read_key_store, read_password, unlock, write_key_store};
+pub use key_files::{KeyFiles, KeySource, read_key_store, read_password, unlock, write_key_store};
 pub use key_store::{Cipher, KDF_MILLIS, KeyStore, iterations_for};
 pub use locked::{MAX_SECRET_BYTES, Secret};
 pub use xts::Xts;

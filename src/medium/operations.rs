@@ -3,6 +3,7 @@
 use super::absolute;
 use super::check::{Facts, Question, as_error, format_named};
 use super::code::{Code, Fault, Result};
+use super::encryption;
 use super::handle::{Medium, with_extension};
 use super::intent::{self, Doomed, Intent, Link};
 use super::kinds::{MediumType, TypeFacts, allow_type, device_title};
@@ -166,6 +167,8 @@ impl Registry {
         let target = absolute(&with_extension(&new.location, DeviceType::HardDisk, new.format.name()));
         let mut r = Record::new(Uuid::new_v4(), DeviceType::HardDisk, new.format.name(), &target);
         r.description.clone_from(&new.description);
+        // What is copied is what the images hold.
+        r.properties.extend(encryption::properties_of(&chain[chain.len() - 1]));
         self.build(r, &ids(&chain), |r, staging| {
             let how = Convert {
                 source: disk_of(&chain, Some(Duration::ZERO)),

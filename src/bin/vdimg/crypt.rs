@@ -6,9 +6,8 @@ use super::terminal;
 use clap::Args;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use vdblk::filter::{
-    Cipher, Crypt, Filters, KDF_MILLIS, KeyStore, Secret, Unallocated, iterations_for, read_key_store,
+    Cipher, Filters, KDF_MILLIS, KeyStore, Secret, Unallocated, iterations_for, read_key_store,
     read_password, unlock, write_key_store,
 };
 use vdblk::format::Format;
@@ -182,18 +181,14 @@ impl New<'_> {
         let iterations = iterations_for(self.cipher, KDF_MILLIS);
         let store = KeyStore::wrap(self.cipher, key, password, iterations)?;
         write_key_store(self.key_store, &store)?;
-        disk_key(key, &store)
+        DiskKey::of(key, &store)
     }
 
     /// The key of a command that was ended.
     fn there(self) -> Result<DiskKey> {
         let (key, store) = unlock(self.key_store, self.password)?;
-        disk_key(&key, &store)
+        DiskKey::of(&key, &store)
     }
-}
-
-fn disk_key(key: &Secret, store: &KeyStore) -> Result<DiskKey> {
-    Ok(DiskKey { filter: Arc::new(Crypt::new(store.cipher(), key)?), digest: store.key_digest() })
 }
 
 pub(crate) fn encrypt(args: &Encrypt) -> Result<u8> {
@@ -204,7 +199,7 @@ pub(crate) fn encrypt(args: &Encrypt) -> Result<u8> {
 
 pub(crate) fn decrypt(args: &Decrypt) -> Result<u8> {
     let (key, store) = unlock(&args.key_store, &args.password_file)?;
-    args.what.run(Some(disk_key(&key, &store)?), None, false)?;
+    args.what.run(Some(DiskKey::of(&key, &store)?), None, false)?;
     Ok(0)
 }
 
@@ -221,6 +216,6 @@ pub(crate) fn rekey(args: &Rekey) -> Result<u8> {
         new.keep(&key, &read_password(new.password)?)?;
         return Ok(0);
     }
-    old.what.run_to_new(Some(disk_key(&key, &store)?), new, false)?;
+    old.what.run_to_new(Some(DiskKey::of(&key, &store)?), new, false)?;
     Ok(0)
 }

@@ -9,7 +9,7 @@ pub use work::RecryptJob;
 use super::create::{folder_of, remove_files};
 use super::{Watch, compare_disks};
 use crate::error::{Error, ErrorKind, Result};
-use crate::filter::{Filter, Filters, KeyChange, Unallocated};
+use crate::filter::{Crypt, Filter, Filters, KeyChange, KeyStore, Secret, Unallocated};
 use crate::format::OpenHow;
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow as OpenFile, OsFile, sync_dir};
 use crate::map::{DeviceType, FileId};
@@ -33,6 +33,16 @@ pub struct DiskKey {
     pub filter: Arc<dyn Filter>,
     /// Names it: the digest in its key store, or another that no other key has.
     pub digest: [u8; 32],
+}
+
+impl DiskKey {
+    /// The key that was in this key store.
+    ///
+    /// # Errors
+    /// If it is none of the store's cipher.
+    pub fn of(key: &Secret, store: &KeyStore) -> Result<DiskKey> {
+        Ok(DiskKey { filter: Arc::new(Crypt::new(store.cipher(), key)?), digest: store.key_digest() })
+    }
 }
 
 /// Where the result goes.
