@@ -10,10 +10,10 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use vdblk::ErrorKind;
 use vdblk::container::{
-    BackendCaps, Container, CreateBase, OpenFlags, backend_info, backend_info_one, filter_info,
-    filter_info_one, get_format, open_filter, plugin_info, plugin_load, plugin_load_dir, plugin_unload,
-    plugin_unload_dir,
+    BackendCaps, Container, CreateBase, OpenFlags, backend_info, backend_info_one, get_format, plugin_info,
+    plugin_load, plugin_load_dir, plugin_unload, plugin_unload_dir,
 };
+use vdblk::filter::{filter_info, filter_info_one, open_filter};
 use vdblk::format::Format;
 use vdblk::map::{DeviceType, GuestOffset};
 use vdimg_support::{KIB, MIB, Rng, fails, io, io_ok, ok, random_raw, scratch, vdimg};

@@ -61,7 +61,7 @@ impl KeyFiles {
     /// Of reading, with the file; [`ErrorKind::PermissionDenied`] if the password is not the one; [`ErrorKind::InvalidArgument`] for one
     /// file without the other.
     pub fn unlock(&self) -> Result<Filters> {
-        let mut filters = Filters::showing(self.unallocated);
+        let mut filters = Filters::default().showing(self.unallocated);
         for (name, config) in &self.filters {
             filters.add(open_filter(name, config)?, Direction::Both);
         }

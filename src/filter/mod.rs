@@ -85,16 +85,17 @@ pub struct Filters {
 }
 
 impl Filters {
-    /// No filter yet.
-    pub fn showing(unallocated: Unallocated) -> Filters {
-        Filters { unallocated, ..Filters::default() }
-    }
-
     /// One filter in both directions.
     pub fn of(filter: Arc<dyn Filter>, unallocated: Unallocated) -> Filters {
-        let mut filters = Self::showing(unallocated);
+        let mut filters = Filters { unallocated, ..Filters::default() };
         filters.add(filter, Direction::Both);
         filters
+    }
+
+    /// The same filters, which show something else where nothing was written.
+    #[must_use]
+    pub fn showing(self, unallocated: Unallocated) -> Filters {
+        Filters { unallocated, ..self }
     }
 
     /// No filter in either direction.

@@ -176,6 +176,7 @@ impl Registry {
                 format: new.format,
                 variant: new.variant.clone(),
                 options: Vec::new(),
+                filters: Default::default(),
                 cache: CacheMode::Writeback,
             };
             job::convert(&how, watch)?;

@@ -7,8 +7,8 @@ use clap::Args;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use vdblk::filter::{
-    Cipher, KDF_MILLIS, KeyStore, Secret, iterations_for, read_key_store, read_password, unlock,
-    write_key_store,
+    Cipher, Filters, KDF_MILLIS, KeyStore, Secret, Unallocated, iterations_for, read_key_store,
+    read_password, unlock, write_key_store,
 };
 use vdblk::format::Format;
 use vdblk::job::{self, DiskKey, RecryptInto, is_unfinished};
@@ -129,6 +129,34 @@ impl What {
             let _ = std::fs::remove_file(new.key_store);
         }
         done
+    }
+}
+
+/// The key of a new image.
+#[derive(Debug, Args)]
+pub(crate) struct NewKeys {
+    /// Encrypt the new image, with a new key: the file with its password, less one newline at its end; - for standard input.
+    #[arg(long, value_name = "FILE", requires = "new_key_store")]
+    new_password_file: Option<PathBuf>,
+    /// The new file for the key store of the new image. Keep it: without it everything in the image is lost.
+    #[arg(long, value_name = "FILE", requires = "new_password_file")]
+    new_key_store: Option<PathBuf>,
+    /// AES-XTS128-PLAIN64 or AES-XTS256-PLAIN64 [default: the latter].
+    #[arg(long, value_name = "CIPHER", requires = "new_key_store")]
+    new_cipher: Option<Cipher>,
+}
+
+impl NewKeys {
+    /// Makes an image with filters, or without if no key was asked for. The key store is there before, and goes again if that fails.
+    pub(crate) fn with_filters(&self, make: impl FnOnce(Filters) -> Result<()>) -> Result<()> {
+        let (Some(password), Some(key_store)) = (&self.new_password_file, &self.new_key_store) else {
+            return make(Filters::default());
+        };
+        let key = New { password, key_store, cipher: self.new_cipher.unwrap_or_default() }.make()?;
+        make(Filters::of(key.filter, Unallocated::Zeros)).inspect_err(|_| {
+            // What cannot be removed is told of when it is found to be there.
+            let _ = std::fs::remove_file(key_store);
+        })
     }
 }
 

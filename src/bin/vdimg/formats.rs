@@ -5,7 +5,8 @@ use super::terminal::print;
 use serde_json::json;
 use std::fmt::Write;
 use vdblk::Result;
-use vdblk::container::{BackendCaps, BackendInfo, FilterInfo, backend_info, filter_info};
+use vdblk::container::{BackendCaps, BackendInfo, backend_info};
+use vdblk::filter::{FilterInfo, filter_info};
 use vdblk::format::Property;
 
 pub(crate) fn run(args: &Formats) -> Result<u8> {

@@ -30,8 +30,8 @@ const COPY_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct DiskKey {
     /// The filter with it.
-    pub crypt: Arc<Crypt>,
-    /// Names it: the digest in its key store.
+    pub filter: Arc<dyn Filter>,
+    /// Names it: the digest in its key store, or another that no other key has.
     pub digest: [u8; 32],
 }
 
@@ -41,7 +41,7 @@ impl DiskKey {
     /// # Errors
     /// If it is none of the store's cipher.
     pub fn of(key: &Secret, store: &KeyStore) -> Result<DiskKey> {
-        Ok(DiskKey { crypt: Arc::new(Crypt::new(store.cipher(), key)?), digest: store.key_digest() })
+        Ok(DiskKey { filter: Arc::new(Crypt::new(store.cipher(), key)?), digest: store.key_digest() })
     }
 }
 
@@ -111,7 +111,7 @@ pub fn recrypt(how: &Recrypt, watch: &mut Watch<'_>) -> Result<()> {
 }
 
 fn filter_of(key: &Option<DiskKey>) -> Option<Arc<dyn Filter>> {
-    key.as_ref().map(|k| k.crypt.clone() as Arc<dyn Filter>)
+    key.as_ref().map(|k| k.filter.clone())
 }
 
 /// The images, the top first, locked.
@@ -298,7 +298,7 @@ fn fill_copy(
     // What both show has to be the same.
     let (before, after) = (chain.images[0].alone()?, copy.alone()?);
     let behind = |key: &Option<DiskKey>| {
-        key.as_ref().map_or_else(Filters::default, |k| Filters::of(k.crypt.clone(), Unallocated::Zeros))
+        key.as_ref().map_or_else(Filters::default, |k| Filters::of(k.filter.clone(), Unallocated::Zeros))
     };
     before.change_filters(|f| *f = behind(&how.from));
     after.change_filters(|f| *f = behind(&how.to));
