@@ -20,8 +20,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("job", &["error", "limits", "map", "size", "filter", "format", "io", "vd"]),
     ("container", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
     ("medium", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
-    ("sim", &["error", "limits", "probe", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
-    ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
+    ("live", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "vhost"]),
+    (
+        "sim",
+        &[
+            "error", "limits", "probe", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost",
+            "live",
+        ],
+    ),
+    ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost", "live"]),
 ];
 
 /// The only files with `unsafe` in them.
