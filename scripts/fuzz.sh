@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Fuzzes one target, guided by coverage, and stops at the first finding. Needs a nightly toolchain and cargo-fuzz.
-#   scripts/fuzz.sh chains|messages|vdi|vmdk|qcow2|vhd|parallels|levels|dmg|cue [SECONDS]      default: 900
+#   scripts/fuzz.sh chains|messages|vdi|vmdk|qcow2|vhd|parallels|levels|dmg|cue|keystore [SECONDS]      default: 900
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TARGET=${1:?which target: chains, messages, cue, or a format}
+TARGET=${1:?which target: chains, messages, cue, keystore, or a format}
 LIMIT=${2:-900}
 # bytes of a case: more only makes it slower
 case $TARGET in
-  chains | messages | cue) MAX=1024 ;;
+  chains | messages | cue | keystore) MAX=1024 ;;
   levels) MAX=98304 ;;
   *) MAX=32768 ;;
 esac

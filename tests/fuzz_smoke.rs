@@ -13,7 +13,7 @@ mod format_support {
 use common::hostile::{Choices, Random};
 use fuzz_support::effort::Effort;
 use fuzz_support::messages::{Meeting, queue_threads};
-use fuzz_support::{chains, image, mutate, one_file};
+use fuzz_support::{chains, image, key_store, mutate, one_file};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -128,6 +128,12 @@ fn any_vhd_is_served_and_repaired_or_refused() {
 #[test]
 fn any_dmg_is_served_or_refused() {
     any_image_of(Format::Dmg, 2_000);
+}
+
+#[test]
+fn any_key_store_is_read_or_refused() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    smoke("keystore", 50_000, key_store::MAX_BYTES, mutate::bytes, &key_store::run);
 }
 
 #[test]

@@ -422,20 +422,62 @@ fn move_takes_the_file_along() {
     let m = r.create(&split).unwrap();
     let before = files(dir.path());
     fs::create_dir(dir.path().join("to")).unwrap();
-    r.move_to(m.id(), &dir.path().join("to")).unwrap();
+    unwatched(|w| r.move_to(m.id(), &dir.path().join("to"), w)).unwrap();
     assert_eq!((files(dir.path()), files(&dir.path().join("to"))), (vec!["to".to_string()], before));
     assert_eq!(m.state().unwrap(), State::Created, "{:?}", m.last_access_error());
     // In the same folder its parts keep their names.
-    r.move_to(m.id(), &dir.path().join("to/renamed")).unwrap();
+    unwatched(|w| r.move_to(m.id(), &dir.path().join("to/renamed"), w)).unwrap();
     assert_eq!(m.name().unwrap(), "renamed.vmdk");
     assert_eq!(m.state().unwrap(), State::Created, "{:?}", m.last_access_error());
     let other = r.create(&new(dir.path().join("a.vdi"))).unwrap();
-    assert!(r.move_to(other.id(), &m.location().unwrap()).is_err(), "nothing is overwritten");
+    assert!(
+        unwatched(|w| r.move_to(other.id(), &m.location().unwrap(), w)).is_err(),
+        "nothing is overwritten"
+    );
     fs::write(dir.path().join("b.vdi"), "precious").unwrap();
-    assert_eq!(code(r.move_to(other.id(), &dir.path().join("b.vdi"))), Code::FileError);
+    assert_eq!(code(unwatched(|w| r.move_to(other.id(), &dir.path().join("b.vdi"), w))), Code::FileError);
     assert_eq!(fs::read_to_string(dir.path().join("b.vdi")).unwrap(), "precious");
     assert_eq!(other.state().unwrap(), State::Created);
     assert!(files(dir.path()).iter().all(|n| !n.starts_with('.')));
+}
+
+#[test]
+fn move_leaves_links_alone_and_holes_empty() {
+    let dir = scratch();
+    let r = open(dir.path());
+    let real = r.create(&new(dir.path().join("real/a.vdi"))).unwrap();
+    real.close().unwrap();
+    std::os::unix::fs::symlink("real/a.vdi", dir.path().join("link.vdi")).unwrap();
+    let m = r
+        .open_medium(&OpenMedium { location: dir.path().join("link.vdi"), ..OpenMedium::default() })
+        .unwrap();
+    // moved, it would name nothing
+    let refused = unwatched(|w| r.move_to(m.id(), &dir.path().join("to/a.vdi"), w));
+    assert_eq!(code(refused), Code::NotSupported);
+    assert_eq!(m.state().unwrap(), State::Created);
+    assert_eq!(files(dir.path()), ["link.vdi", "real"]);
+
+    let Ok(memory) = tempfile::tempdir_in("/dev/shm") else {
+        return eprintln!("skipped: no other file system");
+    };
+    let sparse =
+        NewMedium { format: Format::Raw, size_bytes: Some(64 << 20), ..new(dir.path().join("s.img")) };
+    let m = r.create(&sparse).unwrap();
+    let mut told = 0;
+    let to = memory.path().join("s.img");
+    r.move_to(m.id(), &to, &mut Watch { cancelled: &|| false, progress: &mut |_| told += 1 }).unwrap();
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&to).unwrap());
+    assert!(blocks < 128, "{blocks} blocks of 512 bytes for nothing but a hole");
+    let never = unwatched(|w| {
+        r.move_to(
+            m.id(),
+            &dir.path().join("back.img"),
+            &mut Watch { cancelled: &|| true, progress: w.progress },
+        )
+    });
+    assert!(never.is_err() && to.exists() && m.state().unwrap() == State::Created);
+    r.delete(m.id()).unwrap();
+    assert!(!to.exists());
 }
 
 #[test]
@@ -503,6 +545,7 @@ fn the_documents_name_what_is_there() {
         ("M", read("tests/medium.rs")),
         ("T", read("tests/medium_serve.rs")),
         ("N", read("tests/medium_many.rs")),
+        ("X", read("tests/medium_crypt.rs")),
     ]);
     let (mut rows, mut named) = (0, 0);
     for line in doc.lines().filter(|l| l.starts_with("| ") && !l.contains("| test |")) {

@@ -9,8 +9,10 @@ use daemon_support::{comes_true, scratch};
 use std::fs;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
+use vdblk::filter::{Cipher, Secret};
 use vdblk::format::Format;
-use vdblk::medium::{Code, Medium, MediumType, NewMedium, OpenMedium, Registry, State};
+use vdblk::job::Watch;
+use vdblk::medium::{ChangeEncryption, Code, Medium, MediumType, NewMedium, OpenMedium, Registry, State};
 
 const SIZE: u64 = 8 * MIB;
 
@@ -280,4 +282,49 @@ fn a_machines_disk_is_served_from_its_folder() {
     let mut c = vdblk(&["--vbox"]);
     c.arg(&vbox).args(["--disk", "7", "--socket-path"]).arg(dir.path().join("s"));
     run(c).assert_refused(&["vm.vbox", "no disk 7", "counted from 0"]);
+}
+
+#[test]
+fn an_encrypted_medium_is_served_with_the_key_store_that_is_kept_with_it() {
+    let k = Known::new("dynamic");
+    let top = k.diff("top.vdi", k.base);
+    let secret = Secret::copy_of(b"secret");
+    let change = ChangeEncryption::Encrypt { cipher: Cipher::Xts256, password: &secret, password_id: "id" };
+    let mut watch = Watch { cancelled: &|| false, progress: &mut |_| () };
+    k.r.change_encryption(top.id(), None, &change, &mut watch).unwrap();
+    let pw = k.dir.path().join("pw");
+    fs::write(&pw, "secret\n").unwrap();
+    let with = ["--password-file", pw.to_str().unwrap()];
+    k.refused(top.id(), &[], &["top.vdi", "encrypted", "--password-file"]);
+    let daemon = k.serve(top.id(), &with);
+    daemon.connect().mark(MIB, 5);
+    daemon.stop();
+    let daemon = k.serve(top.id(), &with);
+    daemon.connect().assert_marked(MIB, 5);
+    daemon.connect().assert_zero(2 * MIB);
+    daemon.stop();
+    let files = [top.location().unwrap(), k.base().location().unwrap()];
+    assert!(contents(&files)[MIB as usize..][..4096] != pattern(5), "it is not encrypted");
+
+    // straight from the machine's file
+    let machine = Uuid::new_v4();
+    top.attach(machine, None).unwrap();
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/machine.vbox"));
+    let text = text.unwrap().replace("@BASE@", &k.base.to_string()).replace("@TOP@", &top.id().to_string());
+    let store = k.base().property("CRYPT/KeyStore").unwrap().unwrap().replace('\n', "&#10;");
+    let property = format!("><Property name=\"CRYPT/KeyStore\" value=\"{store}\"/>");
+    let at = text.find(&k.base.to_string()).unwrap();
+    let end = at + text[at..].find('>').unwrap();
+    let text = text[..end].to_string() + &property + &text[end + 1..];
+    let folder = k.dir.path().join("vm");
+    fs::create_dir_all(folder.join("Snapshots")).unwrap();
+    fs::rename(&files[1], folder.join("disk.vdi")).unwrap();
+    fs::rename(&files[0], folder.join("Snapshots/{top}.vdi")).unwrap();
+    let vbox = folder.join("vm.vbox");
+    fs::write(&vbox, text).unwrap();
+    let mut c = vdblk(&["--vbox"]);
+    c.arg(&vbox).args(with);
+    let daemon = Daemon::with_socket(c);
+    daemon.connect().assert_marked(MIB, 5);
+    daemon.stop();
 }

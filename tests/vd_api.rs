@@ -125,3 +125,33 @@ fn every_function_of_the_header_has_a_row() {
     let missing: Vec<_> = names.lines().filter(|n| !rows.contains(*n)).collect();
     assert!(names.lines().count() == 87 && missing.is_empty(), "{missing:?}");
 }
+
+/// Flags, codes, values and callbacks, each with a row or named in one.
+#[test]
+fn every_other_name_of_the_header_is_in_the_table() {
+    let names = fs::read_to_string(root().join("tests/fixtures/vd-api/names.txt")).unwrap();
+    let text = fs::read_to_string(root().join("docs/vd-api.md")).unwrap();
+    let table: BTreeSet<&str> = text.split(|c: char| !is_word(c)).collect();
+    let missing: Vec<_> = names.lines().filter(|n| !table.contains(n)).collect();
+    assert!(names.lines().count() > 90 && missing.is_empty(), "{missing:?}");
+}
+
+/// A code is given by something outside of the list of codes, or its row says that it is not.
+#[test]
+fn codes_are_given_or_said_to_be_numbers_only() {
+    let text = fs::read_to_string(root().join("docs/vd-api.md")).unwrap();
+    let sources = sources("src").into_iter().filter(|f| !f.contains("macro_rules! statuses"));
+    let given: String = sources.map(|f| f.split("#[test]").next().unwrap().to_string()).collect();
+    let of_kinds = fs::read_to_string(root().join("src/error/status.rs")).unwrap();
+    let of_kinds = of_kinds.split("pub fn of_kind").nth(1).unwrap().split("_ => return None").next().unwrap();
+    let mut wrong = Vec::new();
+    for row in text.lines().filter(|l| l.contains("| `Status::")) {
+        let code = row.split("`Status::").nth(1).unwrap().split('`').next().unwrap();
+        let named = format!("Status::{code}");
+        let is_given = stands(&given.replace('\n', " "), &[""], &named) || stands(of_kinds, &[""], &named);
+        if is_given == row.contains("The number only") {
+            wrong.push(row);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

@@ -270,6 +270,12 @@ fn compare_says_equal_different_or_error() {
     *longer.last_mut().expect("bytes") = 9;
     fs::write(d.join("l.img"), &longer).expect("write");
     assert_eq!(run(d, "compare a.vdi --format2 raw l.img").status.code(), Some(1));
+    let equal = json(d, "compare --output json a.raw a.vdi");
+    assert_eq!((&equal["equal"], &equal["offset"]), (&true.into(), &serde_json::Value::Null));
+    let out = run(d, "compare --output json a.vdi --format2 raw l.img");
+    let other: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    assert_eq!((out.status.code(), &other["equal"]), (Some(1), &false.into()));
+    assert!(other["offset"].is_u64() && other["sizes"].as_array().is_some_and(|s| s.len() == 2), "{other}");
 
     fails(d, 2, "compare a.vdi missing.vdi");
     fails(d, 2, "compare a.vdi l.img");
@@ -421,8 +427,11 @@ fn check_needs_neither_parents_nor_a_format_that_can_be_wrong() {
     ok(d, "repair d.vdi");
     fs::write(d.join("r.img"), [1; 4096]).expect("write");
     for command in ["check", "repair", "repair --dry-run"] {
-        assert!(ok(d, &format!("{command} --format raw r.img")).contains("raw image has nothing to check"));
-        let raw = json(d, "check --output json --format raw r.img");
+        let out = run(d, &format!("{command} --format raw r.img"));
+        assert!(text(&out.stdout).contains("raw image has nothing to check"));
+        assert_eq!(out.status.code(), Some(0));
+        let out = run(d, "check --output json --format raw r.img");
+        let raw: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
         assert_eq!((&raw["result"], &raw["format"]), (&"nothing-to-check".into(), &"raw".into()));
         fails(d, 1, &format!("{command} r.img"));
         fails(d, 1, &format!("{command} missing.vdi"));

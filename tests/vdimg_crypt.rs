@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use vdimg_support::{failed, fails, ok, scratch, vdimg};
+use vdimg_support::{MIB, Rng, failed, fails, ok, random_raw, run, scratch, vdimg};
 
 const KEYS: &str = "--password-file password --key-store store.txt";
 
@@ -328,4 +328,30 @@ fn killed_in_place_it_is_refused_and_completed() {
         ok(d, &format!("compare {keys} a.vdi plain.raw"));
     }
     assert!(completed > 0, "none was killed in time");
+}
+
+#[test]
+fn conversions_and_clones_may_be_encrypted() {
+    let dir = scratch();
+    let d = dir.path();
+    let mut rng = Rng(9);
+    random_raw(&d.join("a.raw"), 6 * MIB, &mut rng);
+    fs::write(d.join("pw"), "first\n").expect("write");
+    let new = |keys: &str| format!("--new-password-file pw --new-key-store {keys}");
+    ok(d, &format!("convert {} a.raw b.vdi", new("b.keys")));
+    ok(d, "compare --password-file2 pw --key-store2 b.keys a.raw b.vdi");
+    assert_eq!(run(d, "compare a.raw b.vdi").status.code(), Some(1), "it is encrypted");
+    // From one key to another, and another cipher.
+    let old = "--password-file pw --key-store b.keys";
+    ok(d, &format!("clone {old} {} --new-cipher AES-XTS128-PLAIN64 b.vdi c.vdi", new("c.keys")));
+    ok(d, &format!("compare {old} --password-file2 pw --key-store2 c.keys b.vdi c.vdi"));
+    ok(d, "convert --password-file pw --key-store c.keys c.vdi d.qcow2");
+    ok(d, "compare a.raw d.qcow2");
+    // A key store of what could not be made goes again; one that is there stays.
+    fails(d, 1, &format!("convert {} -O vmdk --variant stream a.raw s.vmdk", new("s.keys")));
+    fails(d, 1, &format!("convert {} a.raw b.vdi", new("s.keys")));
+    assert!(!d.join("s.keys").exists() && !d.join("s.vmdk").exists());
+    fails(d, 1, &format!("convert {} a.raw e.vdi", new("b.keys")));
+    assert!(d.join("b.keys").exists() && !d.join("e.vdi").exists());
+    fails(d, 2, "convert --new-key-store x.keys a.raw e.vdi");
 }

@@ -29,6 +29,11 @@ pub fn messages(case: &[u8]) {
     MEETING.run(case);
 }
 
+/// Any bytes as a key store.
+pub fn keystore(case: &[u8]) {
+    fuzz_support::key_store::run(case);
+}
+
 /// Any bytes as a VDI.
 pub fn vdi(case: &[u8]) {
     fuzz_support::image::run(case);

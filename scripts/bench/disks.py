@@ -88,6 +88,16 @@ class Disks:
             os.rename(path + ".part", path)
         return path
 
+    def pair(self, fmt):
+        """A base of random bytes and a diff with the first half of them anew, to be copied before they are merged."""
+        base, diff = self.path(f"pair-base.{fmt}"), self.path(f"pair-diff.{fmt}")
+        if not os.path.exists(diff):
+            run(peers.VDIMG, "convert", "--output-format", fmt, self.raw(), base)
+            run(peers.VDIMG, "create", "--format", fmt, "--parent", base, diff)
+            mibs = range(0, self.size >> 21, 16)
+            run(peers.VDIMG, "io", diff, text="".join(f"write -P {mib // 16 % 255 + 1} {mib}M 16M\n" for mib in mibs))
+        return base, diff
+
     def warm(self, *paths):
         """Everything in the page cache."""
         for path in paths:
@@ -110,6 +120,7 @@ class Disks:
         it when it has been free for seconds), and whoever fills the page cache next would pay for that."""
         path = self.path("touch")
         with open(path, "wb", buffering=0) as f:
-            for _ in range(bytes_to_come * 9 // 8 >> 16):
-                f.write(bytes(1 << 16))
+            # pieces as large as those to come: the page cache takes a folio for each
+            for _ in range(bytes_to_come * 9 // 8 >> 20):
+                f.write(bytes(1 << 20))
         os.unlink(path)

@@ -1,4 +1,5 @@
 """Who is measured: how each server is started, and which programs of others there are."""
+import json
 import os
 import shutil
 
@@ -26,6 +27,16 @@ def vbox_img(folder):
     if os.path.exists(CHROOT + "/usr/bin/vbox-img") and os.geteuid() == 0:
         return ["env", f"ORACLE_WORK={folder}", os.path.join(ROOT, "scripts/oracle/vbox.sh"), "vbox-img"]
     return None
+
+
+def vbox_merge(folder, fmt, base, diff):
+    """The command that merges `diff` into `base` with VirtualBox's library, or None."""
+    if not vbox_img(folder):
+        return None
+    for name in ("vdtool.py", "gen.py"):
+        shutil.copy(os.path.join(ROOT, "scripts/oracle", name), folder)
+    steps = [["open", fmt.upper(), base, {}], ["open", fmt.upper(), diff, {}], ["merge", 1, 0], ["closeall"]]
+    return [*vbox_img(folder)[:-1], "python3", os.path.join(folder, "vdtool.py"), json.dumps(steps)]
 
 
 def vdblk(file, queues=1, cache="writeback", more=()):

@@ -1,5 +1,6 @@
 """The rows of the table: what is run, what is compared, and what is aimed at."""
 import dataclasses
+import os
 from typing import Callable, Optional
 
 import peers
@@ -183,6 +184,24 @@ def convert_rows(bench):
         yield Row(key, title + ", 4 GiB half empty, cached", sides, goals)
 
 
+def merge_rows(bench):
+    for fmt in ("vdi", "qcow2"):
+
+        def sides(fmt=fmt):
+            folder = bench.disks.path("merged")
+            names = [os.path.join(folder, os.path.basename(name)) for name in bench.disks.pair(fmt)]
+            commands = {"vdblk": [peers.VDIMG, "merge", names[1]]}
+            if fmt == "qcow2" and (qemu_img := peers.foreign("qemu-img")):
+                commands["qemu-img"] = qemu_img + ["commit", "-t", "writeback", names[1]]
+            if fmt == "vdi" and (vbox := peers.vbox_merge(bench.disks.folder, fmt, *names)):
+                commands["virtualbox"] = vbox
+            return [Contender(name, bench.merged(c, fmt, names)) for name, c in commands.items()]
+
+        peer, bound = ("qemu-img", 1 / 1.3) if fmt == "qcow2" else ("virtualbox", 0.1)
+        title = f"merge a {fmt} diff of 512 MiB into its base of 1 GiB, durable, cached"
+        yield Row(f"merge-{fmt}", title, sides, [Goal("seconds", peer, bound, True)])
+
+
 def start_rows(bench):
     def sides():
         file = bench.disks.empty("vdi", "huge", 2 << 40)
@@ -193,5 +212,6 @@ def start_rows(bench):
 
 
 GROUPS = [
-    read_rows, write_rows, depth_1_rows, direct_rows, chain_rows, first_write_rows, queue_rows, convert_rows, start_rows,
+    read_rows, write_rows, depth_1_rows, direct_rows, chain_rows, first_write_rows, queue_rows, convert_rows, merge_rows,
+    start_rows,
 ]

@@ -40,6 +40,20 @@ for f in home/VirtualBox.xml m/vm1/vm1.vbox; do
     medium a export "$ORACLE_WORK/$f"
     cmp "$ORACLE_WORK/$f" "$ORACLE_WORK/$(basename "$f").was"
 done
+# encrypted by us, with the key store in the machine's file: VirtualBox knows the password, and reads zeros where the guest did
+printf secret > "$ORACLE_WORK/m/pw"
+leaf=$(medium a list --no-check | awk '/m\/vm1\/Snapshots\/\{/ {print $NF; exit}')
+"$VDIMG" io --parent-dir "$ORACLE_WORK/m" "$leaf" -c 'write -P 0x5a 1M 64k' > /dev/null
+medium a encrypt --cipher AES-XTS256-PLAIN64 --password-file pw --password-id id1 "$leaf"
+medium a export "$ORACLE_WORK/m/vm1/vm1.vbox"
+vbox checkmediumpwd "$leaf" "$ORACLE_WORK/m/pw" | grep -q 'password is correct'
+vbox mediumio --disk="$leaf" --password-file="$ORACLE_WORK/m/pw" cat --offset=1048576 --size=65536 --output="$ORACLE_WORK/m/part"
+head -c 65536 /dev/zero | tr '\0' '\132' | cmp - "$ORACLE_WORK/m/part"
+sleep 15
+medium a decrypt --password-file pw "$leaf"
+medium a export "$ORACLE_WORK/m/vm1/vm1.vbox"
+cmp "$ORACLE_WORK/m/vm1/vm1.vbox" "$ORACLE_WORK/vm1.vbox.was"
+"$VDIMG" io --parent-dir "$ORACLE_WORK/m" "$leaf" -c 'read -P 0x5a 1M 64k' > /dev/null
 vbox list hdds | grep -c '^State: *created' | grep -qx 5
 vbox snapshot vm1 take second > /dev/null
 sleep 15

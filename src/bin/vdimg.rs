@@ -30,6 +30,8 @@ mod map;
 mod medium;
 #[path = "vdimg/merge.rs"]
 mod merge;
+#[path = "vdimg/mount.rs"]
+mod mount;
 #[path = "vdimg/pages.rs"]
 mod pages;
 #[path = "vdimg/properties.rs"]
@@ -96,6 +98,7 @@ fn run(command: Command) -> Result<u8> {
         Command::CreateCache(a) => cache::create(&a),
         Command::Map(a) => map::run(&a),
         Command::Io(a) => io::run(&a),
+        Command::Mount(a) => mount::run(&a),
         Command::Medium(a) => medium::run(&a),
         Command::Cat(a) => bytes::cat(&a),
         Command::Dd(a) => bytes::dd(&a),

@@ -37,7 +37,10 @@ impl Container {
         if inspect_cache(path)?.is_none() {
             return Err(Error::of(Status::CacheNotFound, "is no cache image").at(path));
         }
-        self.shut()?;
+        if let Err(e) = self.shut() {
+            self.forget();
+            return Err(e);
+        }
         self.cache = Some(path.to_path_buf());
         let Err(e) = self.start() else { return Ok(()) };
         self.cache = None;

@@ -3,16 +3,17 @@
 use super::Container;
 use super::backends::{BackendInfo, backend_info_one};
 use super::flags::OpenFlags;
-use super::image::{Image, check_back_end, check_flags};
+use super::image::Image;
 use super::live::Live;
 use crate::error::{Error, ErrorKind, Result, Status};
 use crate::format::{Format, device_type, signature};
 use crate::io::{OpenHow, OsFile};
-use crate::job::delete_image;
+use crate::job::{StreamWriter, delete_image};
 use crate::map::ByteSource;
 use crate::map::DeviceType;
 use crate::vd::{DiskOptions, FileSource, OpenDisk, open_disk};
 use std::path::Path;
+use std::sync::Mutex;
 
 /// Which back-end takes a file, and the device it is an image of (`VDGetFormat`). Only for people: a guest that owns a raw disk can
 /// write any signature into it, so a machine's disk is opened by the format its settings name. The file is read, and nothing more; as in
@@ -66,6 +67,7 @@ impl Container {
         match self.start() {
             Ok(()) => Err(e),
             Err(second) => {
+                self.forget();
                 Err(e.hint(format!("the others could not be opened again, and are closed: {second}")))
             }
         }
@@ -93,7 +95,8 @@ impl Container {
             self.dispatcher.close();
             return Ok(());
         }
-        let opened = open_disk(&self.how()).and_then(Live::new)?;
+        let how = OpenDisk { filters: self.filters.of_disk(), ..self.how() };
+        let opened = open_disk(&how).and_then(Live::new)?;
         let last = self.images.last().expect("an image");
         if opened.disk.is_read_only() && !last.has(OpenFlags::READONLY) {
             let what = "is an optical medium, and only read";
@@ -104,7 +107,14 @@ impl Container {
         Ok(())
     }
 
-    /// How the disk of the images is opened.
+    /// An image that is made from its start to its end, as the only one.
+    pub(super) fn begin_stream(&mut self, image: Image, stream: StreamWriter) {
+        self.images.push(image);
+        self.stream = Some(Mutex::new(stream));
+        self.dispatcher.close();
+    }
+
+    /// How what the images hold is opened: without filters, which only the disk has that is read and written by the container's users.
     pub(super) fn how(&self) -> OpenDisk {
         let (last, parents) = self.images.split_last().expect("an image");
         let has = |flag| last.has(flag);
@@ -134,6 +144,9 @@ impl Container {
     /// Ends all requests, and leaves the images as a clean close does.
     pub(super) fn shut(&mut self) -> Result<()> {
         self.dispatcher.pause();
+        if let Some(stream) = self.stream.take() {
+            return stream.into_inner().expect("stream lock").finish();
+        }
         let Some(live) = self.live.take() else { return Ok(()) };
         let is_synced = !self.images.last().is_some_and(|i| i.has(OpenFlags::IGNORE_FLUSH));
         live.close(is_synced)
@@ -160,13 +173,20 @@ impl Container {
     /// beneath it from here on.
     ///
     /// # Errors
-    /// [`Status::NotOpened`] without an image; of closing, removing, and opening the one beneath: it is closed in any case.
+    /// [`Status::NotOpened`] without an image; of closing, removing, and opening the one beneath: it is closed in any case, and where the
+    /// one beneath cannot be opened for writing, that one is open for reading only; where not even that, all are closed.
     pub fn close(&mut self, delete: bool) -> Result<()> {
         let Some(last) = self.images.last().cloned() else {
             return Err(Error::of(Status::NotOpened, "no image is open in the container"));
         };
+        let is_stream = self.stream.is_some();
+        if delete {
+            // Unfinished it goes by itself.
+            self.stream = None;
+        }
         let shut = self.shut();
         self.images.pop();
+        let delete = delete && !is_stream;
         let removed = if delete { delete_image(&last.spec(), self.options.lock_wait) } else { Ok(()) };
         if let Some(below) = self.images.last_mut()
             && !last.has(OpenFlags::READONLY)
@@ -176,8 +196,20 @@ impl Container {
         if self.images.is_empty() {
             self.cache = None;
         }
-        let started = self.start();
+        let started = self.start().or_else(|e| self.read_only_at_least(e));
         shut.and(removed).and(started)
+    }
+
+    /// The last image could not be opened as it was to be: for reading, or all are closed. Requests that wait must not wait for ever.
+    fn read_only_at_least(&mut self, e: Error) -> Result<()> {
+        if let Some(last) = self.images.last_mut().filter(|i| !i.has(OpenFlags::READONLY)) {
+            last.flags = last.flags.with(OpenFlags::READONLY);
+            if self.start().is_ok() {
+                return Err(e.hint("what is left is open for reading only"));
+            }
+        }
+        self.forget();
+        Err(e.hint("all images of the container are closed"))
     }
 
     /// Closes all images, the last one first, and the cache image (`VDCloseAll`).
@@ -191,7 +223,7 @@ impl Container {
     }
 
     /// No image is open any more.
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.images.clear();
         self.cache = None;
         self.dispatcher.close();
@@ -200,18 +232,19 @@ impl Container {
     /// Changes how an image is open (`VDSetOpenFlags`). All images are opened again for that; where that fails, all are closed.
     ///
     /// # Errors
-    /// Those of the flags, before anything is closed: [`Status::ImageNotFound`], [`Status::InvalidState`] for an image that is not the last
+    /// Those of the flags, before anything is closed, and of the image's place and device if it was open to be asked about only;
+    /// [`Status::ImageNotFound`], [`Status::InvalidState`] for an image that is not the last
     /// and shall be written; then of opening.
     pub fn set_open_flags(&mut self, image: u32, flags: OpenFlags) -> Result<()> {
         let index = self.index(image)?;
-        check_flags(flags)?;
-        check_back_end(self.images[index].format, flags)?;
+        let new =
+            self.images[index].reopened(flags, self.device, (index == 0, self.options.allow_raw_device))?;
         if index + 1 < self.images.len() && !flags.contains(OpenFlags::READONLY) {
             let what = "only the last image of a container is written";
             return Err(Error::of(Status::InvalidState, what).at(&self.images[index].path));
         }
         self.apart(|this| {
-            this.images[index].flags = flags;
+            this.images[index] = new;
             Ok(())
         })
     }

@@ -7,12 +7,14 @@ use super::image::inspect;
 use super::types::{Geometry, IMAGE_CONTENT_UNKNOWN};
 use super::{Container, LAST_IMAGE};
 use crate::error::{Error, ErrorKind, Result, Status};
+use crate::filter::Filters;
 use crate::format::{Format, Property};
-use crate::io::sync_dir;
 use crate::job::{
-    Convert, CopyJob, Selection, Watch, change, convert, create_files, delete_image, open_channel,
-    remove_files,
+    Convert, CopyJob, DiskBytes, MoveImage, Selection, Survey, Watch, change, convert, create_files,
+    delete_image, move_image, open_channel, remove_files,
 };
+use crate::limits::SECTOR_BYTES;
+use crate::map::GuestOffset;
 use crate::vd::{CacheMode, Disk, DiskOptions, ImageFiles, OpenDisk, open_disk};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +28,7 @@ pub struct CopyImage {
     pub backend: Option<String>,
     /// The new image; `None`: the copy goes into the last image of the target.
     pub path: Option<PathBuf>,
-    /// The size of the new disk, no smaller than the source's; 0: as large.
+    /// The size of the new disk; 0: the source's. A smaller one takes what fits, if there are only zeros behind.
     pub size_bytes: u64,
     /// The image of the source which holds the same as `to_same` of the target, with all beneath: only what the images above it say is
     /// copied. [`IMAGE_CONTENT_UNKNOWN`]: nothing is known, and what the target has already is left out by comparing.
@@ -63,7 +65,7 @@ impl Container {
     ///
     /// # Errors
     /// [`Status::ImageNotFound`]; [`ErrorKind::InvalidArgument`] if only one of the two images that hold the same is named;
-    /// [`Status::ShrinkNotSupported`]; otherwise as [`Self::create_base`], and of reading and writing; [`ErrorKind::Cancelled`].
+    /// [`Status::ShrinkNotSupported`] where data would be lost; otherwise as [`Self::create_base`], and of reading and writing; [`ErrorKind::Cancelled`].
     pub fn copy_to(
         &mut self,
         image: u32,
@@ -75,16 +77,19 @@ impl Container {
         self.live()?;
         let number = u32::try_from(index).expect("limits::MAX_CHAIN_IMAGES");
         let selection = self.selection(index, target, how)?;
-        let size = self.size(number)?;
-        if how.size_bytes != 0 && how.size_bytes < size {
-            let what = format!("{size} bytes do not fit a disk of {} bytes", how.size_bytes);
-            return Err(Error::of(Status::ShrinkNotSupported, what));
+        let have = self.size(number)?;
+        let size = if how.size_bytes == 0 { have } else { how.size_bytes };
+        if !size.is_multiple_of(SECTOR_BYTES) {
+            let what = format!("a disk of {size} bytes is none of whole sectors of {SECTOR_BYTES} bytes");
+            return Err(Error::of(Status::InvalidSize, what));
         }
         if how.flags.contains(ImageFlags::VMDK_STREAM_OPTIMIZED) {
-            return self.stream_to(index, target, how, watch);
+            return self.stream_to(index, (have, size), target, how, watch);
         }
-        let new = self.make_room(number, target, how, size.max(how.size_bytes))?;
-        let copied = self.copy_bytes(index, target, selection, watch).and_then(|()| {
+        let source = self.disk_up_to(index)?;
+        refuse_loss(&source, size, watch)?;
+        let new = self.make_room(number, target, how, size)?;
+        let copied = self.copy_bytes(&source, size.min(have), target, selection, watch).and_then(|()| {
             let modification = self.modification_uuid(number).ok();
             let keeps = target.image(LAST_IMAGE)?.format.keeps(Property::ModificationUuid);
             match modification.filter(|_| keeps) {
@@ -98,7 +103,11 @@ impl Container {
                 tracing::warn!("{e}");
             }
         }
-        copied
+        copied?;
+        match how.open_flags.contains(OpenFlags::READONLY) && new {
+            true => target.set_open_flags(LAST_IMAGE, how.open_flags),
+            false => Ok(()),
+        }
     }
 
     /// What is copied.
@@ -153,10 +162,12 @@ impl Container {
             uuid: how.uuid,
             ..CreateBase::default()
         };
+        // A new image is written first, however it is to be open in the end.
+        let open_flags = how.open_flags.without(OpenFlags::READONLY.with(OpenFlags::SKIP_CONSISTENCY_CHECKS));
         if target.images.is_empty() {
-            target.create_base(&backend, path, size, &like, how.open_flags)?;
+            target.create_base(&backend, path, size, &like, open_flags)?;
         } else {
-            target.create_diff(&backend, path, &like, how.open_flags)?;
+            target.create_diff(&backend, path, &like, open_flags)?;
             if target.size(LAST_IMAGE)? < size {
                 target.resize(
                     size,
@@ -171,15 +182,16 @@ impl Container {
 
     fn copy_bytes(
         &self,
-        index: usize,
+        source: &Arc<Disk>,
+        bytes: u64,
         target: &mut Container,
         selection: Selection,
         watch: &mut Watch<'_>,
     ) -> Result<()> {
-        let source = self.disk_up_to(index)?;
         target.apart(|target| {
-            let into = open_disk(&OpenDisk { cache_image: None, ..target.how() })?;
-            run_copy(&source, &into.disk, selection, watch)
+            let filters = target.filters.of_disk();
+            let into = open_disk(&OpenDisk { cache_image: None, filters, ..target.how() })?;
+            run_copy(source, bytes, &into.disk, selection, watch)
                 .map_err(|e| e.at(&target.images.last().expect("a target").path))
         })
     }
@@ -190,13 +202,15 @@ impl Container {
             return Ok(self.live()?.disk.clone());
         }
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
-        Ok(open_disk(&OpenDisk { options, ..self.how_from(index) })?.disk)
+        let filters = self.filters.of_disk();
+        Ok(open_disk(&OpenDisk { options, filters, ..self.how_from(index) })?.disk)
     }
 
     /// Into an image that is written once.
     fn stream_to(
         &mut self,
         index: usize,
+        (have, size): (u64, u64),
         target: &mut Container,
         how: &CopyImage,
         watch: &mut Watch<'_>,
@@ -205,16 +219,25 @@ impl Container {
             let what = "a stream-optimized image is a new base";
             return Err(Error::of(Status::InvalidType, what));
         };
+        if have != size {
+            let what = format!("a stream-optimized image has the size of what it is made of, {have} bytes");
+            return Err(Error::of(Status::InvalidSize, what));
+        }
+        if target.filters.any() {
+            let what = "a stream-optimized image is written past the filters of its container";
+            return Err(Error::new(ErrorKind::Unsupported, what).hint("remove them, or copy to another kind"));
+        }
         let backend = how.backend.clone().unwrap_or_else(|| self.images[index].format.name().to_string());
         let format = backend_info_one(&backend)?.format;
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
-        let source = OpenDisk { options, ..self.how_from(index) };
+        let source = OpenDisk { options, filters: self.filters.of_disk(), ..self.how_from(index) };
         let convert_how = Convert {
             source,
             target: path.clone(),
             format,
             variant: Some("stream".into()),
             options: Vec::new(),
+            filters: Filters::default(),
             cache: CacheMode::Writeback,
         };
         self.apart(|_| convert(&convert_how, watch))?;
@@ -222,11 +245,12 @@ impl Container {
     }
 
     /// Moves an image to another place, in another back-end if one is named (`VDCopy` within one container). Everything it is stays the same, its UUIDs too.
-    /// `by_rename`: by giving the file another name, where the back-end stays and the image is one file of the same file system; otherwise it is copied, and
-    /// then removed. Nothing is overwritten. Failed or cancelled, everything is what it was.
+    /// `by_rename`: its files get further names, or copies on another file system, as [`move_image`] does it, where the back-end stays; otherwise what it holds is
+    /// copied into a new image. The old one goes once the new one is durable and the image above it, if that says where its parent is, names the new place.
+    /// Nothing is overwritten. Failed or cancelled, everything is what it was.
     ///
     /// # Errors
-    /// [`Status::ImageNotFound`]; [`ErrorKind::Exists`]; otherwise as [`Self::copy_to`].
+    /// [`Status::ImageNotFound`]; [`ErrorKind::Exists`]; otherwise as [`move_image`] and [`Self::copy_to`].
     pub fn move_image(
         &mut self,
         image: u32,
@@ -237,22 +261,62 @@ impl Container {
     ) -> Result<()> {
         let index = self.index(image)?;
         self.live()?;
-        let old = self.images[index].clone();
-        let format = backend.map_or(Ok(old.format), |b| backend_info_one(b).map(|b| b.format))?;
-        self.apart(|this| {
-            let renamed = by_rename && format == old.format && rename(&old.path, old.format, path)?;
-            if !renamed {
-                this.copy_away(index, format, path, watch)?;
-                delete_image(&old.spec(), this.options.lock_wait)?;
+        let format =
+            backend.map_or(Ok(self.images[index].format), |b| backend_info_one(b).map(|b| b.format))?;
+        let renames = by_rename && format == self.images[index].format && !self.has_child_elsewhere(index)?;
+        // A second name of the same file is what a move leaves that was ended.
+        if path.is_dir() || (!renames && fs::symlink_metadata(path).is_ok()) {
+            return Err(Error::new(ErrorKind::Exists, "something is there already").at(path));
+        }
+        self.apart(|this| match renames {
+            true => {
+                let image = OpenDisk { quiet: true, ..this.how_from(index) };
+                move_image(&MoveImage { image, target: path.to_path_buf() }, watch)?;
+                this.images[index].path = path.to_path_buf();
+                Ok(())
             }
-            this.images[index].path = path.to_path_buf();
-            this.images[index].format = format;
-            this.name_parent_again(index, watch)
+            false => this.move_by_copy(index, format, path, watch),
         })
     }
 
-    /// The image by itself, as it is, at another place.
-    fn copy_away(&self, index: usize, format: Format, path: &Path, watch: &mut Watch<'_>) -> Result<()> {
+    /// The image above says where this one is, and lies in another folder: there [`move_image`] does not look.
+    fn has_child_elsewhere(&self, index: usize) -> Result<bool> {
+        let Some(child) = self.images.get(index + 1) else { return Ok(false) };
+        let number = u32::try_from(index + 1).expect("limits::MAX_CHAIN_IMAGES");
+        let elsewhere = folder_of(&child.path) != folder_of(&self.images[index].path);
+        Ok(elsewhere && !self.info(number)?.parent_names.is_empty())
+    }
+
+    fn move_by_copy(
+        &mut self,
+        index: usize,
+        format: Format,
+        path: &Path,
+        watch: &mut Watch<'_>,
+    ) -> Result<()> {
+        let old = self.images[index].clone();
+        let files = self.copy_away(index, format, path, watch)?;
+        (self.images[index].path, self.images[index].format) = (path.to_path_buf(), format);
+        if let Err(e) = self.name_parent_again(index, watch) {
+            let not_cancelled = &mut Watch { cancelled: &|| false, progress: &mut |_| () };
+            self.images[index] = old;
+            // What was told is taken back as far as it can be: both are there.
+            if self.name_parent_again(index, not_cancelled).is_ok() {
+                remove_files(&files);
+            }
+            return Err(e);
+        }
+        delete_image(&old.spec(), self.options.lock_wait)
+    }
+
+    /// The image by itself, as it is, at another place, durable; its files there.
+    fn copy_away(
+        &self,
+        index: usize,
+        format: Format,
+        path: &Path,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<PathBuf>> {
         let old = &self.images[index];
         let info = inspect(&old.path, old.format, self.options.allow_raw_device)?.info;
         let kind = if format == old.format {
@@ -273,10 +337,13 @@ impl Container {
         }
         let files = create_files(&new)?;
         let copied = self.copy_own(index, format, path, watch);
-        if copied.is_err() {
-            remove_files(&files);
+        match copied {
+            Ok(()) => Ok(files),
+            Err(e) => {
+                remove_files(&files);
+                Err(e)
+            }
         }
-        copied
     }
 
     fn copy_own(&self, index: usize, format: Format, path: &Path, watch: &mut Watch<'_>) -> Result<()> {
@@ -287,7 +354,7 @@ impl Container {
         let write = DiskOptions { write_same: index > 0, ..DiskOptions::default() };
         let into = open_disk(&OpenDisk { image, options: write, ..from })?;
         let selection = Selection { depths: 0..1, zeros: index > 0 };
-        run_copy(&source.disk, &into.disk, selection, watch)
+        run_copy(&source.disk, source.disk.size_bytes(), &into.disk, selection, watch)
     }
 
     /// The image above one that has moved says where its parent is, if its format has it say so.
@@ -304,37 +371,43 @@ impl Container {
     }
 }
 
-/// Copies, and leaves the target as a clean close does.
-fn run_copy(source: &Arc<Disk>, into: &Arc<Disk>, selection: Selection, watch: &mut Watch<'_>) -> Result<()> {
+/// Copies the first bytes, and leaves the target as a clean close does.
+fn run_copy(
+    source: &Arc<Disk>,
+    bytes: u64,
+    into: &Arc<Disk>,
+    selection: Selection,
+    watch: &mut Watch<'_>,
+) -> Result<()> {
     let slots = CopyJob::slots();
-    let mut job = CopyJob::of(open_channel(source, slots)?, open_channel(into, slots)?, selection)?;
+    let mut job =
+        CopyJob::of_first(open_channel(source, slots)?, open_channel(into, slots)?, selection, bytes)?;
     let done = watch.run(&mut job);
     let closed = job.close_target();
     done.and(closed)
 }
 
-/// Gives a file another name, which nothing has yet, durably. False: it cannot be done so, and has to be copied.
-fn rename(old: &Path, format: Format, new: &Path) -> Result<bool> {
-    let files = ImageFiles::open(old, Some(format), false, None)?;
-    if files.files().len() > 1 || files.files()[0].traits().is_device {
-        return Ok(false);
-    }
-    drop(files);
-    // A second name never replaces a file, as a rename would.
-    match fs::hard_link(old, new) {
-        Ok(()) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-            return Err(Error::new(ErrorKind::Exists, "there is such a file already").at(new));
+/// Looks for bytes other than zeros behind the end of a smaller disk.
+fn refuse_loss(source: &Arc<Disk>, size: u64, watch: &Watch<'_>) -> Result<()> {
+    let mut survey = Survey::behind(source.clone(), GuestOffset(size));
+    let bytes = DiskBytes::new(source)?;
+    let mut buf = vec![0; 1 << 20];
+    while let Some(piece) = survey.next_piece()? {
+        let mut rest = piece.range;
+        while survey.must_read(piece.kind) && !rest.is_empty() {
+            watch.stop_if_cancelled()?;
+            let part = rest.take(buf.len() as u64);
+            let read = &mut buf[..usize::try_from(part.len()).expect("1 MiB at most")];
+            bytes.read(part.start().0, read)?;
+            if let Some(into) = read.iter().position(|b| *b != 0) {
+                let at = part.start().0 + into as u64;
+                let what = format!("the disk has data at byte {at}, behind the new end at {size}");
+                return Err(Error::of(Status::ShrinkNotSupported, what));
+            }
+            rest = rest.skip(part.len());
         }
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EXDEV | libc::EPERM | libc::EOPNOTSUPP)) => {
-            return Ok(false);
-        }
-        Err(e) => return Err(Error::io("give it this name", e).at(new)),
     }
-    sync_dir(folder_of(new))?;
-    fs::remove_file(old).map_err(|e| Error::io("remove its old name", e).at(old))?;
-    sync_dir(folder_of(old))?;
-    Ok(true)
+    Ok(())
 }
 
 fn folder_of(path: &Path) -> &Path {

@@ -7,7 +7,7 @@ use super::types::Geometry;
 use super::{Container, LAST_IMAGE};
 use crate::error::{Error, ErrorKind, Result, Status};
 use crate::format::{Format, NewParent, Property};
-use crate::job::{CreateImage, create_files, named_from, remove_files};
+use crate::job::{CreateImage, StreamWriter, create_files, named_from, remove_files};
 use crate::limits::SECTOR_BYTES;
 use crate::map::DeviceType;
 use crate::vd::stand_in;
@@ -34,7 +34,8 @@ pub struct CreateBase {
 }
 
 impl Container {
-    /// Makes a base image and opens it (`VDCreateBase`). Where that fails no file is left.
+    /// Makes a base image and opens it (`VDCreateBase`). Where that fails no file is left. A stream-optimized VMDK is made with [`OpenFlags::SEQUENTIAL`]: it
+    /// takes writes in the order of its disk, and nothing else, and is complete when it is closed.
     ///
     /// # Errors
     /// [`Status::InvalidState`] if an image is open; [`Status::InvalidType`] for kinds the back-end does not make; [`Status::InvalidSize`];
@@ -59,10 +60,17 @@ impl Container {
         let new = wish(format, path, size_bytes, like)?;
         self.create(format, new, flags)?;
         let has_both = format.keeps(Property::Geometry) && format.keeps(Property::LogicalGeometry);
-        match has_both && !like.lchs.is_unset() {
-            true => self.set_lchs_geometry(LAST_IMAGE, like.lchs),
-            false => Ok(()),
+        // Of an image that is written once only what it is made with is stated.
+        if !has_both || like.lchs.is_unset() || self.stream.is_some() {
+            return Ok(());
         }
+        self.set_lchs_geometry(LAST_IMAGE, like.lchs).inspect_err(|_| {
+            if self.count() > 0
+                && let Err(e) = self.close(true)
+            {
+                tracing::warn!("{e}");
+            }
+        })
     }
 
     /// Makes a differencing image over those that are open, and opens it (`VDCreateDiff`). It has the size of the last one and names it as
@@ -81,6 +89,7 @@ impl Container {
         let Some(parent) = self.images.last().cloned() else {
             return Err(Error::of(Status::NotOpened, "no image is open that a diff could lie over"));
         };
+        self.live()?;
         if !BackendInfo::of(format).caps.contains(BackendCaps::DIFF) {
             let what = format!("{} images cannot lie over others", format.title());
             return Err(Error::of(Status::InvalidType, what).at(path));
@@ -105,10 +114,16 @@ impl Container {
 
     fn create(&mut self, format: Format, new: CreateImage, flags: OpenFlags) -> Result<()> {
         check_flags(flags)?;
-        check_back_end(format, flags)?;
+        check_back_end(format, ImageFlags::NONE, flags)?;
         if flags.intersects(OpenFlags::INFO | OpenFlags::READONLY) {
             let what = "a new image is opened for writing";
             return Err(Error::new(ErrorKind::InvalidArgument, what).at(&new.path));
+        }
+        if flags.contains(OpenFlags::SEQUENTIAL)
+            && self.images.is_empty()
+            && self.begin_sequential(format, &new, flags)?
+        {
+            return Ok(());
         }
         let files = create_files(&new)?;
         let place = (self.images.is_empty(), self.options.allow_raw_device);
@@ -117,6 +132,20 @@ impl Container {
             remove_files(&files);
         }
         opened
+    }
+
+    /// A stream-optimized VMDK, which takes writes from its start to its end. False for other kinds.
+    fn begin_sequential(&mut self, format: Format, new: &CreateImage, flags: OpenFlags) -> Result<bool> {
+        let Some(stream) = StreamWriter::begin(new)? else { return Ok(false) };
+        let kind = ImageFlags::VMDK_STREAM_OPTIMIZED;
+        check_back_end(format, kind, flags).map_err(|e| e.at(&new.path))?;
+        if self.filters.any() || self.device != DeviceType::HardDisk {
+            let what =
+                "a stream-optimized image is of a hard disk, and written past the filters of its container";
+            return Err(Error::new(ErrorKind::Unsupported, what).at(&new.path));
+        }
+        self.begin_stream(Image { path: new.path.clone(), format, flags, kind }, stream);
+        Ok(true)
     }
 
     /// Sizes that no image, or none for this device, has.
@@ -148,7 +177,12 @@ impl Container {
 /// For what the back-end does not make.
 pub(super) fn wish(format: Format, path: &Path, size_bytes: u64, like: &CreateBase) -> Result<CreateImage> {
     like.pchs.check_physical().and_then(|()| like.lchs.check_logical()).map_err(|e| e.at(path))?;
-    let caps = BackendInfo::of(format).caps;
+    let BackendInfo { caps, config, .. } = BackendInfo::of(format);
+    let is_known = |key: &str| config.iter().any(|c| c.key.eq_ignore_ascii_case(key));
+    if let Some((key, _)) = like.config.iter().find(|(key, _)| !is_known(key)) {
+        let what = format!("{} images have no option '{key}'", format.title());
+        return Err(Error::of(Status::UnknownCfgValues, what).at(path));
+    }
     let needed = match like.flags {
         f if f.contains(ImageFlags::VMDK_SPLIT_2G) => BackendCaps::CREATE_SPLIT_2G,
         f if f.contains(ImageFlags::FIXED) => BackendCaps::CREATE_FIXED,

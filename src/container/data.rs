@@ -41,11 +41,15 @@ impl Container {
         Ok(if is_asked && is_free(live, range)? { ReadStatus::NewZeroedBlock } else { ReadStatus::Data })
     }
 
-    /// Writes `data` to `off`, both in bytes, multiples of 512 (`VDWrite`).
+    /// Writes `data` to `off`, both in bytes, multiples of 512 (`VDWrite`). Into an image that is made with [`OpenFlags::SEQUENTIAL`] each write goes to the
+    /// unit of the one before, or behind it.
     ///
     /// # Errors
-    /// As [`Self::read`]; [`Status::ImageReadOnly`]; of writing.
+    /// As [`Self::read`]; [`Status::ImageReadOnly`]; [`Status::VmdkInvalidWrite`] for a write that comes too late; of writing.
     pub fn write(&self, off: u64, data: &[u8]) -> Result<()> {
+        if let Some(stream) = &self.stream {
+            return stream.lock().expect("stream lock").write(off, data);
+        }
         let live = self.live()?;
         let range = live.range(off, data.len() as u64)?;
         self.writable()?;
@@ -57,7 +61,11 @@ impl Container {
     /// # Errors
     /// [`Status::NotOpened`]; of syncing, after which no write is taken any more.
     pub fn flush(&self) -> Result<()> {
-        self.live()?.plain(Request::Flush, "make durable")
+        match self.stream {
+            // It is no image before it is complete: its close makes it durable.
+            Some(_) => Ok(()),
+            None => self.live()?.plain(Request::Flush, "make durable"),
+        }
     }
 
     /// Gives up ranges of bytes, multiples of 512: offset and length each (`VDDiscardRanges`). They read as zeros, or as before; never as what

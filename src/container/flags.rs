@@ -98,7 +98,8 @@ flag_set! {
         ASYNC_IO = 1 << 4, "async-io";
         /// Others may write it as well. Only where no metadata changes, that is with fixed images; otherwise it has no effect.
         SHAREABLE = 1 << 5, "shareable";
-        /// It is accessed from its start to its end: a hint, which so far changes nothing.
+        /// It is written from its start to its end: so a new stream-optimized VMDK is made, which takes nothing else. Otherwise ignored, as in VirtualBox's
+        /// header; a raw file, whose rest VirtualBox fills with zeros at the close, has zeros there from the start.
         SEQUENTIAL = 1 << 6, "sequential";
         /// Discards are taken. Opening fails where those are not possible.
         DISCARD = 1 << 7, "discard";

@@ -33,16 +33,33 @@ impl Image {
         (is_first, allow_raw_device): (bool, bool),
     ) -> Result<Image> {
         check_flags(flags).map_err(|e| e.at(path))?;
-        let inspected = inspect(path, format, allow_raw_device)?;
-        check_back_end(format, flags).map_err(|e| e.at(path))?;
+        let inspected = inspect(path, format, allow_raw_device).map_err(|e| with_code(e, format))?;
         let kind = kind_of(&inspected.info);
+        check_back_end(format, kind, flags).map_err(|e| e.at(path))?;
         if !flags.contains(OpenFlags::INFO) {
             check_device(&inspected, device)?;
             check_place(kind, is_first).map_err(|e| e.at(path))?;
         }
-        // Nothing is ever left out of them.
-        let flags = flags.set(OpenFlags::HONOR_SAME, flags.contains(OpenFlags::HONOR_SAME) || is_fixed(kind));
-        Ok(Image { path: path.to_path_buf(), format, flags, kind })
+        Ok(Image { path: path.to_path_buf(), format, flags: in_effect(flags, kind), kind })
+    }
+
+    /// The same image with other flags. One that was only to be asked about is looked at as if it were opened now.
+    ///
+    /// # Errors
+    /// As [`Self::look`].
+    pub(super) fn reopened(
+        &self,
+        flags: OpenFlags,
+        device: DeviceType,
+        place: (bool, bool),
+    ) -> Result<Image> {
+        if self.has(OpenFlags::INFO) && !flags.contains(OpenFlags::INFO) {
+            return Self::look(&self.path, self.format, flags, device, place);
+        }
+        check_flags(flags)
+            .and_then(|()| check_back_end(self.format, self.kind, flags))
+            .map_err(|e| e.at(&self.path))?;
+        Ok(Image { flags: in_effect(flags, self.kind), ..self.clone() })
     }
 
     pub(super) fn spec(&self) -> ImageSpec {
@@ -52,6 +69,28 @@ impl Image {
     pub(super) fn has(&self, flag: OpenFlags) -> bool {
         self.flags.contains(flag)
     }
+}
+
+/// Nothing is ever left out of fixed images.
+fn in_effect(flags: OpenFlags, kind: ImageFlags) -> OpenFlags {
+    if is_fixed(kind) { flags.with(OpenFlags::HONOR_SAME) } else { flags }
+}
+
+/// VirtualBox has codes of their own for headers of most formats.
+fn with_code(e: Error, format: Format) -> Error {
+    let code = match (format, e.kind()) {
+        (Format::Vdi, ErrorKind::NotThisFormat) => Status::VdiInvalidSignature,
+        (Format::Vdi, ErrorKind::Corrupt) => Status::VdiInvalidHeader,
+        (Format::Vdi, ErrorKind::Unsupported) => Status::VdiUnsupportedVersion,
+        (Format::Vmdk, ErrorKind::NotThisFormat | ErrorKind::Corrupt) => Status::VmdkInvalidHeader,
+        (Format::Vmdk, ErrorKind::Unsupported) => Status::VmdkUnsupportedVersion,
+        (Format::Vhd, ErrorKind::NotThisFormat | ErrorKind::Corrupt) => Status::VhdInvalidHeader,
+        (Format::Parallels, ErrorKind::NotThisFormat | ErrorKind::Corrupt) => Status::ParallelsInvalidHeader,
+        (Format::Dmg, ErrorKind::NotThisFormat | ErrorKind::Corrupt) => Status::DmgInvalidHeader,
+        (_, ErrorKind::NotThisFormat | ErrorKind::Corrupt) => Status::GenInvalidHeader,
+        _ => return e,
+    };
+    e.with_status(code)
 }
 
 /// What the file says of itself.
@@ -68,8 +107,8 @@ pub(super) fn check_flags(flags: OpenFlags) -> Result<()> {
     Ok(())
 }
 
-/// Flags that the back-end has to be able to keep.
-pub(super) fn check_back_end(format: Format, flags: OpenFlags) -> Result<()> {
+/// Flags that the back-end has to be able to keep, for images of this kind.
+pub(super) fn check_back_end(format: Format, kind: ImageFlags, flags: OpenFlags) -> Result<()> {
     let caps = BackendInfo::of(format).caps;
     if flags.contains(OpenFlags::DISCARD) && !caps.contains(BackendCaps::DISCARD) {
         return Err(Error::of(
@@ -77,9 +116,12 @@ pub(super) fn check_back_end(format: Format, flags: OpenFlags) -> Result<()> {
             format!("{} images take no discards", format.title()),
         ));
     }
-    if flags.contains(OpenFlags::ASYNC_IO) && !caps.contains(BackendCaps::ASYNC) {
-        let what = format!("{} images take no asynchronous requests", format.title());
-        return Err(Error::new(ErrorKind::Unsupported, what));
+    // As in VirtualBox: whoever asks for ASYNC_IO is told that he has to do without.
+    let is_stream = kind.contains(ImageFlags::VMDK_STREAM_OPTIMIZED);
+    if flags.contains(OpenFlags::ASYNC_IO) && (is_stream || !caps.contains(BackendCaps::ASYNC)) {
+        let which = if is_stream { "stream-optimized VMDK" } else { format.title() };
+        let what = format!("{which} images take no asynchronous requests");
+        return Err(Error::new(ErrorKind::Unsupported, what).hint("open it without ASYNC_IO"));
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The disk of a container that is open, and synchronous requests to it.
 
 use crate::error::{Error, ErrorKind, Result, Status};
-use crate::job::{LANE_BYTES, Lanes, open_channel};
+use crate::job::{LANE_BYTES, Lanes, open_shared_channel};
 use crate::limits::SECTOR_BYTES;
 use crate::map::{GuestOffset, GuestRange};
 use crate::vd::{Disk, OpenImage, OpenedDisk, Outcome, Request};
@@ -23,7 +23,7 @@ impl Live {
     pub(super) fn new(opened: OpenedDisk) -> Result<Live> {
         let OpenedDisk { disk, mut images } = opened;
         images.reverse();
-        let lanes = Lanes::new(vec![open_channel(&disk, 1)?], 1)?;
+        let lanes = Lanes::new(vec![open_shared_channel(&disk, 1)?], 1)?;
         Ok(Live { disk, images, lanes: Mutex::new(lanes) })
     }
 

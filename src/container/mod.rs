@@ -30,6 +30,7 @@ mod create;
 mod data;
 mod disk_file;
 mod dispatch;
+mod filters;
 mod flags;
 mod image;
 mod iter;
@@ -53,6 +54,7 @@ pub use copy::CopyImage;
 pub use create::CreateBase;
 pub use data::ReadStatus;
 pub use disk_file::DiskFile;
+pub use filters::{CryptInterface, FilterConfig, FilterInfo, filter_info, filter_info_one};
 pub use flags::{
     BackendCaps, BufferFlags, ConfigKeyFlags, DiskFileFlags, FilterFlags, ImageFlags, IterFlags, OpenFlags,
     RawDiskFlags, RegionListFlags, RepairFlags, SegmentFlags,
@@ -68,12 +70,14 @@ pub use types::{
 pub use work::repair;
 
 use crate::error::{Error, Result, Status};
+use crate::job::StreamWriter;
 use crate::map::DeviceType;
 use dispatch::Dispatcher;
+use filters::Added;
 use image::Image;
 use live::Live;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// What holds for all images of a container.
@@ -112,8 +116,12 @@ pub struct Container {
     /// Base first.
     images: Vec<Image>,
     cache: Option<PathBuf>,
+    /// Between what the disk shows and what its images hold; of the container, not of an image.
+    filters: Added,
     /// The disk of the images; none without one, or if one of them is only to be asked about.
     live: Option<Live>,
+    /// The only image, while it is made from its start to its end; there is no disk then.
+    stream: Option<Mutex<StreamWriter>>,
     /// Requests that end later.
     dispatcher: Arc<Dispatcher>,
 }
@@ -137,7 +145,9 @@ impl Container {
             options,
             images: Vec::new(),
             cache: None,
+            filters: Added::default(),
             live: None,
+            stream: None,
             dispatcher: Dispatcher::new(),
         }
     }
@@ -174,6 +184,10 @@ impl Container {
     fn live(&self) -> Result<&Live> {
         let why = || match self.images.is_empty() {
             true => Error::of(Status::NotOpened, "no image is open in the container"),
+            false if self.stream.is_some() => {
+                let what = "the image is being written from its start to its end, and no disk before that";
+                Error::of(Status::InvalidState, what).hint("close it, and open it with READONLY")
+            }
             false => {
                 let what = "an image of the container was opened to be asked about only";
                 Error::of(Status::InvalidState, what).hint("open it without INFO")

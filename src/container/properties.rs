@@ -4,7 +4,7 @@
 use super::Container;
 use super::flags::OpenFlags;
 use super::types::Geometry;
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, ErrorKind, Result, Status};
 use crate::format::Properties;
 use crate::job::{SetProperties, Watch, set_properties};
 use uuid::Uuid;
@@ -35,7 +35,11 @@ impl Container {
     /// As [`Self::set_pchs_geometry`].
     pub fn set_comment(&mut self, image: u32, comment: Option<&str>) -> Result<()> {
         let comment = Some(comment.unwrap_or_default().to_string());
-        self.set(image, Properties { comment, ..Properties::default() })
+        self.set(image, Properties { comment, ..Properties::default() }).map_err(|e| match e.kind() {
+            // The one thing that can be wrong with it.
+            ErrorKind::InvalidArgument => e.with_status(Status::VdiCommentTooLong),
+            _ => e,
+        })
     }
 
     /// Sets the image's UUID; `None`: to one by chance (`VDSetUuid`). An image above it in the container names it as its parent, and would not
@@ -66,6 +70,11 @@ impl Container {
     fn set(&mut self, image: u32, properties: Properties) -> Result<()> {
         let index = self.index(image)?;
         let i = self.images[index].clone();
+        if self.stream.is_some() {
+            // That would end it.
+            let what = "is being written from its start to its end, and says nothing of itself before that";
+            return Err(Error::of(Status::InvalidState, what).at(&i.path));
+        }
         if i.has(OpenFlags::READONLY) {
             let what = "is open for reading only, and keeps what it says of itself";
             return Err(Error::of(Status::ImageReadOnly, what).at(&i.path));

@@ -55,6 +55,10 @@ impl Container {
     pub fn info(&self, image: u32) -> Result<ImageInfo> {
         let index = self.index(image)?;
         let i = &self.images[index];
+        if let Some(stream) = &self.stream {
+            let virtual_size = stream.lock().expect("stream lock").size_bytes();
+            return Ok(ImageInfo { format: "vmdk", variant: "stream", virtual_size, ..ImageInfo::default() });
+        }
         let Some(live) = &self.live else {
             return Ok(inspect(&i.path, i.format, self.options.allow_raw_device)?.info);
         };

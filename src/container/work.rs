@@ -51,8 +51,8 @@ impl Container {
         })
     }
 
-    /// Takes from an image what it need not keep: blocks of zeros and those that are equal to what is beneath, and holes; what is left comes in the
-    /// order of the disk where the format allows it (`VDCompact`). Safe at any moment.
+    /// Takes from an image what it need not keep: blocks of zeros and those that are equal to what is beneath, and holes, which blocks from the end
+    /// fill (`VDCompact`). Unlike in VirtualBox's words blocks are not put in the order of the disk. Safe at any moment.
     ///
     /// # Errors
     /// [`Status::ImageNotFound`]; [`Status::ImageReadOnly`] in a container that is not written; otherwise as [`compact_image`].
@@ -80,7 +80,8 @@ impl Container {
         lchs.check_logical()?;
         self.live()?;
         self.writable()?;
-        let how = Resize { image: self.how(), size: NewSize::To(size_bytes), shrink: false };
+        let image = OpenDisk { cache_image: None, ..self.how() };
+        let how = Resize { image, size: NewSize::To(size_bytes), shrink: false };
         self.apart(|_| resize_image(&how, watch))?;
         let format = self.image(LAST_IMAGE)?.format;
         if !pchs.is_unset() && format.keeps(Property::Geometry) {
@@ -116,9 +117,16 @@ pub fn repair(
     watch: &mut Watch<'_>,
 ) -> Result<Repaired> {
     let spec = ImageSpec { path: path.to_path_buf(), format: Some(backend_info_one(backend)?.format) };
-    repair_image(&spec, flags.contains(RepairFlags::DRY_RUN), lock_wait, watch).map_err(|e| match e.kind() {
+    let repaired = repair_image(&spec, flags.contains(RepairFlags::DRY_RUN), lock_wait, watch);
+    match repaired.map_err(|e| match e.kind() {
         ErrorKind::Unsupported => e.with_status(Status::ImageRepairNotSupported),
         ErrorKind::Corrupt => e.with_status(Status::ImageRepairImpossible),
         _ => e,
-    })
+    })? {
+        Repaired::NothingToRepair(format) => {
+            let what = format!("{} images have nothing that could be repaired", format.title());
+            Err(Error::of(Status::ImageRepairNotSupported, what).at(path))
+        }
+        report => Ok(report),
+    }
 }

@@ -14,13 +14,40 @@ const MAX_MACHINE_FILE: u64 = 16 << 20;
 /// The property of the base medium.
 const PROPERTY: &str = "\"CRYPT/KeyStore\"";
 
+/// Where a key store is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeySource {
+    /// In a file: its text, or a machine's `.vbox` file with one in it.
+    File(PathBuf),
+    /// It was found for the disk.
+    Found {
+        /// Its text.
+        text: String,
+        /// Where.
+        at: PathBuf,
+    },
+}
+
+impl KeySource {
+    /// The key store.
+    ///
+    /// # Errors
+    /// As [`KeyStore::parse`], with the file.
+    pub fn read(&self) -> Result<KeyStore> {
+        match self {
+            KeySource::File(path) => read_key_store(path),
+            KeySource::Found { text, at } => KeyStore::parse(text).map_err(|e| e.at(at)),
+        }
+    }
+}
+
 /// Where password and key store of a disk are. Both, or neither.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KeyFiles {
     /// Holds the password, less one newline at its end; `-`: standard input.
     pub password: Option<PathBuf>,
-    /// Holds the text of the key store, or is a machine's `.vbox` file with one in it.
-    pub key_store: Option<PathBuf>,
+    /// Where its key store is.
+    pub key_store: Option<KeySource>,
     /// What shows where nothing was written.
     pub unallocated: Unallocated,
 }
@@ -41,8 +68,9 @@ impl KeyFiles {
                     .hint("pass --password-file FILE and --key-store FILE"));
             }
         };
-        let (key, parsed) = unlock(store, password)?;
-        Ok(Filters::of(Arc::new(Crypt::new(parsed.cipher(), &key)?), self.unallocated))
+        let store = store.read()?;
+        let key = store.unlock(&read_password(password)?).map_err(|e| e.at(password))?;
+        Ok(Filters::of(Arc::new(Crypt::new(store.cipher(), &key)?), self.unallocated))
     }
 }
 

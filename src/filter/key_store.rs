@@ -14,7 +14,7 @@
 //! | 4, 64 | length of the encrypted key, and it |
 
 use super::{Secret, Xts};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Status};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use pbkdf2::pbkdf2_hmac;
@@ -311,7 +311,7 @@ impl KeyStore {
         if digest == p.digest {
             return Ok(key);
         }
-        Err(Error::new(ErrorKind::PermissionDenied, "the password is not the one of the key store"))
+        Err(Error::of(Status::PasswordIncorrect, "the password is not the one of the key store"))
     }
 
     /// Names the key by its digest: equal for stores of the same digest only.

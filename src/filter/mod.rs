@@ -10,7 +10,7 @@ mod locked;
 mod xts;
 
 pub use crypt::Crypt;
-pub use key_files::{KeyFiles, read_key_store, read_password, unlock, write_key_store};
+pub use key_files::{KeyFiles, KeySource, read_key_store, read_password, unlock, write_key_store};
 pub use key_store::{Cipher, KDF_MILLIS, KeyStore, iterations_for};
 pub use locked::{MAX_SECRET_BYTES, Secret};
 pub use xts::Xts;
@@ -80,6 +80,12 @@ impl Filters {
     /// One filter in both directions.
     pub fn of(filter: Arc<dyn Filter>, unallocated: Unallocated) -> Filters {
         Filters { read: vec![filter.clone()], write: vec![filter], unallocated }
+    }
+
+    /// The same filters, which show something else where nothing was written.
+    #[must_use]
+    pub fn showing(self, unallocated: Unallocated) -> Filters {
+        Filters { unallocated, ..self }
     }
 
     /// No filter in either direction.

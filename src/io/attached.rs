@@ -91,11 +91,29 @@ impl Attached {
         }
     }
 
+    /// Takes space for a large write of a job first, where that is cheaper: ext4 else reserves each of its blocks by itself (raw, 2 GiB:
+    /// 0.46 s without, 0.25 with). A hint too: if there is no space the write says so.
+    fn reserve(&mut self, off: u64, bufs: &[BufSlice]) {
+        if !self.writes.patient {
+            return;
+        }
+        let len = bufs.iter().map(|b| b.len() as u64).sum::<u64>();
+        if len >= RESERVE_BYTES
+            && *self
+                .writes
+                .reserves
+                .get_or_insert_with(|| sys::is_ext4(self.file.fd().expect("checked when attached")))
+        {
+            let _ = sys::fallocate(self.fd(), sys::RESERVE, off, len);
+        }
+    }
+
     fn write_now(&mut self, off: u64, bufs: &[BufSlice]) -> Option<SysResult> {
         let start = Instant::now();
         if !self.writes.allowed(start) {
             return None;
         }
+        self.reserve(off, bufs);
         let done = sys::pwritev(self.fd(), bufs, off);
         self.writes.took(start, Instant::now());
         if let (Ok(n), true) = (done, self.writes.write_out) {
@@ -107,6 +125,9 @@ impl Attached {
 
 /// Bytes after which what a job has written is on its way to the disk.
 const WRITE_OUT_BYTES: u64 = 8 << 20;
+
+/// Bytes of a write that are worth a system call to take space for them.
+const RESERVE_BYTES: u64 = 256 << 10;
 
 /// When the queue's own thread writes.
 ///
@@ -121,6 +142,8 @@ struct InlineWrites {
     patient: bool,
     /// A sync will follow.
     write_out: bool,
+    /// Space is taken before large writes; `None`: not looked up yet.
+    reserves: Option<bool>,
     /// Bytes written since the kernel was last asked to write out.
     unasked: u64,
     not_before: Option<Instant>,
@@ -137,6 +160,7 @@ impl InlineWrites {
             ever,
             patient: false,
             write_out: false,
+            reserves: None,
             unasked: 0,
             not_before: None,
             pause: Self::FIRST_PAUSE,

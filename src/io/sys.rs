@@ -101,6 +101,8 @@ fn pwritev2(fd: BorrowedFd<'_>, bufs: &[BufSlice], off: u64, flags: i32) -> SysR
 
 /// Mode of fallocate for [`super::IoKind::Allocate`]: the file grows.
 pub(super) const ALLOCATE: i32 = 0;
+/// Mode of fallocate for space that is about to be filled: the file's length stays.
+pub(super) const RESERVE: i32 = libc::FALLOC_FL_KEEP_SIZE;
 /// Mode of fallocate for [`super::IoKind::Punch`].
 pub(super) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// Mode of fallocate for [`super::IoKind::ZeroRange`].
@@ -186,12 +188,22 @@ pub(super) fn direct_alignment(fd: BorrowedFd<'_>) -> Option<(u32, u32)> {
 /// True on tmpfs: everything is in memory, nothing there waits for a device. Not to be asked of a device node:
 /// those live on a tmpfs themselves.
 pub(super) fn is_tmpfs(fd: BorrowedFd<'_>) -> bool {
+    is_on(fd, i128::from(libc::TMPFS_MAGIC))
+}
+
+/// True on ext4 (and its elders, which have the same number).
+pub(super) fn is_ext4(fd: BorrowedFd<'_>) -> bool {
+    is_on(fd, i128::from(libc::EXT4_SUPER_MAGIC))
+}
+
+/// The file is on a file system of this number.
+fn is_on(fd: BorrowedFd<'_>, magic: i128) -> bool {
     let mut fs = MaybeUninit::<libc::statfs64>::zeroed();
     // SAFETY: `fs` is writable memory of the right size.
     let done = retry(|| i64::from(unsafe { libc::fstatfs64(fd.as_raw_fd(), fs.as_mut_ptr()) }));
     // SAFETY: the structure is plain numbers, zeroed above.
     let fs = unsafe { fs.assume_init() };
-    done.is_ok() && i128::from(fs.f_type) == i128::from(libc::TMPFS_MAGIC)
+    done.is_ok() && i128::from(fs.f_type) == magic
 }
 
 /// The file status flags (`O_…`).

@@ -501,6 +501,27 @@ fn cached_reads_and_small_writes_are_done_at_once() {
 }
 
 #[test]
+fn large_writes_of_jobs_are_done_at_once_and_reach_no_further_than_they_say() {
+    everywhere(|kind, dir| {
+        let mut rig = Rig::new(kind, dir, 8, &[7; 100]);
+        rig.engine.be_patient(true);
+        rig.fill(0, &[9; 1 << 20]);
+        let b = rig.buf(0, 1 << 20);
+        // into a hole behind the end, over what is there, and a small one: space that is taken first shows nowhere
+        for off in [3 << 20, (3 << 20) + 4096, 50] {
+            assert_eq!(rig.now(IoKind::Write, off, &[b]), Some(Ok(1 << 20)), "{kind}");
+        }
+        let end = (4 << 20) + 4096;
+        assert_eq!(rig.file.len().expect("length"), end as u64);
+        let mut model = vec![0; end];
+        model[..50].fill(7);
+        model[50..50 + (1 << 20)].fill(9);
+        model[3 << 20..].fill(9);
+        assert!(std::fs::read(rig.file.path()).expect("read") == model, "{kind}");
+    });
+}
+
+#[test]
 fn unbuffered_files_go_through_the_engine() {
     everywhere(|kind, dir| {
         let how = OpenHow { direct: true, create_new: true, ..RW };

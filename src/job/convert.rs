@@ -4,7 +4,8 @@ use super::copy::CopyJob;
 use super::create::{begin_sequential, create_files, folder_of, remove_files};
 use super::pack::PackJob;
 use super::{CreateImage, Watch, open_channel};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::filter::Filters;
 use crate::format::{Format, Sequential};
 use crate::io::{HostFile, ImageLock, LockMode, OsFile, sync_dir};
 use crate::vd::{CacheMode, Disk, DiskOptions, ImageSpec, OpenDisk, open_disk};
@@ -25,6 +26,8 @@ pub struct Convert {
     pub variant: Option<String>,
     /// `KEY=VALUE` options of the format.
     pub options: Vec<(String, String)>,
+    /// Between what the new image's disk shows and what it holds: it is encrypted. Not for an image that is written from its beginning to its end.
+    pub filters: Filters,
     /// How the new image is written: past the page cache, or through it; `Unsafe`: it is not made durable. An image that is written from its
     /// beginning to its end (a VMDK stream) goes through the page cache, and is always made durable.
     pub cache: CacheMode,
@@ -48,6 +51,10 @@ pub fn convert(how: &Convert, watch: &mut Watch<'_>) -> Result<()> {
     };
     if let Some((image, file)) = begin_sequential(&new)? {
         let unfinished = Unfinished(vec![how.target.clone()]);
+        if !how.filters.is_empty() {
+            let what = "an image that is written once cannot be encrypted";
+            return Err(Error::new(ErrorKind::Unsupported, what).at(&how.target));
+        }
         pack(image, file, &source.disk, watch).map_err(|e| e.at(&how.target))?;
         unfinished.keep();
         return Ok(());
@@ -77,6 +84,7 @@ fn copy(how: &Convert, source: &Arc<Disk>, watch: &mut Watch<'_>) -> Result<()> 
         allow_write_to_parent: true,
         write_optical: true,
         direct: how.cache == CacheMode::None,
+        filters: how.filters.clone(),
         // One sync at the end is enough: until then the file is removed when anything goes wrong.
         options: DiskOptions { read_only: false, skip_syncs: true, ..DiskOptions::default() },
         ..OpenDisk::new(&how.target)

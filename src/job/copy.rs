@@ -4,6 +4,7 @@ use super::lanes::{Ended, Lanes};
 use super::survey::Survey;
 use super::{Job, LANE_BYTES, LANES, Progress, Step};
 use crate::error::{Error, ErrorKind, Failure, Result};
+use crate::limits::SECTOR_BYTES;
 use crate::map::{GuestOffset, GuestRange};
 use crate::vd::{Channel, Disk, Outcome, Request};
 use std::ops::Range;
@@ -96,9 +97,23 @@ impl CopyJob {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn of(source: Channel, target: Channel, mut selection: Selection) -> Result<CopyJob> {
+    pub fn of(source: Channel, target: Channel, selection: Selection) -> Result<CopyJob> {
+        let size = source.disk().size_bytes();
+        Self::of_first(source, target, selection, size)
+    }
+
+    /// The same of the first `need` bytes, a multiple of 512, of a source that is no smaller: for targets that are.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_first(
+        source: Channel,
+        target: Channel,
+        mut selection: Selection,
+        need: u64,
+    ) -> Result<CopyJob> {
         let disk = source.disk().clone();
-        let (have, need) = (target.disk().size_bytes(), disk.size_bytes());
+        let have = target.disk().size_bytes();
         if have < need {
             let what = format!("{need} bytes do not fit a disk of {have} bytes");
             return Err(Error::new(ErrorKind::OutOfRange, what));
@@ -145,10 +160,15 @@ impl CopyJob {
     fn next_range(&mut self) -> Result<Option<GuestRange>> {
         while self.found.is_empty() {
             let Some(piece) = self.survey.next_piece()? else { return Ok(None) };
+            let end = self.progress.total.next_multiple_of(SECTOR_BYTES);
+            let left = end.saturating_sub(piece.range.start().0);
+            if left == 0 {
+                return Ok(None);
+            }
             self.progress.done = piece.range.start().0;
             self.found_data = self.survey.must_read(piece.kind);
             if (self.found_data || self.selection.zeros) && self.selection.depths.contains(&piece.depth) {
-                self.found = piece.range;
+                self.found = piece.range.take(left);
             }
         }
         let start = self.found.start().0;

@@ -1,14 +1,14 @@
 //! A disk as bytes, for programs that want ranges of any length.
 
 use super::lanes::Lanes;
-use super::{LANE_BYTES, open_channel};
+use super::{LANE_BYTES, open_shared_channel};
 use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::limits::SECTOR_BYTES;
 use crate::map::{ByteSource, GuestOffset, GuestRange, HostOffset};
 use crate::vd::{Disk, Request};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// An open disk that is read and written at any byte, a call at a time.
+/// An open disk that is read and written at any byte, a call at a time, by any thread.
 pub struct DiskBytes {
     lanes: Mutex<Lanes>,
     disk: Arc<Disk>,
@@ -38,7 +38,7 @@ impl DiskBytes {
     /// # Errors
     /// If no channel can be opened.
     pub fn new(disk: &Arc<Disk>) -> Result<DiskBytes> {
-        let lanes = Lanes::new(vec![open_channel(disk, 1)?], 1)?;
+        let lanes = Lanes::new(vec![open_shared_channel(disk, 1)?], 1)?;
         Ok(DiskBytes { lanes: Mutex::new(lanes), disk: disk.clone() })
     }
 

@@ -12,6 +12,7 @@ mod create;
 mod delete;
 mod diff;
 mod disk_bytes;
+mod disk_folder;
 mod extract;
 mod inspect;
 mod lanes;
@@ -26,6 +27,7 @@ mod repair;
 mod resize;
 mod script;
 mod steps;
+mod stream;
 mod survey;
 #[cfg(test)]
 mod tests;
@@ -43,6 +45,7 @@ pub(crate) use create::{create_files, remove_files};
 pub use delete::delete_image;
 pub use diff::{DiffJob, diff_disks};
 pub use disk_bytes::DiskBytes;
+pub use disk_folder::{DiskFolder, FolderFile};
 pub use extract::{Extract, extract};
 pub use inspect::{Inspected, inspect_image, inspect_image_with};
 pub(crate) use lanes::Lanes;
@@ -53,12 +56,14 @@ pub use rebase::{Rebase, rebase_image};
 pub use recrypt::{
     DiskKey, Into as RecryptInto, Recrypt, RecryptJob, Task as RecryptTask, is_unfinished, recrypt,
 };
+pub(crate) use relocate::link_or_copy;
 pub use relocate::{MoveImage, move_image};
 pub use repair::{Repaired, repair_image, repair_image_with};
 pub use resize::{NewSize, Resize, resize_image};
 pub use script::{Command, Script};
 pub use steps::StepsJob;
 pub(crate) use steps::change;
+pub use stream::StreamWriter;
 pub use survey::{Piece, PieceKind, Survey};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -138,6 +143,11 @@ const ENGINE_DEPTH: u32 = 128;
 /// A channel over the best engine there is, for a job with `lanes` lanes.
 pub(crate) fn open_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
     open_channel_over(EngineKind::Auto, disk, lanes)
+}
+
+/// The same for callers of several threads, one at a time: a ring belongs to the first thread that submits to it.
+pub(crate) fn open_shared_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+    open_channel_over(EngineKind::Threads, disk, lanes)
 }
 
 /// The same over an engine of this kind.

@@ -18,18 +18,78 @@ use std::sync::Arc;
 pub(super) struct PackJob {
     lanes: Lanes,
     survey: Survey,
-    image: Box<dyn Sequential>,
-    file: Arc<dyn HostFile>,
-    /// Where the next bytes of the file go.
-    at: u64,
+    image: Packing,
     /// Windows under way in the order of the disk, and the lane each is read into.
     windows: VecDeque<Window>,
     idle: Vec<u16>,
     /// Data that the survey has found; what lies before [`Self::covered`] is in a window already.
     found: GuestRange,
     covered: u64,
-    packed: Vec<u8>,
     progress: Progress,
+}
+
+/// An image that is written once, and its file, to which it is appended.
+pub(super) struct Packing {
+    image: Box<dyn Sequential>,
+    file: Arc<dyn HostFile>,
+    /// Where the next bytes of the file go.
+    at: u64,
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Packing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Packing").field("at", &self.at).finish_non_exhaustive()
+    }
+}
+
+impl Packing {
+    /// Into an empty file.
+    pub(super) fn new(image: Box<dyn Sequential>, file: Arc<dyn HostFile>) -> Packing {
+        Packing { at: image.begins_at().0, image, file, packed: Vec::new() }
+    }
+
+    pub(super) fn unit_bytes(&self) -> u64 {
+        self.image.unit_bytes()
+    }
+
+    pub(super) fn file(&self) -> &Arc<dyn HostFile> {
+        &self.file
+    }
+
+    /// Appends units from the one of this number on, but for those of zeros.
+    pub(super) fn units(&mut self, first: u64, bytes: &[u8]) -> Result<()> {
+        let size = usize::try_from(self.unit_bytes()).expect("inside a lane");
+        self.packed.clear();
+        for (number, bytes) in (first..).zip(bytes.chunks(size)) {
+            if bytes.iter().any(|b| *b != 0) {
+                self.image.pack(number, bytes, &mut self.packed)?;
+            }
+        }
+        self.append()
+    }
+
+    fn append(&mut self) -> Result<()> {
+        self.write(self.at, &self.packed)?;
+        self.at += self.packed.len() as u64;
+        Ok(())
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let failed = |e| Error::io(format!("write {} bytes at {at}", bytes.len()), e).at(self.file.path());
+        if bytes.is_empty() { Ok(()) } else { self.file.write_at(at, bytes).map_err(failed) }
+    }
+
+    /// Everything but the beginning, durably, then that: until then the file is no image.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        self.packed.clear();
+        let head = self.image.finish(&mut self.packed)?;
+        self.append()?;
+        let sync = || self.file.sync().map_err(|e| Error::io("sync it", e).at(self.file.path()));
+        sync()?;
+        self.write(0, &head)?;
+        sync()
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,14 +122,11 @@ impl PackJob {
         Ok(PackJob {
             lanes: Lanes::new(vec![source], LANES)?,
             survey: Survey::new(disk),
-            at: image.begins_at().0,
-            image,
-            file,
+            image: Packing::new(image, file),
             windows: VecDeque::new(),
             idle: (0..LANES).rev().collect(),
             found: GuestRange::EMPTY,
             covered: 0,
-            packed: Vec::new(),
             progress: Progress { done: 0, total },
         })
     }
@@ -103,42 +160,12 @@ impl PackJob {
 
     /// Packs a window that was read.
     fn pack(&mut self, w: Window) -> Result<()> {
-        let unit = self.image.unit_bytes();
-        let (len, size) = (usize::try_from(w.range.len()), usize::try_from(unit));
-        let (len, size) = (len.expect("inside a lane"), size.expect("inside a lane"));
-        let first = w.range.start().0 / unit;
-        self.packed.clear();
-        for (number, bytes) in (first..).zip(self.lanes.bytes(w.lane)[..len].chunks(size)) {
-            if bytes.iter().any(|b| *b != 0) {
-                self.image.pack(number, bytes, &mut self.packed)?;
-            }
-        }
-        self.append()?;
+        let len = usize::try_from(w.range.len()).expect("inside a lane");
+        let first = w.range.start().0 / self.image.unit_bytes();
+        self.image.units(first, &self.lanes.bytes(w.lane)[..len])?;
         self.progress.done = w.range.end().0;
         self.idle.push(w.lane);
         Ok(())
-    }
-
-    fn append(&mut self) -> Result<()> {
-        self.write(self.at, &self.packed)?;
-        self.at += self.packed.len() as u64;
-        Ok(())
-    }
-
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let failed = |e| Error::io(format!("write {} bytes at {at}", bytes.len()), e).at(self.file.path());
-        if bytes.is_empty() { Ok(()) } else { self.file.write_at(at, bytes).map_err(failed) }
-    }
-
-    /// Everything but the beginning, durably, then that: until then the file is no image.
-    fn finish(&mut self) -> Result<()> {
-        self.packed.clear();
-        let head = self.image.finish(&mut self.packed)?;
-        self.append()?;
-        let sync = || self.file.sync().map_err(|e| Error::io("sync it", e).at(self.file.path()));
-        sync()?;
-        self.write(0, &head)?;
-        sync()
     }
 }
 
@@ -146,7 +173,7 @@ impl Job for PackJob {
     fn step(&mut self) -> Result<Step> {
         self.fill()?;
         let Some(head) = self.windows.front().copied() else {
-            self.finish()?;
+            self.image.finish()?;
             self.progress.done = self.progress.total;
             return Ok(Step::Done);
         };

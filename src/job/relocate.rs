@@ -164,14 +164,11 @@ impl Moving {
 
     /// Makes the new names, durable.
     fn make(&self, made: &mut Made, watch: &mut Watch<'_>) -> Result<()> {
-        for (n, from, to) in &self.names {
-            watch.stop_if_cancelled()?;
+        for (n, _, to) in &self.names {
             if identity(to).is_some() {
                 continue;
             }
-            if fs::hard_link(from, to).is_err() {
-                copy(&*self.image.files()[*n], to, watch)?;
-            }
+            link_or_copy(&*self.image.files()[*n], to, watch)?;
             made.0.push(to.clone());
         }
         sync_dir(folder_of(&self.target))
@@ -214,6 +211,12 @@ impl Moving {
         }
         sync_dir(folder_of(&self.old))
     }
+}
+
+/// Another name for a file, or where that cannot be, on another file system, a copy of it.
+pub(crate) fn link_or_copy(file: &dyn HostFile, to: &Path, watch: &mut Watch<'_>) -> Result<()> {
+    watch.stop_if_cancelled()?;
+    if fs::hard_link(file.path(), to).is_ok() { Ok(()) } else { copy(file, to, watch) }
 }
 
 /// A copy of a file under another name, complete and durable when that name appears.

@@ -21,6 +21,8 @@ pub enum Code {
     NotSupported,
     /// Machines or children use the medium.
     ObjectInUse,
+    /// The password is not the medium's.
+    PasswordIncorrect,
     /// The attribute does not exist for this type of medium.
     NotImpl,
     /// The object was closed: it is not ready.
@@ -31,7 +33,7 @@ pub enum Code {
 
 impl Code {
     /// All of them.
-    pub const ALL: [Code; 10] = [
+    pub const ALL: [Code; 11] = [
         Code::ObjectNotFound,
         Code::InvalidObjectState,
         Code::FileError,
@@ -39,6 +41,7 @@ impl Code {
         Code::XmlError,
         Code::NotSupported,
         Code::ObjectInUse,
+        Code::PasswordIncorrect,
         Code::NotImpl,
         Code::AccessDenied,
         Code::InvalidArg,
@@ -54,6 +57,7 @@ impl Code {
             Code::XmlError => "VBOX_E_XML_ERROR",
             Code::NotSupported => "VBOX_E_NOT_SUPPORTED",
             Code::ObjectInUse => "VBOX_E_OBJECT_IN_USE",
+            Code::PasswordIncorrect => "VBOX_E_PASSWORD_INCORRECT",
             Code::NotImpl => "E_NOTIMPL",
             Code::AccessDenied => "E_ACCESSDENIED",
             Code::InvalidArg => "E_INVALIDARG",
@@ -70,6 +74,7 @@ impl Code {
             Code::NotSupported => 0x80bb_0009,
             Code::XmlError => 0x80bb_000a,
             Code::ObjectInUse => 0x80bb_000c,
+            Code::PasswordIncorrect => 0x80bb_000d,
             Code::NotImpl => 0x8000_4001,
             Code::AccessDenied => 0x8007_0005,
             Code::InvalidArg => 0x8007_0057,
@@ -84,7 +89,7 @@ impl Code {
             Code::FileError | Code::IprtError => ErrorKind::Io,
             Code::XmlError => ErrorKind::Corrupt,
             Code::NotSupported | Code::NotImpl => ErrorKind::Unsupported,
-            Code::AccessDenied => ErrorKind::PermissionDenied,
+            Code::AccessDenied | Code::PasswordIncorrect => ErrorKind::PermissionDenied,
             Code::InvalidArg => ErrorKind::InvalidArgument,
         }
     }

@@ -78,6 +78,36 @@ impl<'r> Medium<'r> {
         })
     }
 
+    /// What is kept with it under a name; `None`: nothing. Names beginning with `CRYPT/` are VirtualBox's encryption.
+    ///
+    /// # Errors
+    /// [`Code::AccessDenied`].
+    pub fn property(&self, name: &str) -> Result<Option<String>> {
+        Ok(self.record()?.properties.remove(name))
+    }
+
+    /// Keeps a text with it under a name; `None`: nothing any more.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArg`] for an empty name, one of vdblk's own, or a key store that is none; [`Code::ObjectInUse`] for the key store of an
+    /// encrypted medium; [`Code::InvalidObjectState`] while it is locked or inaccessible.
+    pub fn set_property(&self, name: &str, value: Option<&str>) -> Result<()> {
+        if name.is_empty() || name.starts_with("vdblk/") {
+            return Err(Fault::new(
+                Code::InvalidArg,
+                format!("'{}' is no property to set", name.escape_debug()),
+            ));
+        }
+        self.change(&Call::Modify, |_, r| {
+            super::encryption::allow_property(r, name, value)?;
+            match value {
+                Some(text) => r.properties.insert(name.into(), text.into()),
+                None => r.properties.remove(name),
+            };
+            Ok(())
+        })
+    }
+
     /// Current state, after an accessibility check.
     ///
     /// # Errors

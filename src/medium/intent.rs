@@ -3,6 +3,7 @@
 //! An intent belongs to a client. When that is gone the intent belongs to nobody, and whoever opens the registry next takes it over.
 
 use super::code::{Code, Fault, Result};
+use super::encryption;
 use super::record;
 use super::staging::{self, Staging, folder_of, identity};
 use super::state::{Call, Client};
@@ -75,6 +76,13 @@ pub(super) fn merged(
         && let Some(mut child) = record::find(db, uuid(&link.child)?)?
     {
         child.parent = link.parent.as_deref().map(uuid).transpose()?;
+        if child.parent.is_none() {
+            // The new base has the bytes of the old one, and without its key store they were lost.
+            for medium in media {
+                let spent = record::find(db, uuid(medium)?)?;
+                child.properties.extend(spent.iter().flat_map(encryption::properties_of));
+            }
+        }
         record::save(db, &child)?;
     }
     Ok(Intent::Remove { media: media.to_vec(), files: files.to_vec(), dir: None })

@@ -7,6 +7,7 @@
 mod check;
 mod code;
 mod db;
+mod encryption;
 mod handle;
 mod holder;
 mod intent;
@@ -15,7 +16,6 @@ mod operations;
 mod record;
 mod scan;
 mod serve;
-
 mod staging;
 mod state;
 mod store;
@@ -25,13 +25,13 @@ mod vbox;
 pub use check::{CHECK_LIMIT, Facts, Prober, Question, answer, look};
 pub use code::{Code, Fault, Result};
 pub use db::{system_registry, user_registry};
+pub use encryption::{ChangeEncryption, Encryption};
 pub use handle::{Change, LockHolder, Medium};
 pub use kinds::{MediumType, State, TypeFacts, allow_type};
 pub use operations::{NewMedium, OpenMedium};
 pub use record::{Attachment, Record};
-
 pub use scan::Scanned;
-pub use serve::{ServeMedium, Served, machine_disk};
+pub use serve::{MachineDisk, ServeMedium, Served, machine_disk};
 pub use state::{Answer, Call, Client, Outside, Phase, Refusal, Standing};
 pub use store::Registry;
 pub use transfer::Imported;

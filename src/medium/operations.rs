@@ -3,6 +3,7 @@
 use super::absolute;
 use super::check::{Facts, Question, as_error, format_named};
 use super::code::{Code, Fault, Result};
+use super::encryption;
 use super::handle::{Medium, with_extension};
 use super::intent::{self, Doomed, Intent, Link};
 use super::kinds::{MediumType, TypeFacts, allow_type, device_title};
@@ -14,6 +15,7 @@ use super::store::{
 };
 use crate::error::ErrorKind;
 use crate::format::{Format, NewParent};
+use crate::io::HostFile;
 use crate::job::{
     self, Convert, CreateImage, NewSize, Watch, compact_image, create_image, merge_images, named_from,
 };
@@ -165,6 +167,8 @@ impl Registry {
         let target = absolute(&with_extension(&new.location, DeviceType::HardDisk, new.format.name()));
         let mut r = Record::new(Uuid::new_v4(), DeviceType::HardDisk, new.format.name(), &target);
         r.description.clone_from(&new.description);
+        // What is copied is what the images hold.
+        r.properties.extend(encryption::properties_of(&chain[chain.len() - 1]));
         self.build(r, &ids(&chain), |r, staging| {
             let how = Convert {
                 source: disk_of(&chain, Some(Duration::ZERO)),
@@ -172,6 +176,7 @@ impl Registry {
                 format: new.format,
                 variant: new.variant.clone(),
                 options: Vec::new(),
+                filters: Default::default(),
                 cache: CacheMode::Writeback,
             };
             job::convert(&how, watch)?;
@@ -208,8 +213,9 @@ impl Registry {
             }
             Ok(staging.publish()?)
         });
-        let seen =
-            made.and_then(|()| Ok(job::inspect_image(&ImageSpec { path: target.clone(), format: None })?));
+        // the format that was asked for: the name of a raw image need not say it
+        let spec = ImageSpec { path: target.clone(), format: format_named(&r.format) };
+        let seen = made.and_then(|()| Ok(job::inspect_image(&spec)?));
         let seen = match seen {
             Ok(seen) => seen,
             Err(e) => {
@@ -255,7 +261,7 @@ impl Registry {
             let why = format!("{} images are not deleted here: close it", image.format());
             return Err(Fault::new(Code::NotSupported, why).at(&r.location));
         }
-        refuse_unknown_child(&r.location)?;
+        refuse_unknown_child(&r)?;
         let files: Vec<_> = image.files().iter().filter_map(|f| Doomed::now(f.path())).collect();
         let plan = Intent::Remove { media: vec![id.to_string()], files: files.clone(), dir: None };
         let begun = self.write_as(|db, client| {
@@ -285,18 +291,19 @@ impl Registry {
     /// found by the registry alone afterwards.
     ///
     /// # Errors
-    /// [`Code::InvalidObjectState`] while it is locked; [`Code::FileError`] where something is at the new place; of the files.
-    pub fn move_to(&self, id: Uuid, to: &Path) -> Result<()> {
+    /// [`Code::InvalidObjectState`] while it is locked; [`Code::FileError`] where something is at the new place; of the files;
+    /// [`Code::NotSupported`] for links and devices.
+    pub fn move_to(&self, id: Uuid, to: &Path, watch: &mut Watch<'_>) -> Result<()> {
         let r = self.read(|db, _| Self::known(db, id))?;
         let to = if to.is_dir() { to.join(r.name()) } else { with_extension(to, r.device, &r.format) };
         let target = absolute(&to);
         self.lock_all(&[id], true)?;
-        let moved = self.move_locked(&r, &target);
+        let moved = self.move_locked(&r, &target, watch);
         let unlocked = self.unlock_all(&[id], true);
         moved.and(unlocked)
     }
 
-    fn move_locked(&self, r: &Record, target: &Path) -> Result<()> {
+    fn move_locked(&self, r: &Record, target: &Path, watch: &mut Watch<'_>) -> Result<()> {
         let image = ImageFiles::open(&r.location, format_named(&r.format), true, Some(Duration::ZERO));
         // DVDs are only read.
         let image = image.or_else(|e| match r.device {
@@ -305,7 +312,7 @@ impl Registry {
         })?;
         let staging = Staging::planned(target);
         let moving = moving(&image, target)?;
-        let old: Vec<_> = moving.iter().filter_map(|(from, _)| Doomed::now(from)).collect();
+        let old: Vec<_> = moving.iter().filter_map(|(from, _)| Doomed::now(from.path())).collect();
         let plan = Intent::Move {
             medium: r.id.to_string(),
             dir: staging.dir().to_path_buf(),
@@ -318,7 +325,8 @@ impl Registry {
             }
             intent::begin(db, client, &plan)
         })?;
-        let put = staging.begin().and_then(|()| gather(&moving, &staging)).and_then(|()| staging.publish());
+        let gathered = staging.begin().and_then(|()| gather(&moving, &staging, watch));
+        let put = gathered.and_then(|()| staging.publish());
         if let Err(e) = put {
             staging.take_back();
             let cleared = staging.clear();
@@ -586,8 +594,10 @@ impl MergePlan {
 }
 
 /// A diff that no registry knows would be lost with its parent.
-fn refuse_unknown_child(path: &Path) -> Result<()> {
-    let info = job::inspect_image(&ImageSpec { path: path.to_path_buf(), format: None })?.info;
+fn refuse_unknown_child(r: &Record) -> Result<()> {
+    let path = &*r.location;
+    let spec = ImageSpec { path: path.to_path_buf(), format: format_named(&r.format) };
+    let info = job::inspect_image(&spec)?.info;
     let named = info.uuid.or_else(|| stand_in(path));
     match any_other_child(&[Sought { path, own: info.uuid, named }], &[]) {
         None => Ok(()),
@@ -712,9 +722,9 @@ fn describe_new(
 }
 
 /// The files of an image that get other names, and which: the main file first. Parts keep theirs, which the main file has.
-fn moving(image: &ImageFiles, target: &Path) -> crate::Result<Vec<(PathBuf, PathBuf)>> {
+fn moving<'a>(image: &'a ImageFiles, target: &Path) -> crate::Result<Vec<(&'a dyn HostFile, PathBuf)>> {
     let main = image.files()[0].path();
-    let mut all = vec![(main.to_path_buf(), target.to_path_buf())];
+    let mut all: Vec<(&dyn HostFile, _)> = vec![(&*image.files()[0], target.to_path_buf())];
     for part in &image.files()[1..] {
         let own = part.path();
         if own.parent().map(absolute) != main.parent().map(absolute) {
@@ -723,21 +733,28 @@ fn moving(image: &ImageFiles, target: &Path) -> crate::Result<Vec<(PathBuf, Path
         }
         let to = folder_of(target).join(own.file_name().unwrap_or_default());
         if absolute(own) != to {
-            all.push((own.to_path_buf(), to));
+            all.push((&**part, to));
+        }
+    }
+    for (file, _) in &all {
+        // a link would be moved in place of what it names, and then perhaps name nothing
+        if !fs::symlink_metadata(file.path()).is_ok_and(|m| m.is_file()) {
+            let what = "is a link or a device, and is not moved";
+            return Err(crate::Error::new(ErrorKind::Unsupported, what)
+                .at(file.path())
+                .hint("vdimg medium set-location changes the record"));
         }
     }
     Ok(all)
 }
 
 /// Files under a staging folder, with the names they shall have: by hard links, or copied where they come from another file system.
-fn gather(moving: &[(PathBuf, PathBuf)], staging: &Staging) -> crate::Result<()> {
-    for (own, to) in moving {
-        let to = staging.dir().join(to.file_name().unwrap_or_default());
-        let failed = |e| crate::Error::io("move it", e).at(own);
-        if fs::hard_link(own, &to).is_err() {
-            fs::copy(own, &to).map_err(failed)?;
-            fs::File::open(&to).and_then(|f| f.sync_all()).map_err(failed)?;
-        }
-    }
-    Ok(())
+fn gather(
+    moving: &[(&dyn HostFile, PathBuf)],
+    staging: &Staging,
+    watch: &mut Watch<'_>,
+) -> crate::Result<()> {
+    moving.iter().try_for_each(|(file, to)| {
+        job::link_or_copy(*file, &staging.dir().join(to.file_name().unwrap_or_default()), watch)
+    })
 }

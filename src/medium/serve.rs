@@ -7,6 +7,7 @@ use super::operations::{disk_of, indirect_diff};
 use super::record::{self, Record};
 use super::store::{Registry, lock_all_in};
 use super::{Attachment, vbox};
+use crate::filter::KeySource;
 use crate::map::DeviceType;
 use crate::vd::ImageSpec;
 use std::path::Path;
@@ -48,6 +49,8 @@ pub struct Served<'r> {
     pub parents: Vec<ImageSpec>,
     /// Its type takes no changes, or nobody wants any.
     pub read_only: bool,
+    /// Where its key store is, if it is encrypted.
+    pub keys: Option<KeySource>,
 }
 
 impl Served<'_> {
@@ -94,6 +97,7 @@ impl Registry {
         let (chain, write) = ids;
         let disk = disk_of(&chain, None);
         let served = Served {
+            keys: self.key_source(chain[0].id)?,
             registry: self,
             ids: chain.iter().map(|r| r.id).collect(),
             write,
@@ -217,12 +221,22 @@ fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_string()
 }
 
-/// A disk of a machine's current state, straight from its `.vbox`: the image and its parents, base first. Disks are counted from 0 in the
-/// order of the controllers.
+/// A disk of a machine.
+#[derive(Clone, Debug)]
+pub struct MachineDisk {
+    /// The image that is written.
+    pub image: ImageSpec,
+    /// Its parents, base first.
+    pub parents: Vec<ImageSpec>,
+    /// Where its key store is, if it is encrypted.
+    pub keys: Option<KeySource>,
+}
+
+/// A disk of a machine's current state, straight from its `.vbox`. Disks are counted from 0 in the order of the controllers.
 ///
 /// # Errors
 /// [`Code::FileError`], [`Code::XmlError`]; [`Code::ObjectNotFound`] where there is no such disk, or its medium is registered elsewhere.
-pub fn machine_disk(file: &Path, number: usize) -> Result<(ImageSpec, Vec<ImageSpec>)> {
+pub fn machine_disk(file: &Path, number: usize) -> Result<MachineDisk> {
     let (_, settings) = vbox::read(file)?;
     let is_current = |u: &&vbox::Use| u.device == DeviceType::HardDisk && u.snapshot.is_none();
     let disks: Vec<_> = settings.uses.iter().filter(is_current).collect();
@@ -231,7 +245,7 @@ pub fn machine_disk(file: &Path, number: usize) -> Result<(ImageSpec, Vec<ImageS
         let there = super::state::count(disks.len(), "hard disk", "hard disks");
         return Err(not_found(format!("has no disk {number}: its machine has {there}, counted from 0")));
     };
-    let (mut chain, mut next) = (Vec::new(), Some(disk.medium));
+    let (mut chain, mut next, mut keys) = (Vec::new(), Some(disk.medium), None);
     while let Some(id) = next {
         let Some(e) = settings.media.iter().find(|m| m.id == id) else {
             let why = format!("does not say where medium {id} is");
@@ -241,8 +255,11 @@ pub fn machine_disk(file: &Path, number: usize) -> Result<(ImageSpec, Vec<ImageS
         let format = e.format.as_deref().and_then(format_named);
         chain.push(ImageSpec { path: vbox::resolve(file, &e.location), format });
         next = e.parent;
+        // The base's, which is the last.
+        keys = e.properties.get(super::encryption::KEY_STORE);
     }
     let image = chain.remove(0);
     chain.reverse();
-    Ok((image, chain))
+    let keys = keys.map(|text| KeySource::Found { text: text.clone(), at: file.to_path_buf() });
+    Ok(MachineDisk { image, parents: chain, keys })
 }

@@ -49,6 +49,12 @@ impl SyncGroup {
         SyncGroup { unsynced: AtomicBool::new(unsynced), state: Mutex::default() }
     }
 
+    /// Writes have completed that no finished sync covers.
+    #[cfg(test)]
+    pub(crate) fn is_unsynced(&self) -> bool {
+        self.unsynced.load(Ordering::Acquire)
+    }
+
     /// A write has completed. To be called before anyone is told of it.
     pub(crate) fn wrote(&self) {
         if !self.unsynced.load(Ordering::Relaxed) && !is_broken(Sabotage::ForgottenWrite) {

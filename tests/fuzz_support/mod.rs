@@ -6,6 +6,7 @@
 pub(crate) mod chains;
 pub(crate) mod effort;
 pub(crate) mod image;
+pub(crate) mod key_store;
 pub(crate) mod messages;
 pub(crate) mod mutate;
 pub(crate) mod one_file;

@@ -1,18 +1,19 @@
 //! What both programs take of an encrypted disk.
 
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use std::path::PathBuf;
-use vdblk::filter::{KeyFiles, Unallocated};
+use vdblk::filter::{KeyFiles, KeySource, Unallocated};
 
 /// Keys of an encrypted disk. Never a password itself: everybody on the host can read command lines.
 #[derive(Clone, Debug, Default, Args)]
+#[command(group = ArgGroup::new("key_source").multiple(true))]
 pub(crate) struct Keys {
     /// The disk is encrypted as VirtualBox does it: the file with its password, less one newline at the end; - for standard
     /// input
-    #[arg(long, value_name = "FILE", requires = "key_store")]
+    #[arg(long, value_name = "FILE", requires = "key_source")]
     pub(crate) password_file: Option<PathBuf>,
     /// The file with its key store: the text of CRYPT/KeyStore, or the machine's .vbox file with it
-    #[arg(long, value_name = "FILE", requires = "password_file")]
+    #[arg(long, value_name = "FILE", requires = "password_file", group = "key_source")]
     pub(crate) key_store: Option<PathBuf>,
     /// What an encrypted disk shows where nothing was ever written
     #[arg(long, value_enum, default_value_t)]
@@ -43,7 +44,7 @@ impl Keys {
     pub(crate) fn files(&self) -> KeyFiles {
         KeyFiles {
             password: self.password_file.clone(),
-            key_store: self.key_store.clone(),
+            key_store: self.key_store.clone().map(KeySource::File),
             unallocated: self.unallocated.into(),
         }
     }

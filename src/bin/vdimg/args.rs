@@ -18,13 +18,13 @@ pub(crate) mod medium;
 mod properties;
 
 use super::terminal::ShowProgress;
-pub(crate) use bytes::{Bench, Cat, Dd};
+pub(crate) use bytes::{Bench, Cat, Dd, Mount};
 pub(crate) use change::{Compact, Merge, Move, Rebase, Repair, Resize};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 pub(crate) use common::{Image, Lock, Output, Parents};
 pub(crate) use io::Io;
-pub(crate) use look::{Check, Compare, Diff, Formats, Info, Map};
+pub(crate) use look::{Check, Compare, CompareArgs, Diff, Formats, Info, Map};
 pub(crate) use make::{Clone, Convert, Create, CreateCache, TargetCache};
 pub(crate) use properties::{Comment, Geometry, Labelled, SetUuid};
 use std::path::PathBuf;
@@ -105,7 +105,7 @@ pub(crate) enum Command {
     Clone(Clone),
     /// Compare what two images show. Exit status: 0 equal, 1 different, 2 error.
     #[command(after_help = look::COMPARE)]
-    Compare(Compare),
+    Compare(CompareArgs),
     /// Tell in which ranges two disks differ. Exit status: 0 they are equal, 1 different, 2 error.
     #[command(after_help = look::DIFF)]
     Diff(Diff),
@@ -164,6 +164,9 @@ pub(crate) enum Command {
     /// Write the bytes of a disk, or of one of its partitions, to standard output.
     #[command(after_help = bytes::CAT)]
     Cat(Cat),
+    /// Show a disk and its partitions as files of a folder (FUSE), until it is unmounted or a signal comes.
+    #[command(after_help = bytes::MOUNT)]
+    Mount(Mount),
     /// Make an image of some blocks of a disk.
     #[command(after_help = bytes::DD)]
     Dd(Dd),

@@ -1,8 +1,9 @@
 //! `vdimg compare` and `vdimg diff`.
 
-use super::args::{Compare, Diff, Image, Output, Parents};
+use super::args::{Compare, CompareArgs, Diff, Image, Output, Parents};
 use super::keys::Keys;
 use super::terminal;
+use serde_json::json;
 use vdblk::Result;
 use vdblk::job::{compare_disks, diff_disks};
 use vdblk::map::GuestRange;
@@ -38,9 +39,15 @@ fn note_sizes([x, y]: [u64; 2]) {
     }
 }
 
-pub(crate) fn run(args: &Compare) -> Result<u8> {
-    let [a, b] = open(args)?;
+pub(crate) fn run(args: &CompareArgs) -> Result<u8> {
+    let [a, b] = open(&args.images)?;
     let found = terminal::watched(|watch| compare_disks(&a.disk, &b.disk, watch))?;
+    if args.output == Output::Json {
+        let told =
+            json!({ "equal": found.difference.is_none(), "offset": found.difference, "sizes": found.sizes });
+        terminal::print(&format!("{told}\n"))?;
+        return Ok(if found.difference.is_none() { 0 } else { DIFFERENT });
+    }
     note_sizes(found.sizes);
     match found.difference {
         None => terminal::print("The images are equal.\n").map(|()| 0),

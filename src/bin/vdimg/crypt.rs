@@ -6,10 +6,9 @@ use super::terminal;
 use clap::Args;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use vdblk::filter::{
-    Cipher, Crypt, KDF_MILLIS, KeyStore, Secret, iterations_for, read_key_store, read_password, unlock,
-    write_key_store,
+    Cipher, Filters, KDF_MILLIS, KeyStore, Secret, Unallocated, iterations_for, read_key_store,
+    read_password, unlock, write_key_store,
 };
 use vdblk::format::Format;
 use vdblk::job::{self, DiskKey, RecryptInto, is_unfinished};
@@ -133,6 +132,34 @@ impl What {
     }
 }
 
+/// The key of a new image.
+#[derive(Debug, Args)]
+pub(crate) struct NewKeys {
+    /// Encrypt the new image, with a new key: the file with its password, less one newline at its end; - for standard input.
+    #[arg(long, value_name = "FILE", requires = "new_key_store")]
+    new_password_file: Option<PathBuf>,
+    /// The new file for the key store of the new image. Keep it: without it everything in the image is lost.
+    #[arg(long, value_name = "FILE", requires = "new_password_file")]
+    new_key_store: Option<PathBuf>,
+    /// AES-XTS128-PLAIN64 or AES-XTS256-PLAIN64 [default: the latter].
+    #[arg(long, value_name = "CIPHER", requires = "new_key_store")]
+    new_cipher: Option<Cipher>,
+}
+
+impl NewKeys {
+    /// Makes an image with filters, or without if no key was asked for. The key store is there before, and goes again if that fails.
+    pub(crate) fn with_filters(&self, make: impl FnOnce(Filters) -> Result<()>) -> Result<()> {
+        let (Some(password), Some(key_store)) = (&self.new_password_file, &self.new_key_store) else {
+            return make(Filters::default());
+        };
+        let key = New { password, key_store, cipher: self.new_cipher.unwrap_or_default() }.make()?;
+        make(Filters::of(key.filter, Unallocated::Zeros)).inspect_err(|_| {
+            // What cannot be removed is told of when it is found to be there.
+            let _ = std::fs::remove_file(key_store);
+        })
+    }
+}
+
 /// A key that is to be.
 #[derive(Clone, Copy)]
 struct New<'a> {
@@ -154,18 +181,14 @@ impl New<'_> {
         let iterations = iterations_for(self.cipher, KDF_MILLIS);
         let store = KeyStore::wrap(self.cipher, key, password, iterations)?;
         write_key_store(self.key_store, &store)?;
-        disk_key(key, &store)
+        DiskKey::of(key, &store)
     }
 
     /// The key of a command that was ended.
     fn there(self) -> Result<DiskKey> {
         let (key, store) = unlock(self.key_store, self.password)?;
-        disk_key(&key, &store)
+        DiskKey::of(&key, &store)
     }
-}
-
-fn disk_key(key: &Secret, store: &KeyStore) -> Result<DiskKey> {
-    Ok(DiskKey { crypt: Arc::new(Crypt::new(store.cipher(), key)?), digest: store.key_digest() })
 }
 
 pub(crate) fn encrypt(args: &Encrypt) -> Result<u8> {
@@ -176,7 +199,7 @@ pub(crate) fn encrypt(args: &Encrypt) -> Result<u8> {
 
 pub(crate) fn decrypt(args: &Decrypt) -> Result<u8> {
     let (key, store) = unlock(&args.key_store, &args.password_file)?;
-    args.what.run(Some(disk_key(&key, &store)?), None, false)?;
+    args.what.run(Some(DiskKey::of(&key, &store)?), None, false)?;
     Ok(0)
 }
 
@@ -193,6 +216,6 @@ pub(crate) fn rekey(args: &Rekey) -> Result<u8> {
         new.keep(&key, &read_password(new.password)?)?;
         return Ok(0);
     }
-    old.what.run_to_new(Some(disk_key(&key, &store)?), new, false)?;
+    old.what.run_to_new(Some(DiskKey::of(&key, &store)?), new, false)?;
     Ok(0)
 }

@@ -3,6 +3,7 @@
 use super::args::{Clone, Convert, Create, TargetCache};
 use super::terminal;
 use std::path::Path;
+use vdblk::filter::Filters;
 use vdblk::format::{Format, NewParent, extension_format};
 use vdblk::job::{
     self, CreateImage, Inspected, RawDiskWish, create_image, inspect_image_with, look_at_raw_disk, named_from,
@@ -53,10 +54,11 @@ fn open_parent(args: &Create) -> Result<Option<OpenedDisk>> {
 
 pub(crate) fn convert(args: &Convert) -> Result<u8> {
     terminal::end_in_order();
-    let how = job::Convert {
+    let mut how = job::Convert {
         source: args.image.open(&args.source, args.snapshot.snapshot.as_ref(), args.lock)?,
         target: args.target.clone(),
         format: args.output_format.map_or_else(|| format_of_name(&args.target), Ok)?,
+        filters: Filters::default(),
         variant: args.variant.clone(),
         options: args.options.clone(),
         cache: match args.target_cache {
@@ -65,7 +67,10 @@ pub(crate) fn convert(args: &Convert) -> Result<u8> {
             TargetCache::Unsafe => CacheMode::Unsafe,
         },
     };
-    terminal::watched(|watch| job::convert(&how, watch))?;
+    args.new_keys.with_filters(|filters| {
+        how.filters = filters;
+        terminal::watched(|watch| job::convert(&how, watch))
+    })?;
     Ok(0)
 }
 
@@ -78,15 +83,19 @@ pub(crate) fn clone(args: &Clone) -> Result<u8> {
         let e = Error::new(ErrorKind::Unsupported, what).at(&args.source);
         return Err(e.hint("vdimg convert makes one of another format"));
     }
-    let how = job::Convert {
+    let mut how = job::Convert {
         source,
         target: args.target.clone(),
         format: own.format,
+        filters: Filters::default(),
         variant: variant_of(&own),
         options: options_of(&own),
         cache: CacheMode::Writeback,
     };
-    terminal::watched(|watch| job::convert(&how, watch))?;
+    args.new_keys.with_filters(|filters| {
+        how.filters = filters;
+        terminal::watched(|watch| job::convert(&how, watch))
+    })?;
     Ok(0)
 }
 

@@ -11,9 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use uuid::Uuid;
+use vdblk::filter::{Secret, read_password};
 use vdblk::job::human_bytes;
 use vdblk::medium::{
-    self, Medium, NewMedium, OpenMedium, Prober, Question, Registry, State, system_registry, user_registry,
+    self, ChangeEncryption, Medium, NewMedium, OpenMedium, Prober, Question, Registry, State,
+    system_registry, user_registry,
 };
 use vdblk::{Error, ErrorKind, Result};
 
@@ -40,6 +42,9 @@ pub(crate) fn run(args: &MediumArgs) -> Result<u8> {
         What::Unlock(a) => at.unlock(a),
         What::Import { .. } | What::Export { .. } | What::Scan { .. } => at.transfer(&args.what),
         What::Add(_) | What::Create(_) | What::Clone(_) | What::Attach(_) => at.gain(&args.what),
+        What::Encryption { password_file, medium } => at.encryption(medium, password_file.as_deref()),
+        What::Property { .. } => at.property(&args.what),
+        What::Encrypt(_) | What::Decrypt(_) | What::SetPassword(_) => at.change_encryption(&args.what),
         other => at.change(other),
     }
 }
@@ -351,7 +356,10 @@ impl At<'_> {
         let find = |m: &String| self.registry.find(m);
         match what {
             What::Detach(a) => find(&a.medium)?.detach(a.machine, a.snapshot)?,
-            What::Move { medium, to } => self.registry.move_to(find(medium)?.id(), &from_here(to)?)?,
+            What::Move { medium, to } => {
+                let (id, to) = (find(medium)?.id(), from_here(to)?);
+                terminal::watched(|watch| Ok(self.registry.move_to(id, &to, watch)?))?;
+            }
             What::SetLocation { medium, to } => find(medium)?.set_location(&from_here(to)?)?,
             What::Set(a) => self.set(&find(&a.medium)?, &a.changes)?,
             What::Close { medium } => find(medium)?.close()?,
@@ -393,6 +401,96 @@ impl At<'_> {
             m.set_auto_reset(on)?;
         }
         Ok(())
+    }
+
+    fn encryption(&self, medium: &str, password: Option<&Path>) -> Result<u8> {
+        let id = self.registry.find(medium)?.id();
+        let seen = self.registry.encryption(id)?;
+        if let Some(file) = password {
+            self.registry.check_encryption_password(id, &read_password(file)?)?;
+        }
+        #[derive(Serialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Seen<'a> {
+            cipher: &'static str,
+            password_id: &'a str,
+        }
+        match self.output {
+            Output::Json => {
+                print(&json(&Seen { cipher: seen.cipher.name(), password_id: &seen.password_id }))?
+            }
+            Output::Human if seen.password_id.is_empty() => print(&format!("{}\n", seen.cipher))?,
+            Output::Human => {
+                print(&format!("{}, password {}\n", seen.cipher, seen.password_id.escape_debug()))?;
+            }
+        }
+        Ok(0)
+    }
+
+    fn change_encryption(&self, what: &What) -> Result<u8> {
+        let (old, new, cipher) = match what {
+            What::Encrypt(a) => (a.old_password_file.as_deref(), &a.new, Some(a.cipher)),
+            What::SetPassword(a) => (Some(&*a.old_password_file), &a.new, None),
+            What::Decrypt(a) => {
+                let current = read_password(&a.password_file)?;
+                return self.recrypt(&a.medium, Some(&current), &ChangeEncryption::Decrypt);
+            }
+            _ => return Err(Error::new(ErrorKind::InvalidArgument, "this changes no encryption")),
+        };
+        if [old, Some(&*new.password.password_file)].iter().all(|f| *f == Some(Path::new("-"))) {
+            let what = "standard input holds one password, not two";
+            return Err(Error::new(ErrorKind::InvalidArgument, what));
+        }
+        let (current, password) =
+            (old.map(read_password).transpose()?, read_password(&new.password.password_file)?);
+        let (password, password_id) = (&password, new.password_id.as_str());
+        let change = match cipher {
+            Some(cipher) => ChangeEncryption::Encrypt { cipher, password, password_id },
+            None => ChangeEncryption::Password { password, password_id },
+        };
+        self.recrypt(&new.password.medium, current.as_ref(), &change)
+    }
+
+    fn recrypt(&self, medium: &str, current: Option<&Secret>, change: &ChangeEncryption<'_>) -> Result<u8> {
+        terminal::end_in_order();
+        let id = self.registry.find(medium)?.id();
+        terminal::watched(|watch| Ok(self.registry.change_encryption(id, current, change, watch)?))?;
+        Ok(0)
+    }
+
+    fn property(&self, what: &What) -> Result<u8> {
+        let What::Property { delete, medium, name, value } = what else {
+            return Err(Error::new(ErrorKind::InvalidArgument, "this is about no property"));
+        };
+        let m = self.registry.find(medium)?;
+        match (name, value) {
+            (None, _) => {
+                let all = m.record()?.properties;
+                match self.output {
+                    Output::Json => print(&json(&all))?,
+                    Output::Human => {
+                        let lines =
+                            all.iter().map(|(k, v)| format!("{}={}\n", k.escape_debug(), v.escape_debug()));
+                        print(&lines.collect::<String>())?;
+                    }
+                }
+            }
+            (Some(name), None) if !delete => {
+                let value = m.property(name)?.ok_or_else(|| {
+                    let what = format!("has no property '{}'", name.escape_debug());
+                    Error::new(ErrorKind::NotFound, what).at(Path::new(medium))
+                })?;
+                match self.output {
+                    Output::Json => print(&json(&value))?,
+                    Output::Human => print(&(value + "\n"))?,
+                }
+            }
+            (Some(name), value) => {
+                m.state()?;
+                m.set_property(name, value.as_deref())?;
+            }
+        }
+        Ok(0)
     }
 
     fn transfer(&self, what: &What) -> Result<u8> {

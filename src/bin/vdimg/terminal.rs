@@ -78,6 +78,11 @@ pub(crate) fn end_in_order() {
     }
 }
 
+/// One of these signals has come.
+pub(crate) fn is_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
 /// A write beyond the file size limit becomes an error, which is reported, instead of a signal that kills.
 pub(crate) fn survive_file_size_limits() {
     let _ = register_signal_handler(libc::SIGXFSZ, ignored);

@@ -130,6 +130,8 @@ fn a_chain_is_copied_image_by_image() {
     assert!(bytes(&raw, 0, ALL) == all);
     let small = CopyImage { size_bytes: MIB, path: Some(f.path("s.vdi")), ..CopyImage::default() };
     assert_eq!(status(c.copy_to(3, &mut hard_disk(), &small, unwatched!())), Status::ShrinkNotSupported);
+    let odd = CopyImage { size_bytes: 1000, ..small };
+    assert_eq!(status(c.copy_to(3, &mut hard_disk(), &odd, unwatched!())), Status::InvalidSize);
     let stream = CopyImage {
         backend: Some("VMDK".into()),
         path: Some(f.path("stream.vmdk")),
@@ -139,7 +141,94 @@ fn a_chain_is_copied_image_by_image() {
     let mut packed = hard_disk();
     c.copy_to(3, &mut packed, &stream, unwatched!()).unwrap();
     assert!(packed.is_read_only() && bytes(&packed, 0, ALL) == all);
+    let other = CopyImage { size_bytes: 16 * MIB, path: Some(f.path("t.vmdk")), ..stream };
+    assert_eq!(status(c.copy_to(3, &mut hard_disk(), &other, unwatched!())), Status::InvalidSize);
     assert_eq!(packed.image_flags(0).unwrap(), ImageFlags::VMDK_STREAM_OPTIMIZED);
+}
+
+/// A smaller disk takes what fits if there is nothing behind, into a new base, a diff, and an image that is there.
+#[test]
+fn a_copy_may_be_smaller_where_nothing_is_lost() {
+    let f = Folder::new();
+    let (mut c, all) = four(&f);
+    // The last bytes are those at 5 MiB.
+    let fits = 5 * MIB + 4096;
+    let how =
+        |name: &str, size_bytes| CopyImage { path: Some(f.path(name)), size_bytes, ..CopyImage::default() };
+    let mut to = hard_disk();
+    assert_eq!(
+        status(c.copy_to(3, &mut to, &how("a.vdi", fits - 512), unwatched!())),
+        Status::ShrinkNotSupported
+    );
+    assert_eq!((to.count(), f.path("a.vdi").exists()), (0, false));
+    for (name, backend) in [("a.vdi", "VDI"), ("b.qcow2", "QCOW2"), ("c.vmdk", "VMDK")] {
+        let how =
+            CopyImage { backend: Some(backend.into()), open_flags: OpenFlags::READONLY, ..how(name, fits) };
+        let mut to = hard_disk();
+        c.copy_to(LAST_IMAGE, &mut to, &how, unwatched!()).unwrap();
+        assert_eq!((to.size(0).unwrap(), to.is_read_only()), (fits, true));
+        assert!(bytes(&to, 0, fits as usize) == all[..fits as usize], "{backend}");
+    }
+    let mut to = with_base(&f, "VDI", "d.vdi", 6 * MIB);
+    to.write(0, &[1; 6 << 20]).unwrap();
+    c.copy_to(3, &mut to, &CopyImage { size_bytes: 6 * MIB, ..CopyImage::default() }, unwatched!()).unwrap();
+    assert!(bytes(&to, 0, 6 << 20) == all[..6 << 20], "zeros as well, to its end");
+    c.copy_to(3, &mut to, &how("e.vdi", 6 * MIB), unwatched!()).unwrap();
+    assert_eq!((to.count(), allocated(&to, 1)), (2, 0));
+    // An image of the middle, and what ends behind the data of the last piece.
+    c.write(7 * MIB, &[0; 512]).unwrap();
+    c.copy_to(1, &mut hard_disk(), &how("f.vdi", fits), unwatched!()).unwrap();
+}
+
+/// Whoever is above, in another folder, is told before the old place goes, and a cancelled move leaves all as it was.
+#[test]
+fn a_move_tells_the_image_above_first() {
+    let f = Folder::new();
+    std::fs::create_dir(f.path("sub")).unwrap();
+    let mut c = with_base(&f, "QCOW2", "base.qcow2", MIB);
+    c.write(0, &[7; 512]).unwrap();
+    diff(&mut c, "QCOW2", &f.path("sub/top.qcow2"));
+    for by_rename in [true, false] {
+        let e = c.move_image(
+            0,
+            None,
+            &f.path("new.qcow2"),
+            by_rename,
+            &mut Watch { cancelled: &|| true, progress: &mut |_| () },
+        );
+        assert_eq!(e.unwrap_err().kind(), ErrorKind::Cancelled);
+        assert_eq!((f.files(), c.count()), (vec!["base.qcow2".to_string(), "sub".into()], 2));
+        assert_eq!(bytes(&c, 0, 512), [7; 512]);
+    }
+    let mut at = f.path("base.qcow2");
+    for (by_rename, name) in [(true, "one.qcow2"), (false, "two.qcow2")] {
+        c.move_image(0, None, &f.path(name), by_rename, unwatched!()).unwrap();
+        assert!(!at.exists() && f.path(name).exists());
+        assert!(c.info(1).unwrap().parent_names.iter().any(|n| n.contains(name)));
+        at = f.path(name);
+    }
+    // Every moment at which a copy that moves looks whether it is cancelled.
+    for n in 0..40 {
+        let looks = Cell::new(0);
+        let cancelled = || looks.replace(looks.get() + 1) == n;
+        let to = f.path(&format!("m{n}.qcow2"));
+        let moved =
+            c.move_image(0, None, &to, false, &mut Watch { cancelled: &cancelled, progress: &mut |_| () });
+        let gone = if moved.is_ok() { &at } else { &to };
+        assert!(!gone.exists(), "{n}: {moved:?}");
+        assert_eq!((c.count(), bytes(&c, 0, 512)), (2, vec![7; 512]), "{n}");
+        if moved.is_ok() {
+            break;
+        }
+    }
+    // Files of one image move together.
+    let split = CreateBase { flags: ImageFlags::VMDK_SPLIT_2G, ..CreateBase::default() };
+    let mut c = hard_disk();
+    c.create_base("VMDK", &f.path("s.vmdk"), MIB, &split, OpenFlags::NONE).unwrap();
+    c.write(0, &[3; 512]).unwrap();
+    c.move_image(0, None, &f.path("sub/s.vmdk"), true, unwatched!()).unwrap();
+    assert_eq!(bytes(&c, 0, 512), [3; 512]);
+    assert!(!f.files().iter().any(|n| n.starts_with("s.") || n.starts_with("s-")), "{:?}", f.files());
 }
 
 #[test]
@@ -252,9 +341,12 @@ fn repairs_tell_first_and_mend_then() {
     assert_eq!(bytes(&c, 0, 512), [1; 512]);
     drop(c);
     std::fs::write(f.path("b.vdi"), vec![0; 4096]).unwrap();
-    assert!(run("VDI", "b.vdi", RepairFlags::NONE).is_err());
-    std::fs::write(f.path("cd.cue"), "x").unwrap();
-    assert!(run("CUE", "cd.cue", RepairFlags::NONE).is_err());
+    assert_eq!(run("VDI", "b.vdi", RepairFlags::NONE).unwrap_err().kind(), ErrorKind::NotThisFormat);
+    std::fs::write(f.path("cd.bin"), vec![1; 2048 * 16]).unwrap();
+    std::fs::write(f.path("cd.cue"), "FILE \"cd.bin\" BINARY\n TRACK 01 MODE1/2048\n  INDEX 01 00:00:00\n")
+        .unwrap();
+    let told = run("CUE", "cd.cue", RepairFlags::NONE);
+    assert_eq!(status(told), Status::ImageRepairNotSupported);
 }
 
 #[test]
@@ -275,10 +367,7 @@ fn a_container_has_one_cache_image() {
     assert_eq!(bytes(&c, 0, 512), [2; 512]);
     c.cache_close(false).unwrap();
     assert_eq!(status(c.cache_close(false)), Status::NotOpened);
-    assert_eq!(
-        status(c.cache_open("VCI", &f.path("none.vci")).map_err(|e| e.with_status(Status::CacheNotFound))),
-        Status::CacheNotFound
-    );
+    assert_eq!(c.cache_open("VCI", &f.path("none.vci")).unwrap_err().kind(), ErrorKind::NotFound);
     std::fs::write(f.path("odd.vci"), [0; 4096]).unwrap();
     assert_eq!(status(c.cache_open("VCI", &f.path("odd.vci"))), Status::CacheNotFound);
     c.cache_open("VCI", &f.path("c.vci")).unwrap();

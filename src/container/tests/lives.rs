@@ -57,6 +57,110 @@ fn closing_the_last_image_makes_the_one_below_writable() {
     assert_eq!(status(c.size(0)), Status::ImageNotFound);
 }
 
+/// Closing the one above succeeds in any case; where the one below cannot be written it is read, and nobody waits for ever.
+#[test]
+fn closing_over_an_image_that_somebody_reads_leaves_it_readable() {
+    let f = Folder::new();
+    let mut c = with_base(&f, "VDI", "a.vdi", MIB);
+    c.write(0, &[1; 512]).unwrap();
+    diff(&mut c, "VDI", &f.path("b.vdi"));
+    c.set_open_flags(LAST_IMAGE, OpenFlags::ASYNC_IO).unwrap();
+    let reader = open(&f.path("a.vdi"), "VDI", OpenFlags::READONLY);
+    assert_eq!(c.close(false).unwrap_err().kind(), ErrorKind::Locked);
+    assert_eq!((c.count(), c.is_read_only()), (1, true));
+    assert_eq!(bytes(&c, 0, 512), [1; 512]);
+    drop(reader);
+    c.set_open_flags(0, OpenFlags::NONE).unwrap();
+    c.write(0, &[2; 512]).unwrap();
+    // Gone altogether: nothing is open then.
+    diff(&mut c, "VDI", &f.path("c.vdi"));
+    std::fs::remove_file(f.path("a.vdi")).unwrap();
+    assert_eq!(c.close(false).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(c.count(), 0);
+    assert_eq!(status(c.read(0, &mut [0; 512])), Status::NotOpened);
+}
+
+/// Where neither the new image nor, after that, those that were there can be opened, nothing is, and all requests hear of it.
+#[test]
+fn requests_end_when_a_container_loses_its_images() {
+    let f = Folder::new();
+    let mut c = hard_disk();
+    c.create_base("VDI", &f.path("a.vdi"), MIB, &CreateBase::default(), OpenFlags::ASYNC_IO).unwrap();
+    std::fs::remove_file(f.path("a.vdi")).unwrap();
+    let e = c.apart(|_| Ok(())).unwrap_err();
+    assert_eq!((e.kind(), c.count()), (ErrorKind::NotFound, 0));
+    let (done, _) = completion();
+    assert_eq!(status(c.async_flush(done)), Status::NotOpened);
+}
+
+/// A ring of the kernel's belongs to one thread; a container to none.
+#[test]
+fn any_thread_reads_writes_flushes_and_closes() {
+    let f = Folder::new();
+    let mut c = with_base(&f, "VDI", "a.vdi", 16 * MIB);
+    c.flush().unwrap();
+    std::thread::scope(|s| {
+        for n in 0..4u64 {
+            let c = &c;
+            s.spawn(move || {
+                for i in 0..20 {
+                    let (at, data) = (n * 4 * MIB + i * (200 << 10), pattern(n * 100 + i, 150 << 10));
+                    c.write(at, &data).unwrap();
+                    c.flush().unwrap();
+                    assert!(bytes(c, at, 150 << 10) == data);
+                }
+            });
+        }
+    });
+    std::thread::spawn(move || {
+        diff(&mut c, "VDI", &f.path("b.vdi"));
+        c.write(0, &[1; 512]).unwrap();
+        c.close_all().unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+/// VirtualBox has codes of their own for what is wrong with headers.
+#[test]
+fn headers_are_refused_with_their_format_s_code() {
+    let f = Folder::new();
+    for (backend, nothing, version) in [
+        ("VDI", Status::VdiInvalidSignature, Some((0x46, Status::VdiUnsupportedVersion))),
+        ("VMDK", Status::VmdkInvalidHeader, Some((4, Status::VmdkUnsupportedVersion))),
+        ("VHD", Status::VhdInvalidHeader, None),
+        ("Parallels", Status::ParallelsInvalidHeader, None),
+        ("QED", Status::GenInvalidHeader, None),
+        ("QCOW", Status::GenInvalidHeader, None),
+        ("QCOW2", Status::GenInvalidHeader, None),
+        ("VHDX", Status::GenInvalidHeader, None),
+        ("DMG", Status::DmgInvalidHeader, None),
+    ] {
+        let b = backend_info_one(backend).unwrap();
+        let path = f.path("x").with_extension(b.extensions[0].extension);
+        std::fs::write(&path, vec![0x20; 1 << 20]).unwrap();
+        let open = || {
+            let device = b.extensions[0].device;
+            status(Container::new(device).open(backend, &path, OpenFlags::READONLY))
+        };
+        assert_eq!(open(), nothing, "{backend}");
+        std::fs::remove_file(&path).unwrap();
+        let Some((at, code)) = version else { continue };
+        drop(with_base(&f, backend, path.file_name().unwrap().to_str().unwrap(), MIB));
+        let mut image = std::fs::read(&path).unwrap();
+        image[at] = 9;
+        std::fs::write(&path, image).unwrap();
+        assert_eq!(open(), code, "{backend}");
+    }
+    let mut c = with_base(&f, "VDI", "c.vdi", MIB);
+    assert_eq!(status(c.set_comment(0, Some(&"x".repeat(256)))), Status::VdiCommentTooLong);
+    let odd = CreateBase { config: vec![("Nonsense".into(), "1".into())], ..CreateBase::default() };
+    assert_eq!(
+        status(c.create_diff("VDI", &f.path("d.vdi"), &odd, OpenFlags::NONE)),
+        Status::UnknownCfgValues
+    );
+}
+
 #[test]
 fn images_in_the_wrong_place_are_refused_and_nothing_changes() {
     let f = Folder::new();

@@ -1,6 +1,7 @@
 //! The container over files of the operating system.
 
 mod capabilities;
+mod filters;
 mod jobs;
 mod later;
 mod lives;

@@ -197,7 +197,7 @@ fn snapshots_come_and_go() {
     }
 }
 
-/// Everything a container does, in any order, against a model.
+/// Much of what a container does, in any order, against a model; behind filters, too.
 #[test]
 fn random_lives_against_a_model() {
     for seed in 0..6u64 {
@@ -207,11 +207,14 @@ fn random_lives_against_a_model() {
             with_base(&f, backends[seed as usize % 4], &format!("0.{}", ext(seed)), 6 * MIB),
             seed,
         );
+        if seed % 2 == 1 {
+            super::filters::add(&mut m.c, FilterFlags::DEFAULT, "key");
+        }
         // What each image below the top shows.
         let mut beneath: Vec<Vec<u8>> = Vec::new();
         for step in 1..40u64 {
             let size = m.model.len() as u64;
-            match m.rng.draw() % 10 {
+            match m.rng.draw() % 15 {
                 0..4 => m.random((0, size), 32 << 10, 6),
                 4 if m.c.count() < 5 => {
                     let which = m.rng.draw();
@@ -232,10 +235,47 @@ fn random_lives_against_a_model() {
                     let at = m.rng.draw() % (size / 65536) * 65536;
                     m.write(at as usize, &[0; 65536]);
                 }
+                9 => {
+                    m.c.set_open_flags(LAST_IMAGE, OpenFlags::DISCARD).unwrap();
+                    let at = m.rng.draw() % (size / 65536) * 65536;
+                    m.c.discard(&[(at, 65536)]).unwrap();
+                    // Zeros, or what was there: told by the tests of discards.
+                    m.write(at as usize, &pattern(step, 65536));
+                }
+                10 => unless_unsupported(m.c.compact(LAST_IMAGE, unwatched!()).map(drop)),
+                11 if m.c.count() == 1 => {
+                    let none = Geometry::default();
+                    let resized = m.c.resize(size + MIB, none, none, unwatched!());
+                    if resized.is_ok() {
+                        m.model.resize((size + MIB) as usize, 0);
+                    }
+                    unless_unsupported(resized);
+                }
+                12 => {
+                    let n = (m.rng.draw() % m.c.count() as u64) as u32;
+                    let old = m.c.filename(n).unwrap().to_path_buf();
+                    let name = f.path(&format!("m{step}")).with_extension(old.extension().unwrap());
+                    m.c.move_image(n, None, &name, m.rng.chance(50), unwatched!()).unwrap();
+                    assert!(!old.exists());
+                }
+                13 => {
+                    let mut to = hard_disk();
+                    let path = Some(f.path(&format!("c{step}.vdi")));
+                    let how = CopyImage { backend: Some("VDI".into()), path, ..CopyImage::default() };
+                    m.c.copy_to(LAST_IMAGE, &mut to, &how, unwatched!()).unwrap();
+                    assert!(bytes(&to, 0, m.model.len()) == m.model);
+                    to.close(true).unwrap();
+                }
                 _ => m.c.flush().unwrap(),
             }
             m.verify();
         }
+    }
+}
+
+fn unless_unsupported(done: Result<()>) {
+    if let Err(e) = done {
+        assert_eq!(e.kind(), crate::ErrorKind::Unsupported, "{e}");
     }
 }
 

@@ -9,7 +9,7 @@ pub use work::RecryptJob;
 use super::create::{folder_of, remove_files};
 use super::{Watch, compare_disks};
 use crate::error::{Error, ErrorKind, Result};
-use crate::filter::{Crypt, Filter, Filters, KeyChange, Unallocated};
+use crate::filter::{Crypt, Filter, Filters, KeyChange, KeyStore, Secret, Unallocated};
 use crate::format::OpenHow;
 use crate::io::{HostFile, ImageLock, LockMode, OpenHow as OpenFile, OsFile, sync_dir};
 use crate::map::{DeviceType, FileId};
@@ -30,9 +30,19 @@ const COPY_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct DiskKey {
     /// The filter with it.
-    pub crypt: Arc<Crypt>,
-    /// Names it: the digest in its key store.
+    pub filter: Arc<dyn Filter>,
+    /// Names it: the digest in its key store, or another that no other key has.
     pub digest: [u8; 32],
+}
+
+impl DiskKey {
+    /// The key that was in this key store.
+    ///
+    /// # Errors
+    /// If it is none of the store's cipher.
+    pub fn of(key: &Secret, store: &KeyStore) -> Result<DiskKey> {
+        Ok(DiskKey { filter: Arc::new(Crypt::new(store.cipher(), key)?), digest: store.key_digest() })
+    }
 }
 
 /// Where the result goes.
@@ -101,7 +111,7 @@ pub fn recrypt(how: &Recrypt, watch: &mut Watch<'_>) -> Result<()> {
 }
 
 fn filter_of(key: &Option<DiskKey>) -> Option<Arc<dyn Filter>> {
-    key.as_ref().map(|k| k.crypt.clone() as Arc<dyn Filter>)
+    key.as_ref().map(|k| k.filter.clone())
 }
 
 /// The images, the top first, locked.
@@ -288,7 +298,7 @@ fn fill_copy(
     // What both show has to be the same.
     let (before, after) = (chain.images[0].alone()?, copy.alone()?);
     let behind = |key: &Option<DiskKey>| {
-        key.as_ref().map_or_else(Filters::default, |k| Filters::of(k.crypt.clone(), Unallocated::Zeros))
+        key.as_ref().map_or_else(Filters::default, |k| Filters::of(k.filter.clone(), Unallocated::Zeros))
     };
     before.change_filters(|f| *f = behind(&how.from));
     after.change_filters(|f| *f = behind(&how.to));

@@ -274,3 +274,27 @@ fn every_operation_may_fail_qcow() {
     every_fault(Kind::Qcow);
     every_fault(Kind::QcowDiff);
 }
+
+/// Where flushes are ignored (VirtualBox's IGNORE_FLUSH, `--cache unsafe`) no sync reaches the files: not for a flush, a first write, a discard, the plan of a
+/// format, or the close.
+#[test]
+fn ignored_flushes_sync_nothing() {
+    for kind in [Kind::Raw, Kind::DiffDiscard, Kind::Vhd, Kind::Qcow2] {
+        let (images, past) = Images::new(Shape { kind, size: SIZE, block: 4096 }, &mut Rng(1));
+        let synced = |skip_syncs| {
+            let (images, faults) = (images.copy(), Faults::default());
+            let counted = Fault::of(&[IoKind::Sync, IoKind::WriteThrough], 0, Failing::Interrupted);
+            faults.add(Fault { sticky: true, ..counted });
+            let options = DiskOptions { skip_syncs, ..DiskOptions::default() };
+            let mut w =
+                World::new(&images, (options, faults.clone(), Trace::default()), past.clone(), 1).unwrap();
+            for (value, request) in (1000..).zip(script()) {
+                w.finish(request, value).unwrap();
+            }
+            w.close().unwrap();
+            faults.hits().into_iter().filter(|op| is_sync(op.kind)).count()
+        };
+        assert_eq!(synced(true), 0, "{kind:?}");
+        assert!(synced(false) >= 3, "{kind:?}: a sync for each flush, at least");
+    }
+}

@@ -11,6 +11,15 @@ Examples: vdimg cat disk.vmdk | sha256sum
           vdimg cat disk.vdi --partition 1 >partition.ext4
           vdimg cat disk.qcow2 --offset 1M --length 4k | hexdump -C";
 
+pub(super) const MOUNT: &str = "\
+The folder shows the files disk and partition1, partition2 ... as Linux counts
+them, of fixed length. The command stays in the foreground; SIGINT, SIGTERM,
+SIGHUP and umount end it in order. The image is locked meanwhile, as vdblk does.
+Examples: vdimg mount disk.vdi /mnt/disk & sleep 1
+          mount -o loop,ro /mnt/disk/partition1 /mnt/files
+          vdimg mount --writable disk.qcow2 /mnt/disk & sleep 1
+          fsck.ext4 -f /mnt/disk/partition1; umount /mnt/disk";
+
 pub(super) const DD: &str = "\
 As dd(1): count blocks are copied from behind the skipped ones on. (qemu-img dd
 counts the skipped ones as well.) The new image's disk ends at a multiple of 512
@@ -41,6 +50,30 @@ pub(crate) struct Cat {
     pub(crate) lock: Lock,
     /// The image.
     pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Mount {
+    #[command(flatten)]
+    pub(crate) image: Image,
+    #[command(flatten)]
+    pub(crate) snapshot: Snapshot,
+    /// Let the files be written [default: only read].
+    #[arg(long, conflicts_with = "snapshot")]
+    pub(crate) writable: bool,
+    /// Write to an image although a diff in its folder has it as its parent.
+    #[arg(long, requires = "writable")]
+    pub(crate) allow_write_to_parent: bool,
+    /// Let others than the one who mounts it, root included, read the files.
+    #[arg(long)]
+    pub(crate) allow_other: bool,
+    #[command(flatten)]
+    pub(crate) lock: Lock,
+    /// The image.
+    pub(crate) file: PathBuf,
+    /// The folder, which is there.
+    #[arg(value_parser = super::super::usage::existing_dir)]
+    pub(crate) folder: PathBuf,
 }
 
 #[derive(Debug, Args)]

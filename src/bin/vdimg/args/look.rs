@@ -65,6 +65,15 @@ pub(crate) struct Diff {
     pub(crate) images: Compare,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    #[command(flatten)]
+    pub(crate) images: Compare,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+}
+
 /// Two images.
 #[derive(Debug, Args)]
 pub(crate) struct Compare {

@@ -1,5 +1,6 @@
 //! Commands that make images.
 
+use super::super::crypt::NewKeys;
 use super::common::{Image, Lock, Parents, Snapshot};
 use clap::Args;
 use std::path::PathBuf;
@@ -13,7 +14,8 @@ Examples: vdimg create --format vdi --size 20G disk.vdi
 
 pub(super) const CONVERT: &str = "\
 The new image is a base. After an error, or when interrupted, no file is left.
-Example: vdimg convert disk.vmdk --output-format qcow2 disk.qcow2";
+Examples: vdimg convert disk.vmdk --output-format qcow2 disk.qcow2
+          vdimg convert --new-password-file pw --new-key-store disk.keys disk.vmdk disk.vdi";
 
 pub(super) const CLONE: &str = "\
 Format, variant and size of blocks stay, UUIDs are new. What stands on parents
@@ -26,6 +28,8 @@ pub(crate) struct Clone {
     pub(crate) image: Image,
     #[command(flatten)]
     pub(crate) snapshot: Snapshot,
+    #[command(flatten)]
+    pub(crate) new_keys: NewKeys,
     #[command(flatten)]
     pub(crate) lock: Lock,
     /// The image to copy, with its parents.
@@ -132,6 +136,8 @@ pub(crate) struct Convert {
     /// qcow: cluster_size=SIZE, from 512 to 64k [default: 4k], table_entries=N, 64 to 8192 [default: 512].
     #[arg(short = 'o', long = "option", value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub(crate) options: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(crate) new_keys: NewKeys,
     #[command(flatten)]
     pub(crate) lock: Lock,
     /// The image to copy, with its parents.

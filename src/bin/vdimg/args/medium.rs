@@ -5,6 +5,7 @@ use clap::{Args, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use uuid::Uuid;
+use vdblk::filter::Cipher;
 use vdblk::format::Format;
 use vdblk::job::{NewSize, parse_size};
 use vdblk::map::DeviceType;
@@ -127,6 +128,32 @@ pub(crate) enum What {
     Reset {
         /// UUID or file.
         medium: String,
+    },
+    /// Encrypt a medium and what it stands on, as VirtualBox does it, or give it another key. The key store is kept in the registry.
+    Encrypt(Encrypt),
+    /// Take the encryption off a medium and what it stands on.
+    Decrypt(Password),
+    /// Give an encrypted medium another password; its key stays.
+    SetPassword(SetPassword),
+    /// Tell how a medium is encrypted, with --password-file whether that is its password.
+    Encryption {
+        /// The file with the password, less one newline at its end; - for standard input.
+        #[arg(long, value_name = "FILE")]
+        password_file: Option<PathBuf>,
+        /// UUID or file.
+        medium: String,
+    },
+    /// Show a medium's properties, or one, or change it.
+    Property {
+        /// Take it away.
+        #[arg(long, requires = "name", conflicts_with = "value")]
+        delete: bool,
+        /// UUID or file.
+        medium: String,
+        /// Its name.
+        name: Option<String>,
+        /// What it is to be.
+        value: Option<String>,
     },
     /// Show the media as trees of diffs.
     Tree,
@@ -289,6 +316,46 @@ pub(crate) struct Clone_ {
     pub(crate) medium: String,
     /// The new file; without an extension it gets that of the format.
     pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Encrypt {
+    /// AES-XTS128-PLAIN64 or AES-XTS256-PLAIN64.
+    #[arg(long, default_value_t)]
+    pub(crate) cipher: Cipher,
+    /// The file with the password it has, if it is encrypted already.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) old_password_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) new: Named,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SetPassword {
+    /// The file with the password it has.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) old_password_file: PathBuf,
+    #[command(flatten)]
+    pub(crate) new: Named,
+}
+
+/// A new password.
+#[derive(Debug, Args)]
+pub(crate) struct Named {
+    /// What the password is called.
+    #[arg(long, value_name = "ID", default_value = "")]
+    pub(crate) password_id: String,
+    #[command(flatten)]
+    pub(crate) password: Password,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Password {
+    /// The file with the password, less one newline at its end; - for standard input.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) password_file: PathBuf,
+    /// UUID or file.
+    pub(crate) medium: String,
 }
 
 fn seconds(text: &str) -> std::result::Result<f64, String> {
