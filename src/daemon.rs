@@ -1,6 +1,7 @@
 //! The daemon: opens a disk, listens, serves, and leaves everything in order.
 
 mod overlay;
+mod recorded;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::filter::KeyFiles;
@@ -8,6 +9,7 @@ use crate::format::Format;
 use crate::io::{EngineKind, make_engine};
 use crate::job::human_bytes;
 use crate::limits;
+use crate::live::LiveDisk;
 use crate::vd::{CacheMode, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
 use crate::vhost::{Device, Endpoint, Resize, ServeOptions, SocketFile, SocketOptions, serve};
 use crate::virtio::{DeviceShape, Geometry};
@@ -68,6 +70,8 @@ pub struct Config {
     pub cache_image: Option<PathBuf>,
     /// Password and key store of an encrypted disk.
     pub keys: KeyFiles,
+    /// Where it is written down which image the disk is served from, across live changes of its chain; made if it is not there.
+    pub record: Option<PathBuf>,
     /// A diff that takes the writes; made if it is not there.
     pub overlay: Option<PathBuf>,
     /// No changes.
@@ -99,6 +103,14 @@ pub struct Config {
 /// # Errors
 /// With one line that says what to do. Nothing is lost: what was acknowledged is with the kernel.
 pub fn run(config: &Config) -> Result<()> {
+    run_with(config, |_| ())
+}
+
+/// The same; `told` gets the disk, whose chain can be changed from then on, when front-ends can be served.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(config: &Config, told: impl FnOnce(Arc<LiveDisk>)) -> Result<()> {
     let opening = Arc::new(AtomicBool::new(true));
     let Told { shutdown, resize } = listen_to_signals(Arc::clone(&opening))?;
     let (opened, mut overlay) = open(config)?;
@@ -109,25 +121,36 @@ pub fn run(config: &Config) -> Result<()> {
             .at(&opened.images[0].path)
             .hint("vdimg create makes one"));
     }
-    let served = serve_disk(config, &opened, &mut overlay, Told { shutdown, resize });
+    let direct = config.cache == CacheMode::None;
+    let live = Arc::new(LiveDisk::new(&opened, direct, recorded::record_of(config))?);
+    let served = serve_disk(config, (opened, &live), &mut overlay, Told { shutdown, resize }, told);
     if served.is_err() {
-        opened.disk.end_cache(); // what it held it may as well go on with
+        live.disk().end_cache(); // what it held it may as well go on with
     }
     served?;
-    close(&opened.disk, config)
+    live.end(|disk| close(disk, config))
 }
 
 /// Serves it until a signal, or as long as the configuration says.
-fn serve_disk(config: &Config, opened: &OpenedDisk, overlay: &mut overlay::Fresh, told: Told) -> Result<()> {
+fn serve_disk(
+    config: &Config,
+    (opened, live): (OpenedDisk, &Arc<LiveDisk>),
+    overlay: &mut overlay::Fresh,
+    told: Told,
+    ready: impl FnOnce(Arc<LiveDisk>),
+) -> Result<()> {
     let Told { shutdown, resize } = told;
     let (endpoint, _name) = endpoint(&config.socket)?;
     let engine = engine(config.engine)?;
-    let device = device(config, opened, resize, engine.kind);
-    let line = describe(config, opened, &device.shape, &engine);
+    let device = device(config, (&opened, live), resize, engine.kind);
+    let line = describe(config, &opened, &device.shape, &engine);
+    // the chain may be another soon
+    drop(opened);
     let options = ServeOptions { once: config.once };
     serve(device, endpoint, options, &shutdown, || {
         overlay.keep();
         tracing::info!("serving {line}");
+        ready(Arc::clone(live));
         // Without systemd nobody listens, and nothing depends on it.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     })
@@ -198,6 +221,10 @@ fn open(config: &Config) -> Result<(OpenedDisk, overlay::Fresh)> {
         filters: config.keys.unlock()?,
         options,
     };
+    let how = recorded::follow(config, how)?;
+    if !how.options.read_only && !how.allow_write_to_parent {
+        recorded::refuse_parent_in_record(&how.image.path)?;
+    }
     match &config.overlay {
         None => open_disk(&how).map(|opened| (opened, overlay::Fresh::none())),
         Some(overlay) => overlay::open(how, overlay),
@@ -245,7 +272,12 @@ fn group_number(group: &str) -> Result<u32> {
     })
 }
 
-fn device(config: &Config, opened: &OpenedDisk, resize: EventFd, kind: EngineKind) -> Device<Channel> {
+fn device(
+    config: &Config,
+    (opened, live): (&OpenedDisk, &Arc<LiveDisk>),
+    resize: EventFd,
+    kind: EngineKind,
+) -> Device<Channel> {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let per_cpu = u16::try_from(cpus).unwrap_or(u16::MAX).min(limits::MAX_QUEUES);
     let shape = DeviceShape {
@@ -256,13 +288,17 @@ fn device(config: &Config, opened: &OpenedDisk, resize: EventFd, kind: EngineKin
         queue_size: config.queue_size,
         ..DeviceShape::new(opened.disk.size_bytes())
     };
-    let (disk, growing, format) = (opened.disk.clone(), opened.disk.clone(), opened.images[0].format);
+    let (disk, growing) = (Arc::clone(live), Arc::clone(live));
     Device {
         shape,
         serial: config.serial.clone().unwrap_or_else(|| default_serial(opened)),
         poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(limits::MAX_POLL_MICROS),
-        make: Box::new(move |_queue, slots| channel(&disk, kind, slots)),
-        resize: Some(Resize { event: resize, look: Box::new(move || look_at_size(&growing, format)) }),
+        make: Box::new(move |_queue, slots| channel(&disk.disk(), kind, slots)),
+        control: live.control().clone(),
+        resize: Some(Resize {
+            event: resize,
+            look: Box::new(move || look_at_size(&growing.disk(), growing.chain()[0].format)),
+        }),
     }
 }
 

@@ -22,6 +22,7 @@ pub mod format;
 pub mod io;
 pub mod job;
 pub mod limits;
+pub mod live;
 pub mod map;
 pub mod medium;
 pub mod plugin;

@@ -21,14 +21,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("plugin", &["error", "limits", "map", "filter", "format"]),
     ("container", &["error", "limits", "map", "size", "filter", "format", "plugin", "io", "vd", "job"]),
     ("medium", &["error", "limits", "map", "size", "filter", "format", "io", "vd", "job"]),
+    ("live", &["error", "limits", "probe", "map", "format", "io", "vd", "job", "vhost"]),
     (
         "sim",
         &[
             "error", "limits", "probe", "map", "filter", "format", "plugin", "io", "vd", "job", "virtio",
-            "vhost",
+            "vhost", "live",
         ],
     ),
-    ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost"]),
+    ("daemon", &["error", "limits", "map", "filter", "format", "io", "vd", "job", "virtio", "vhost", "live"]),
 ];
 
 /// The only files with `unsafe` in them.

@@ -89,6 +89,10 @@ struct Args {
     /// this image is gone on with, and any other file refused
     #[arg(long, value_name = "FILE", conflicts_with = "read_only")]
     overlay: Option<PathBuf>,
+    /// Remember in this file which image the disk is served from, across live snapshots and merges: it is made if it is not there, and
+    /// where it is, the image it names is served in place of --blk-file's, whose record it must be
+    #[arg(long, value_name = "FILE", requires = "blk_file", conflicts_with_all = ["read_only", "overlay", "snapshot"])]
+    record: Option<PathBuf>,
     /// Keep blocks of what is below the image that is written (of --read-only: of all) in this cache image, which vdimg
     /// create-cache makes; for slow storage and packed images. It is used by one disk at a time, and begins empty after a crash
     #[arg(long, value_name = "FILE")]
@@ -213,6 +217,7 @@ impl Args {
             allow_raw_device: self.allow_raw_device,
             cache_image: self.cache_image,
             keys: self.keys.files(),
+            record: self.record,
             overlay: self.overlay,
             read_only: self.read_only,
             lock_wait: Duration::from_secs(self.lock_wait),

@@ -151,7 +151,7 @@ pub(crate) fn open_shared_channel(disk: &Arc<Disk>, lanes: u16) -> Result<Channe
 }
 
 /// The same over an engine of this kind.
-fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
+pub(crate) fn open_channel_over(kind: EngineKind, disk: &Arc<Disk>, lanes: u16) -> Result<Channel> {
     let chosen = make_engine(kind, ENGINE_DEPTH)?;
     if let Some(why) = chosen.fallback {
         tracing::info!("threads instead of io_uring: {why}");

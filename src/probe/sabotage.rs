@@ -38,6 +38,12 @@ pub enum Sabotage {
     CachedBeforeData,
     /// A cache image: what a session left that was not ended in order is taken over, whichever wrote it.
     UncleanTrusted,
+    /// A live snapshot: the record names the new image only when it is served already.
+    RecordedAfterSwitch,
+    /// A live snapshot: the new image is recorded before it is durable.
+    NewImageUnsynced,
+    /// A live snapshot: queues go on with the new image while others are still at the old one.
+    SwitchedApart,
     /// A chain is not marked as in flight before it is started.
     UnmarkedChain,
     /// The mark of a chain is cleared before its answer is visible.

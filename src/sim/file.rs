@@ -25,6 +25,8 @@ pub struct SimFile {
     sealed: bool,
     /// Of an image's first file: its others.
     further: Vec<Arc<SimFile>>,
+    /// The file of another image, written at the same time: its power goes at the same moments.
+    above: Option<Arc<SimFile>>,
     /// Of the others: the first.
     first: Weak<SimFile>,
 }
@@ -76,10 +78,37 @@ impl SimFile {
         })
     }
 
+    /// The same, of one file, with the empty file of an image that will be put above it.
+    pub(super) fn with_above(
+        name: impl Into<PathBuf>,
+        bytes: Bytes,
+        above: &str,
+    ) -> (Arc<SimFile>, Arc<SimFile>) {
+        let top = Arc::new_cyclic(|first| {
+            let above = SimFile { first: first.clone(), ..Self::holding(above.into(), Bytes::default()) };
+            SimFile { above: Some(Arc::new(above)), ..Self::holding(name.into(), bytes) }
+        });
+        let above = top.above.clone().expect("just made");
+        (top, above)
+    }
+
+    /// All that lose power with it.
+    fn others(&self) -> impl Iterator<Item = &Arc<SimFile>> {
+        self.further.iter().chain(&self.above)
+    }
+
     fn holding(name: PathBuf, bytes: Bytes) -> SimFile {
         let contents = Contents { durable: bytes.clone(), now: bytes, ..Contents::default() };
         let (contents, alignment) = (Mutex::new(contents), Alignment::NONE);
-        SimFile { contents, name, alignment, sealed: false, further: Vec::new(), first: Weak::new() }
+        SimFile {
+            contents,
+            name,
+            alignment,
+            sealed: false,
+            further: Vec::new(),
+            above: None,
+            first: Weak::new(),
+        }
     }
 
     /// All files of the image of which this is the first.
@@ -97,10 +126,15 @@ impl SimFile {
         self.lock().touched
     }
 
+    /// See [`Self::with_above`].
+    pub(super) fn above(&self) -> Option<&Arc<SimFile>> {
+        self.above.as_ref()
+    }
+
     /// The process that changes it is dead: nothing changes until [`Self::kill`].
     pub(super) fn freeze(&self) {
         self.lock().frozen = true;
-        self.further.iter().for_each(|f| f.freeze());
+        self.others().for_each(|f| f.freeze());
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
@@ -125,7 +159,7 @@ impl SimFile {
 
     /// The power goes now.
     pub fn cut_now(&self) -> Cut {
-        let further = self.further.iter().map(|f| f.cut_now()).collect();
+        let further = self.others().map(|f| f.cut_now()).collect();
         self.lock().cut().with(further)
     }
 
@@ -236,7 +270,7 @@ impl SimFile {
 
     /// The process is gone. What becomes of what it had submitted is settled before another gets the lock.
     pub fn kill(&self, how: Landing, rng: &mut Rng) {
-        self.further.iter().for_each(|f| f.kill(how, rng));
+        self.others().for_each(|f| f.kill(how, rng));
         let c = &mut *self.lock();
         c.frozen = false;
         let mut flying: Vec<_> = std::mem::take(&mut c.flying).into_values().collect();

@@ -207,10 +207,27 @@ pub struct Images {
     below: Vec<(Arc<SimFile>, Arc<dyn ImageMap>)>,
     /// A cache image between the two.
     pub cache: Option<CacheFile>,
+    /// The image that a live snapshot puts above.
+    pub(super) living: Option<Living>,
     /// Processes hold the tables only in parts, which they forget by this chance.
     pub forgets: Option<u64>,
     /// Between what processes show and what the images hold.
     pub filters: Filters,
+}
+
+/// An image that is put above the one on top while that is served.
+#[derive(Clone, Debug)]
+pub(super) struct Living {
+    pub(super) shape: Shape,
+    pub(super) file: Arc<SimFile>,
+    pub(super) leaf: Leaf,
+}
+
+/// Which image the record names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Leaf {
+    Old,
+    New,
 }
 
 /// Time goes on by some microseconds whenever somebody looks, and UUIDs come in order: from another one on in each process, as far as
@@ -246,12 +263,22 @@ impl Host for SimHost {
 
 /// A new image.
 fn new_image(kind: Kind, size: u64, block: u64, uuid: u128, parent: Option<u128>) -> Bytes {
-    let format = kind.format();
-    let id = Uuid::from_u128(uuid);
     let parent = parent.map(Uuid::from_u128).map(|p| NewParent {
         info: ImageInfo { uuid: Some(p), modification_uuid: Some(p), ..ImageInfo::default() },
         path: Some("parent".into()),
     });
+    new_image_over(Shape { kind, size, block }, uuid, parent)
+}
+
+/// A new image over the one that `parent` describes.
+pub(super) fn bytes_of_new(shape: Shape, parent: ImageInfo) -> Bytes {
+    new_image_over(shape, 0xabcd, Some(NewParent { info: parent, path: Some("parent".into()) }))
+}
+
+fn new_image_over(shape: Shape, uuid: u128, parent: Option<NewParent>) -> Bytes {
+    let Shape { kind, size, block } = shape;
+    let format = kind.format();
+    let id = Uuid::from_u128(uuid);
     let option = |key: &str, value: &str| (key.to_string(), value.to_string());
     let mut options = match format {
         Format::Vdi => vec![option("AllocationBlockSize", &block.to_string())],
@@ -320,7 +347,12 @@ fn image_files(bytes: &Bytes, first: FileId) -> Vec<ImageFile<'_>> {
     (first.0..).zip(all).map(|(id, source)| ImageFile { id: FileId(id), source }).collect()
 }
 
-fn open_map(bytes: &Bytes, format: Format, id: FileId, read_only: bool) -> Result<Arc<dyn ImageMap>> {
+pub(super) fn open_map(
+    bytes: &Bytes,
+    format: Format,
+    id: FileId,
+    read_only: bool,
+) -> Result<Arc<dyn ImageMap>> {
     let how = format::OpenHow { read_only, info_only: false };
     Ok(format::open(format, &image_files(bytes, id), how)?.into())
 }
@@ -385,6 +417,7 @@ impl Images {
                 top: SimFile::new("parent.vdi", bytes),
                 below: sealed(&of_vdi(&below), 1),
                 cache: None,
+                living: None,
                 forgets: None,
                 filters: filters.clone(),
             };
@@ -407,7 +440,7 @@ impl Images {
         let first = 1 + bytes.further().len();
         let below = sealed(&of_vdi(&below), first);
         let (top, filters) = (SimFile::new("top", bytes), filters.clone());
-        (Images { shape, top, below, cache: None, forgets: None, filters }, past)
+        (Images { shape, top, below, cache: None, living: None, forgets: None, filters }, past)
     }
 
     /// A new image over these, the nearest first, one file each.
@@ -420,7 +453,7 @@ impl Images {
     /// Images of one file each.
     pub(super) fn of(shape: Shape, top: Bytes, below: &[(Bytes, Format)]) -> Images {
         let (top, below) = (SimFile::new("top", top), sealed(below, 1));
-        Images { shape, top, below, cache: None, forgets: None, filters: Filters::default() }
+        Images { shape, top, below, cache: None, living: None, forgets: None, filters: Filters::default() }
     }
 
     /// A copy whose top file is its own.
@@ -481,8 +514,45 @@ impl Images {
     /// # Errors
     /// What the format says of them.
     pub fn view(&self, top: &Bytes) -> Result<Vec<u8>> {
+        if let Some(living) = &self.living {
+            return self.view_living(living, top);
+        }
         let map = open_map(top, self.shape.kind.format(), FileId(0), false)?;
-        self.show(self.layers(map), top)
+        self.show(self.layers(map), self.all_bytes(top))
+    }
+
+    /// The files of the chain, by number.
+    fn all_bytes(&self, top: &Bytes) -> Vec<Bytes> {
+        let below = self.below.iter().map(|(f, _)| f.bytes());
+        std::iter::once(top.clone()).chain(top.further().iter().cloned()).chain(below).collect()
+    }
+
+    /// The same where the record says which of two images is on top; also that neither is damaged.
+    fn view_living(&self, living: &Living, state: &Bytes) -> Result<Vec<u8>> {
+        let (old, above) = state.clone().apart();
+        let is_old = living.leaf == Leaf::Old;
+        let map = open_map(&old, self.shape.kind.format(), FileId(0), !is_old)?;
+        let mut sound = vec![(self.shape.kind.format(), &old)];
+        let (mut layers, mut files) = (self.layers(map), self.all_bytes(&old));
+        if !is_old {
+            let id = FileId(u16::try_from(files.len()).expect("few"));
+            let map = open_map(&above[0], living.shape.kind.format(), id, false)?;
+            files.push(above[0].clone());
+            sound.push((living.shape.kind.format(), &above[0]));
+            layers.insert(0, Layer { number: u32::MAX, map });
+        }
+        for (format, bytes) in sound {
+            if let Some(report) = check(format, bytes)?.filter(|r| r.corruptions > 0) {
+                let what = format!("{format} is corrupt: {:?}", report.findings);
+                return Err(Error::new(ErrorKind::Corrupt, what));
+            }
+        }
+        self.show(layers, files)
+    }
+
+    /// The images below the top one.
+    pub(super) fn below_bytes(&self) -> impl Iterator<Item = (Bytes, Format)> + '_ {
+        self.below.iter().map(|(f, _)| (f.bytes(), Format::Vdi))
     }
 
     /// What shows through where the top image says nothing.
@@ -493,20 +563,19 @@ impl Images {
         let below = (0u32..).zip(&self.below).map(|(number, (_, map))| Layer { number, map: map.clone() });
         let below: Vec<_> = below.collect();
         let size = usize::try_from(self.shape.size).expect("a small disk");
-        let mut all = if below.is_empty() { Vec::new() } else { self.show(below, &Bytes::default())? };
+        let mut all =
+            if below.is_empty() { Vec::new() } else { self.show(below, self.all_bytes(&Bytes::default()))? };
         all.resize(size, 0);
         Ok(all)
     }
 
-    fn show(&self, layers: Vec<Layer>, top: &Bytes) -> Result<Vec<u8>> {
+    fn show(&self, layers: Vec<Layer>, files: Vec<Bytes>) -> Result<Vec<u8>> {
         let chain = Chain::new(layers);
         let mut list = ExtentList::new();
-        let parents: Vec<_> = self.below.iter().map(|(f, _)| f.bytes()).collect();
         let mut all = vec![0; usize::try_from(chain.size_bytes()).expect("a small disk")];
         let mut rest = GuestRange::between(GuestOffset(0), GuestOffset(chain.size_bytes()));
         while !rest.is_empty() {
-            let nth = |i: usize| std::iter::once(top).chain(top.further()).chain(&parents).nth(i);
-            let bytes_of = |file: FileId| nth(usize::from(file.0)).expect("a file of the chain");
+            let bytes_of = |file: FileId| &files[usize::from(file.0)];
             match chain.map(rest, &mut list) {
                 Ok(()) => {}
                 Err(Lack::Failed(f)) => return Err(f.into()),
@@ -587,6 +656,7 @@ pub(super) fn copy_target(size: u64) -> Images {
         top: SimFile::new("copy.vdi", new_image(Kind::Vdi, size, 8192, 3, None)),
         below: vec![],
         cache: None,
+        living: None,
         forgets: None,
         filters: Filters::default(),
     }
@@ -595,7 +665,8 @@ pub(super) fn copy_target(size: u64) -> Images {
 /// An engine with habits of its own.
 pub(super) fn engine_for(images: &Images, faults: &Faults, trace: &Trace, rng: &mut Rng) -> SimEngine {
     let cache = images.cache.iter().map(|c| c.file.clone());
-    let files: Vec<_> = images.files().into_iter().chain(cache).collect();
+    let above = images.top.above().cloned();
+    let files: Vec<_> = images.files().into_iter().chain(cache).chain(above).collect();
     SimEngine::over(&files, faults, trace, rng.draw())
 }
 

@@ -95,6 +95,9 @@ impl Judge {
         self.stats.states += 1;
         let seen = images.view(state).map_err(|e| format!("does not open: {e}"))?;
         compare(&seen, allowed)?;
+        if images.living.is_some() {
+            return Ok(()); // looked at where they are opened
+        }
         let format = images.shape.kind.format();
         let Some(report) = check(format, state).map_err(|e| e.to_string())? else { return Ok(()) };
         if report.corruptions > 0 {

@@ -5,7 +5,7 @@ use super::driver::{Driver, SERIAL, Seen};
 use super::life::Life;
 use super::ram::{ENTRIES, Ram};
 use crate::io::{BufSlice, Host};
-use crate::vd::{BlockDevice, Channel, Done, Outcome, Request};
+use crate::vd::{BlockDevice, Channel, Disk, Done, Outcome, Request};
 use crate::vhost::{QueueWorker, Ring, RingExtras, WorkerOptions};
 use crate::virtio::Rules;
 use std::io;
@@ -49,6 +49,14 @@ impl BlockDevice for Spy {
         }
     }
 
+    fn prepare(&mut self, disk: &Arc<Disk>) -> crate::Result<()> {
+        self.channel.prepare(disk)
+    }
+
+    fn move_to(&mut self, disk: &Arc<Disk>) {
+        self.channel.move_to(disk);
+    }
+
     fn set_write_through(&mut self, on: bool) {
         self.channel.set_write_through(on);
     }
@@ -75,6 +83,7 @@ enum Serving {
 /// A worker and its ring.
 pub(super) struct RingPort {
     worker: QueueWorker<Spy>,
+    held: bool,
     serving: Serving,
 }
 
@@ -94,7 +103,7 @@ impl Port {
         let spy = Spy { channel, life: life.clone(), seen: Vec::new() };
         let options = WorkerOptions { queue, slots: ENTRIES, rules, serial: SERIAL.into() };
         let worker = QueueWorker::new(spy, &options).with_host(host);
-        Port::Ring(Box::new(RingPort { worker, serving: Serving::Rests }))
+        Port::Ring(Box::new(RingPort { worker, held: false, serving: Serving::Rests }))
     }
 
     pub(super) fn channel(&mut self) -> &mut Channel {
@@ -126,6 +135,19 @@ impl RingPort {
             self.worker.stop();
             self.serving = Serving::Ends;
         }
+    }
+
+    /// Nothing is taken from the ring, whether it is served or not, or again.
+    pub(super) fn hold(&mut self, on: bool) {
+        match (std::mem::replace(&mut self.held, on), on) {
+            (false, true) => self.worker.hold(),
+            (true, false) => self.worker.release_hold(),
+            _ => {}
+        }
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.worker.is_held()
     }
 
     pub(super) fn rests(&self) -> bool {

@@ -6,6 +6,7 @@ mod compacting;
 mod encrypted;
 mod failing;
 mod faults;
+mod live;
 mod merging;
 mod plugins;
 mod powercut;

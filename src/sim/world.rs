@@ -75,6 +75,8 @@ pub struct World {
     /// The disk.
     pub disk: Arc<Disk>,
     ports: Vec<Port>,
+    /// Queues that take nothing for the time being.
+    pub(super) held: Vec<bool>,
     /// By queue, and by slot or head.
     under: Vec<Vec<Option<Under>>>,
     rings: Option<(Ram, Vec<Driver>)>,
@@ -189,6 +191,7 @@ impl World {
         let mut world = World {
             images: images.clone(),
             disk,
+            held: vec![false; ports.len()],
             ports,
             under,
             rings,
@@ -218,6 +221,10 @@ impl World {
     /// Queues.
     pub fn queues(&self) -> usize {
         self.ports.len()
+    }
+
+    pub(super) fn port(&mut self, c: usize) -> &mut Port {
+        &mut self.ports[c]
     }
 
     fn tick(&mut self) -> u64 {
@@ -304,7 +311,9 @@ impl World {
     fn post_all(&mut self, c: usize, request: Request, more: Vec<GuestRange>, value: u64) -> bool {
         let range = range_of(request);
         let forbidden = matches!(request, Request::Discard(_)) && !self.disk.options().discard;
-        if self.is_busy(range) || (forbidden && self.rings.is_some()) {
+        // a guest that calls the channel does what its worker would
+        let held = self.held[c] && self.rings.is_none();
+        if held || self.is_busy(range) || (forbidden && self.rings.is_some()) {
             return false;
         }
         self.past[sectors(range)].iter_mut().for_each(|s| s.busy = true);
@@ -474,7 +483,7 @@ impl World {
     }
 
     /// The guest has heard of nothing that has happened since these moments.
-    fn look_at_cuts(&mut self) {
+    pub(super) fn look_at_cuts(&mut self) {
         if self.judge.is_none() {
             return;
         }
@@ -619,6 +628,14 @@ impl World {
         // what it had shown before it died the guest has still to see
         for c in 0..self.ports.len() {
             self.hear(c);
+        }
+    }
+
+    /// Lets the channels of a dead process hear of the ends of their operations.
+    pub(super) fn poll_all(&mut self) {
+        for channel in self.ports.iter_mut().map(Port::channel) {
+            let _ = channel.flush_queue();
+            channel.poll(&mut Vec::new());
         }
     }
 

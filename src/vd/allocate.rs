@@ -31,7 +31,7 @@ impl Channel {
         s.work = Work::Claimed { part };
         s.claim = Some(key);
         s.pending = 1;
-        if self.disk.claims.take(key, me) {
+        if self.disk.shared.claims.take(key, me) {
             self.slot(slot).pending = 0;
         }
         Next::Again
@@ -40,7 +40,7 @@ impl Channel {
     /// Gives the claim up and goes on behind `part` (or at its start, to look again).
     pub(super) fn part_done(&mut self, slot: u16, part: Option<GuestRange>) -> Next {
         if let Some(key) = self.slot(slot).claim.take()
-            && let Some(next) = self.disk.claims.release(key)
+            && let Some(next) = self.disk.shared.claims.release(key)
         {
             self.wake(next, Ok(()));
         }
@@ -53,7 +53,7 @@ impl Channel {
             // A discard of many small units must not keep the queue's other requests waiting.
             s.pending += 1;
             let me = self.me(slot);
-            self.disk.mailboxes.post(me, Ok(()));
+            self.disk.shared.mailboxes.post(me, Ok(()));
         }
         Next::Again
     }

@@ -1,7 +1,8 @@
 //! One thread's way to a disk: its slots, its engine, its event loop's hooks.
 
-use super::disk::Disk;
+use super::disk::{Disk, Started};
 use super::fills::Fills;
+use super::finish::Fence;
 use super::mailbox::{Event, Mailbox};
 use super::own::Own;
 use super::slot::{Job, Ops, Slot};
@@ -53,6 +54,7 @@ pub struct Channel {
     inline_write_bytes: u64,
     /// How the plan at the clean close has ended.
     pub(super) end_outcome: Option<Outcome>,
+    pub(super) fence: Fence,
 }
 
 impl std::fmt::Debug for Channel {
@@ -74,7 +76,8 @@ impl Channel {
             let file = &disk.file(id).file;
             engine.attach(id, file).map_err(|e| Error::io("hand it to the I/O engine", e).at(file.path()))?;
         }
-        let (id, mailbox) = disk.mailboxes.open().map_err(|e| Error::io("open a channel to the disk", e))?;
+        let (id, mailbox) =
+            disk.shared.mailboxes.open().map_err(|e| Error::io("open a channel to the disk", e))?;
         Ok(Channel {
             engine,
             id,
@@ -94,6 +97,7 @@ impl Channel {
             write_through: disk.options().write_through,
             inline_write_bytes: INLINE_WRITE_BYTES,
             end_outcome: None,
+            fence: Fence::None,
             disk,
         })
     }
@@ -149,7 +153,7 @@ impl Channel {
         } else if who.channel == self.id && self.polling {
             self.events.push(Event { slot: who.slot, result });
         } else {
-            self.disk.mailboxes.post(who, result);
+            self.disk.shared.mailboxes.post(who, result);
         }
     }
 
@@ -249,6 +253,15 @@ impl Channel {
         any
     }
 
+    /// Begins what has to be durable before the first change of the top image ([`crate::map::ImageMap::begin`]), unless that is done or
+    /// under way. [`Disk::has_begun`] tells when it is done; a channel that is idle before that has failed.
+    pub(crate) fn begin_changes(&mut self) {
+        if self.disk.may_write().is_ok() && self.disk.start.join(NOBODY) == Started::Begin {
+            let plan = self.disk.chain.top().map.begin(self.disk.host.new_uuid());
+            self.run_internal(Job::Start, plan);
+        }
+    }
+
     /// Leaves the image as a clean close does: everything derived exact, no slack; `sync`: and durable. To be called
     /// when no channel of the disk has anything in flight; the disk takes no change afterwards.
     ///
@@ -267,7 +280,7 @@ impl Channel {
         if self.disk.may_write() == Err(Failure::SyncFailed) {
             let what = "a sync of it has failed: what was written since the last flush may be lost";
             return Err(Error::new(ErrorKind::SyncFailed, what)
-                .at(self.disk.files[0].file.path())
+                .at(self.disk.top_path())
                 .hint("check the disk, restart the machine, then run vdimg check"));
         }
         if self.disk.start.is_done() && self.disk.may_write().is_ok() {
@@ -301,7 +314,7 @@ impl Channel {
             self.end_outcome = None;
             self.run_internal(Job::End, plan);
             self.settle_down()?;
-            let path = self.disk.files[0].file.path();
+            let path = self.disk.top_path();
             let ended = self.end_outcome.take().unwrap_or(Ok(()));
             ended.map_err(|f| Error::from(f).at(path).hint("vdimg check tells what state it is in"))?;
         }
@@ -392,6 +405,22 @@ impl BlockDevice for Channel {
         self.engine.event_fd().into_iter().chain([self.mailbox.fd()]).collect()
     }
 
+    fn prepare(&mut self, disk: &Arc<Disk>) -> Result<()> {
+        assert!(Arc::ptr_eq(&self.disk.shared, &disk.shared), "a disk over other images");
+        for id in disk.file_ids().filter(|id| !self.disk.file_ids().any(|known| known == *id)) {
+            let file = &disk.file(id).file;
+            let told = |e| Error::io("hand it to the I/O engine", e).at(file.path());
+            self.engine.attach(id, file).map_err(told)?;
+        }
+        Ok(())
+    }
+
+    fn move_to(&mut self, disk: &Arc<Disk>) {
+        assert!(self.is_idle(), "a channel changes its disk under its requests");
+        assert!(Arc::ptr_eq(&self.disk.shared, &disk.shared), "a disk over other images");
+        self.disk = disk.clone();
+    }
+
     fn set_write_through(&mut self, on: bool) {
         self.write_through = on || self.disk.options().write_through;
     }
@@ -404,6 +433,6 @@ impl Drop for Channel {
             std::thread::panicking() || self.is_idle(),
             "a channel was dropped with work in flight"
         );
-        self.disk.mailboxes.close(self.id);
+        self.disk.shared.mailboxes.close(self.id);
     }
 }

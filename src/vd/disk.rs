@@ -1,21 +1,18 @@
 //! What the channels of a disk share.
 
 use super::cache::Cache;
-use super::chain::Chain;
-use super::loads::Loads;
-use super::mailbox::Mailboxes;
+use super::chain::{Chain, Layer};
 use super::own::Own;
-use super::pages::Pages;
+use super::shared::{OnSyncFailure, Shared};
 use super::sync::SyncGroup;
-use super::units::Units;
 use crate::error::{self, Error, Failure};
 use crate::filter::Filters;
-use crate::io::{BouncePool, FileTraits, Host, HostFile, ImageLock};
-use crate::limits::BOUNCE_BYTES;
-use crate::map::{Claims, FileId, Waiter};
-use std::collections::VecDeque;
+use crate::io::{FileTraits, Host, HostFile, ImageLock};
+use crate::limits::{BOUNCE_BYTES, MAX_FILES};
+use crate::map::{FileId, ImageMap, Waiter};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// How a disk uses the host's page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,32 +98,32 @@ impl DiskFile {
 /// touch nothing here but the chain and atomics.
 pub struct Disk {
     pub(crate) chain: Chain,
-    /// Those of the images, then that of the cache.
-    pub(crate) files: Vec<DiskFile>,
+    /// Those of the images, then that of the cache, each in the place of its number; shared with other disks over the same images.
+    files: Vec<Option<Arc<DiskFile>>>,
+    /// The first of the top image's.
+    top_file: FileId,
     /// Between the images nobody writes and those above.
     pub(crate) cache: Option<Box<Cache>>,
     pub(crate) options: DiskOptions,
     pub(crate) host: Arc<dyn Host>,
-    pub(crate) claims: Claims,
-    pub(crate) pages: Pages,
-    pub(crate) loads: Loads,
-    pub(crate) units: Units,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) start: Start,
     pub(crate) room: Mutex<Room>,
-    bounce: Bounces,
     /// Between what the disk shows and what its images hold.
     filters: RwLock<Arc<Filters>>,
     /// There are some.
     is_filtered: AtomicBool,
     /// Reads do not go straight to the images: there is a cache, or there are filters.
     detours: AtomicBool,
-    /// Of requests on their way through the filters. A pool of its own: whoever holds one of these may need one of the other.
-    filter_bounce: Bounces,
-    pub(crate) mailboxes: Mailboxes,
-    /// The locks on its images: they go when the last channel has gone, and its I/O with it.
-    locks: OnceLock<Vec<ImageLock>>,
-    sync_failed: AtomicBool,
-    on_sync_failure: Box<dyn Fn() + Send + Sync>,
+}
+
+/// An image that is to become the top of a disk's chain.
+pub(crate) struct NewTop {
+    pub(crate) map: Arc<dyn ImageMap>,
+    /// Their numbers begin with what [`Disk::free_files`] has said.
+    pub(crate) files: Vec<Arc<dyn HostFile>>,
+    pub(crate) locks: Vec<ImageLock>,
+    pub(crate) on_sync_failure: OnSyncFailure,
 }
 
 impl std::fmt::Debug for Disk {
@@ -135,38 +132,6 @@ impl std::fmt::Debug for Disk {
             .field("chain", &self.chain)
             .field("options", &self.options)
             .finish_non_exhaustive()
-    }
-}
-
-/// A bounded number of bounce buffers, and who waits for one.
-#[derive(Debug, Default)]
-pub(crate) struct Bounces {
-    pool: Arc<BouncePool>,
-    waiters: Mutex<VecDeque<Waiter>>,
-}
-
-impl Bounces {
-    /// A buffer of `len` bytes; `None`: `who` waits for one.
-    fn take(&self, len: usize, who: Waiter) -> Option<Own> {
-        let mut waiters = self.waiters.lock().expect("bounce lock");
-        let buf = self.pool.take(len).map(Own::Pooled);
-        if buf.is_none() {
-            waiters.push_back(who);
-        }
-        buf
-    }
-
-    /// A buffer back; the one who has waited longest is to be told.
-    fn give(&self, buf: Own) -> Option<Waiter> {
-        let mut waiters = self.waiters.lock().expect("bounce lock");
-        drop(buf);
-        waiters.pop_front()
-    }
-
-    /// Buffers in use, and those who wait for one.
-    #[cfg(any(test, feature = "sim"))]
-    fn held(&self) -> usize {
-        self.pool.in_use() + self.waiters.lock().expect("bounce lock").len()
     }
 }
 
@@ -184,7 +149,7 @@ impl Disk {
         files: Vec<Arc<dyn HostFile>>,
         options: DiskOptions,
         host: Arc<dyn Host>,
-        on_sync_failure: Box<dyn Fn() + Send + Sync>,
+        on_sync_failure: OnSyncFailure,
     ) -> Arc<Disk> {
         Self::with_cache(chain, (files, None), options, host, on_sync_failure)
     }
@@ -195,40 +160,96 @@ impl Disk {
         (mut files, cache): (Vec<Arc<dyn HostFile>>, Option<Cache>),
         options: DiskOptions,
         host: Arc<dyn Host>,
-        on_sync_failure: Box<dyn Fn() + Send + Sync>,
+        on_sync_failure: OnSyncFailure,
     ) -> Arc<Disk> {
         if let Some(cache) = &cache {
             assert_eq!(usize::from(cache.id.0), files.len(), "the cache's file comes last");
             files.push(cache.file.clone());
         }
         let detours = AtomicBool::new(cache.is_some());
+        let numbers = chain.layers().iter().map(|l| l.number).max().expect("a chain has an image");
+        let shared = Shared::new(numbers + 1, on_sync_failure);
+        if !options.read_only {
+            shared.begin_writing(chain.top().number);
+        }
         Arc::new(Disk {
             chain,
-            files: files.into_iter().map(DiskFile::new).collect(),
+            files: files.into_iter().map(|f| Some(Arc::new(DiskFile::new(f)))).collect(),
+            top_file: FileId(0),
             cache: cache.map(Box::new),
             options,
             host,
-            claims: Claims::default(),
-            pages: Pages::default(),
-            loads: Loads::default(),
-            units: Units::default(),
+            shared,
             start: Start::default(),
             room: Mutex::default(),
-            bounce: Bounces::default(),
             filters: RwLock::default(),
             is_filtered: AtomicBool::new(false),
             detours,
-            filter_bounce: Bounces::default(),
-            mailboxes: Mailboxes::default(),
-            locks: OnceLock::new(),
-            sync_failed: AtomicBool::new(false),
-            on_sync_failure,
         })
     }
 
-    /// Gives the disk the locks on its images, once.
-    pub(crate) fn hold(&self, locks: Vec<ImageLock>) {
-        assert!(self.locks.set(locks).is_ok(), "a disk is given its locks once");
+    /// The number that the first file of an image may have which is to be put on top, with so many files; `None` if there are too
+    /// many.
+    pub(crate) fn free_files(&self, files: usize) -> Option<FileId> {
+        let first = self.files.len();
+        (first + files <= MAX_FILES).then_some(FileId(u16::try_from(first).ok()?))
+    }
+
+    /// A disk with another image on top of this one's. This one is to write nothing from the moment on at which the first channel
+    /// goes over to the new one; what it has left to do at its top image [`super::Finish`] does.
+    ///
+    /// # Panics
+    /// If the disk has a cache image: its places are counted by images.
+    pub(crate) fn under(self: &Arc<Disk>, top: NewTop) -> Arc<Disk> {
+        assert!(self.cache.is_none(), "a cache image beneath an image that was written");
+        let number = self.shared.new_image();
+        self.shared.begin_writing(number);
+        self.shared.hold(number, top.locks);
+        self.shared.tell_of_sync_failure(top.on_sync_failure);
+        let layer = Layer { number, map: top.map };
+        let new = top.files.into_iter().map(|f| Some(Arc::new(DiskFile::new(f))));
+        Arc::new(Disk {
+            chain: Chain::new([layer].into_iter().chain(self.chain.layers().iter().cloned()).collect()),
+            top_file: self.free_files(0).expect("numbers are left"),
+            files: self.files.iter().cloned().chain(new).collect(),
+            cache: None,
+            options: self.options,
+            host: self.host.clone(),
+            shared: self.shared.clone(),
+            start: Start::default(),
+            room: Mutex::default(),
+            filters: RwLock::new(self.filters()),
+            is_filtered: AtomicBool::new(self.is_filtered()),
+            detours: AtomicBool::new(self.has_detours()),
+        })
+    }
+
+    /// Gives the disk the locks on an image, for as long as any disk over it is open.
+    pub(crate) fn hold(&self, image: u32, locks: Vec<ImageLock>) {
+        self.shared.hold(image, locks);
+    }
+
+    /// The top image is written no more: others may read it.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Locked`] and the operating system's; the lock stays as it is.
+    pub(crate) fn share_top(&self) -> error::Result<()> {
+        self.shared.share_locks(self.chain.top().number, self.top_path())
+    }
+
+    /// The top image has never been served: its locks go.
+    pub(crate) fn forget_top(&self) {
+        self.shared.forget(self.chain.top().number);
+    }
+
+    /// The disk is closed, and no channel is left: the locks on all its images go.
+    pub(crate) fn forget_images(&self) {
+        self.shared.forget_all();
+    }
+
+    /// The first file of the image that is written.
+    pub(crate) fn top_path(&self) -> &Path {
+        self.file(self.top_file).file.path()
     }
 
     /// Size in bytes.
@@ -242,8 +263,7 @@ impl Disk {
     /// # Errors
     /// From the operating system.
     pub fn grow(&self) -> error::Result<Option<u64>> {
-        // an image's first file has its place in the chain
-        let file = &self.files[0].file;
+        let file = &self.file(self.top_file).file;
         self.chain.grow(&**file).map_err(|e| Error::io("find out its length", e).at(file.path()))
     }
 
@@ -258,7 +278,7 @@ impl Disk {
     }
 
     pub(crate) fn file(&self, id: FileId) -> &DiskFile {
-        &self.files[usize::from(id.0)]
+        self.files[usize::from(id.0)].as_ref().expect("a file of the disk")
     }
 
     /// The file that extents call `id`, for jobs that ask where its holes are.
@@ -281,27 +301,28 @@ impl Disk {
 
     /// The files by number.
     pub(crate) fn file_ids(&self) -> impl Iterator<Item = FileId> + '_ {
-        (0..self.files.len()).map(|i| FileId(u16::try_from(i).expect("limits::MAX_FILES")))
+        let number = |i: usize| FileId(u16::try_from(i).expect("limits::MAX_FILES"));
+        self.files.iter().enumerate().filter(|(_, f)| f.is_some()).map(move |(i, _)| number(i))
     }
 
     /// A bounce buffer; `None`: `who` waits for one.
     pub(crate) fn take_bounce(&self, who: Waiter) -> Option<Own> {
-        self.bounce.take(BOUNCE_BYTES, who)
+        self.shared.bounce.take(BOUNCE_BYTES, who)
     }
 
     /// A bounce buffer back; the one who has waited longest is to be told.
     pub(crate) fn give_bounce(&self, buf: Own) -> Option<Waiter> {
-        self.bounce.give(buf)
+        self.shared.bounce.give(buf)
     }
 
     /// A buffer for a request on its way through the filters, as [`Self::take_bounce`].
     pub(crate) fn take_filter_bounce(&self, len: usize, who: Waiter) -> Option<Own> {
-        self.filter_bounce.take(len, who)
+        self.shared.filter_bounce.take(len, who)
     }
 
     /// As [`Self::give_bounce`].
     pub(crate) fn give_filter_bounce(&self, buf: Own) -> Option<Waiter> {
-        self.filter_bounce.give(buf)
+        self.shared.filter_bounce.give(buf)
     }
 
     /// The filters as they are now; a request keeps those it has begun with.
@@ -333,14 +354,7 @@ impl Disk {
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn held(&self) -> usize {
         let room = self.room.lock().expect("room lock");
-        self.claims.held()
-            + self.bounce.held()
-            + self.filter_bounce.held()
-            + self.pages.in_flight_count()
-            + self.loads.in_flight_count()
-            + self.units.in_flight_count()
-            + self.cache.as_ref().map_or(0, |c| c.held())
-            + room.waiters.len()
+        self.shared.held() + self.cache.as_ref().map_or(0, |c| c.held()) + room.waiters.len()
     }
 
     /// Every change is refused.
@@ -348,12 +362,17 @@ impl Disk {
         self.options.read_only
     }
 
+    /// The top image is ready for changes: it says that its contents are about to differ.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.start.is_done()
+    }
+
     /// A change may begin.
     pub(crate) fn may_write(&self) -> Result<(), Failure> {
         if self.options.read_only {
             return Err(Failure::ReadOnly);
         }
-        if self.sync_failed.load(Ordering::Acquire) {
+        if self.shared.has_sync_failed() {
             return Err(Failure::SyncFailed);
         }
         Ok(())
@@ -361,8 +380,14 @@ impl Disk {
 
     /// A sync has failed: nothing is known of what the disk holds, so no change is taken from now on (rule O4).
     pub(crate) fn sync_has_failed(&self) {
-        if !self.sync_failed.swap(true, Ordering::AcqRel) {
-            (self.on_sync_failure)();
+        self.shared.sync_has_failed();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if !self.options.read_only {
+            self.shared.end_writing(self.chain.top().number);
         }
     }
 }

@@ -6,7 +6,6 @@ use super::marker::SyncFailureMarker;
 use super::open::refuse_parent_of_another;
 use super::references::{device_path, extent_path};
 use super::source::FileSource;
-use super::stand_in::stand_in;
 use super::unfinished::refuse_if_unfinished;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
@@ -227,7 +226,7 @@ impl ImageFiles {
     /// [`ErrorKind::ReadOnly`] or [`ErrorKind::SyncFailed`].
     pub(crate) fn refuse_to_write(&self, info: &ImageInfo, allow_write_to_parent: bool) -> Result<()> {
         if !allow_write_to_parent {
-            refuse_parent_of_another(&self.path, info.uuid.or_else(|| stand_in(&self.path)))?;
+            refuse_parent_of_another(&self.path, info.uuid)?;
         }
         self.refuse_after_failed_sync()
     }

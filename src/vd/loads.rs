@@ -136,7 +136,7 @@ impl Channel {
         }
         let me = self.me(slot);
         self.slot(slot).pending += 1;
-        if self.disk.loads.join(id, me) {
+        if self.disk.shared.loads.join(id, me) {
             self.submit_load(id);
         }
         // it may have ended at once
@@ -175,7 +175,7 @@ impl Channel {
     }
 
     fn tell_loaded(&mut self, id: PageId, take: impl FnOnce() -> Result<(), Failure>) {
-        let (waiters, result) = self.disk.loads.ended(id, take);
+        let (waiters, result) = self.disk.shared.loads.ended(id, take);
         if let Err(f) = result {
             tracing::error!("cannot load {:?} of image {}: {f}", id.1, id.0);
         }
@@ -201,13 +201,13 @@ impl Disk {
     pub fn load_page(&self, layer: u32, key: MetaKey) -> crate::error::Result<()> {
         let id = (layer, key);
         loop {
-            let since = self.loads.begin_direct(id);
+            let since = self.shared.loads.begin_direct(id);
             let read = if self.chain.layer(layer).map.has_page(key) {
                 Ok(None)
             } else {
                 self.read_page(id).map(Some)
             };
-            let taken = self.loads.direct_ended(id, since, || match &read {
+            let taken = self.shared.loads.direct_ended(id, since, || match &read {
                 Ok(Some((own, part))) => self.page_read(id, &own.as_slice()[part.clone()]),
                 Ok(None) | Err(_) => Ok(()),
             });

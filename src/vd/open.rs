@@ -2,10 +2,11 @@
 
 use super::cache::{Cache, Scope};
 use super::chain::{Chain, Layer};
+use super::disk::NewTop;
 use super::identity::base_of;
 use super::image_files::{Further, ImageFiles};
 use super::marker::SyncFailureMarker;
-use super::parents::{ParentSearch, above_snapshots, child_that_names, default_dirs};
+use super::parents::{ParentSearch, Sought, above_snapshots, any_other_child, default_dirs};
 use super::references::parent_path;
 use super::stand_in::stand_in;
 use super::unfinished::refuse_if_unfinished;
@@ -202,7 +203,7 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
         open_named_parents(how, &mut images)?;
     }
     if write && !how.allow_write_to_parent {
-        refuse_parent_of_another(&images[0].path, images[0].uuid())?;
+        refuse_parent_of_another(&images[0].path, images[0].info.uuid)?;
     }
     let marker = SyncFailureMarker::of(images[0].file().traits().identity, &images[0].path);
     if write {
@@ -220,7 +221,9 @@ pub fn open_disk(how: &OpenDisk) -> Result<OpenedDisk> {
     let files = images.iter().flat_map(|i| i.files.iter().cloned()).collect::<Vec<_>>();
     let on_failure = Box::new(move || marker.set());
     let disk = Disk::with_cache(Chain::new(layers), (files, cache), options, Arc::new(OsHost), on_failure);
-    disk.hold(images.iter_mut().flat_map(|i| std::mem::take(&mut i.locks)).collect());
+    for (image, number) in images.iter_mut().zip(0..) {
+        disk.hold(number, std::mem::take(&mut image.locks));
+    }
     disk.change_filters(|filters| filters.clone_from(&how.filters));
     Ok(OpenedDisk { disk, images })
 }
@@ -275,18 +278,59 @@ fn open_image(spec: &ImageSpec, how: &OpenDisk, write: bool, above: &[OpenImage]
     };
     let lock = further.lock(&*file)?;
     refuse_if_replaced(spec, &*file)?;
-    let mut image = ImageFiles::around(&spec.path, file, spec.format, further)?;
+    let image = ImageFiles::around(&spec.path, file, spec.format, further)?;
     let first = first_file_id(above, &image).map_err(|e| e.at(&spec.path))?;
     let map = match &how.snapshot {
         Some(name) if above.is_empty() => image.snapshot(first, name)?,
         None if !write && how.skip_checks => image.unchecked(first)?,
         _ => image.map(first, format::OpenHow { read_only: !write, info_only: false })?,
     };
+    Ok(opened(spec, image, lock, map))
+}
+
+fn opened(
+    spec: &ImageSpec,
+    mut image: ImageFiles,
+    lock: Option<ImageLock>,
+    map: Box<dyn ImageMap>,
+) -> OpenImage {
     let locks = lock.into_iter().chain(image.take_locks()).collect();
     let (format, files) = (image.format(), image.files().to_vec());
     let mut info = map.info();
     info.device = format::device_type(format, &spec.path, info.virtual_size);
-    Ok(OpenImage { path: spec.path.clone(), format, info, map: map.into(), files, locks })
+    OpenImage { path: spec.path.clone(), format, info, map: map.into(), files, locks }
+}
+
+/// Opens and locks an image that has just been made as a diff of the top image of `disk`, and puts it on top; what is written goes into it
+/// from then on. `direct`: past the page cache.
+///
+/// # Errors
+/// As [`open_disk`]. Nothing has been written, and `disk` is as it was.
+pub(crate) fn open_on_top(
+    disk: &Arc<Disk>,
+    spec: &ImageSpec,
+    direct: bool,
+) -> Result<(Arc<Disk>, OpenImage)> {
+    let how = OpenHow { write: true, direct, ..OpenHow::default() };
+    let file: Arc<dyn HostFile> = Arc::new(OsFile::open(&spec.path, how)?);
+    let further = Further { how, lock_wait: Some(Duration::ZERO), allow_raw_device: false, shareable: false };
+    let lock = further.lock(&*file)?;
+    let image = ImageFiles::around(&spec.path, file, spec.format, further)?;
+    let first = disk.free_files(image.files().len()).ok_or_else(|| {
+        let what = format!("more than {MAX_FILES} files in a chain");
+        Error::new(ErrorKind::Limit, what).at(&spec.path)
+    })?;
+    let map = image.map(first, format::OpenHow { read_only: false, info_only: false })?;
+    let mut image = opened(spec, image, lock, map);
+    refuse_unaligned_metadata(&image)?;
+    let marker = SyncFailureMarker::of(image.file().traits().identity, &image.path);
+    let top = NewTop {
+        map: image.map.clone(),
+        files: image.files.clone(),
+        locks: std::mem::take(&mut image.locks),
+        on_sync_failure: Box::new(move || marker.set()),
+    };
+    Ok((disk.under(top), image))
 }
 
 /// The number of an image's first file: they are counted through the chain.
@@ -450,9 +494,10 @@ fn warn_of_odd_link(child: &OpenImage, parent: &OpenImage) {
     }
 }
 
-/// A parent that is written to changes what its children show.
-pub(super) fn refuse_parent_of_another(path: &Path, uuid: Option<Uuid>) -> Result<()> {
-    let Some(child) = uuid.and_then(|u| child_that_names(path, u)) else { return Ok(()) };
+/// A parent that is written to changes what its children show, whether they name it by UUID or by its file. `own`: the UUID it has.
+pub(super) fn refuse_parent_of_another(path: &Path, own: Option<Uuid>) -> Result<()> {
+    let sought = [Sought { path, own, named: own.or_else(|| stand_in(path)) }];
+    let Some((_, child)) = any_other_child(&sought, &[path]) else { return Ok(()) };
     let what = format!("is the parent of {}: writing to it would corrupt that image", child.display());
     Err(Error::new(ErrorKind::ReadOnly, what)
         .at(path)

@@ -322,7 +322,7 @@ impl Channel {
 
     /// Submits the write of a page with everything that was released for it. `at_once`: it may be done right here.
     pub(super) fn submit_page(&mut self, id: PageId, at_once: bool) {
-        let (ops, through) = self.disk.pages.in_flight(id);
+        let (ops, through) = self.disk.shared.pages.in_flight(id);
         let layer = self.disk.chain.layer(id.0);
         let mut bytes = Vec::new();
         let place = layer.map.compose(id.1, &ops, &mut bytes);
@@ -355,7 +355,7 @@ impl Channel {
             tracing::error!("{}: cannot write metadata: {f}", disk.file(file).file.path().display());
         }
         let layer = disk.chain.layer(id.0);
-        let (told, again) = disk.pages.ended(id, |ops| {
+        let (told, again) = disk.shared.pages.ended(id, |ops| {
             if result.is_ok() {
                 layer.map.publish(id.1, ops);
             }

@@ -1,10 +1,12 @@
 //! Requests to a disk, as queue workers and jobs make them.
 
-use crate::error::Failure;
+use super::Disk;
+use crate::error::{Error, ErrorKind, Failure, Result};
 use crate::io::BufSlice;
 use crate::map::GuestRange;
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 /// What is asked of the disk. Ranges are multiples of 512 bytes and lie inside the disk: whoever takes bytes from
 /// a guest has checked that.
@@ -57,6 +59,19 @@ pub trait BlockDevice {
 
     /// Moves everything that can move, and appends what has ended to `done`.
     fn poll(&mut self, done: &mut Vec<Done>);
+
+    /// Gets ready to go over to another disk over the same images: what that takes time for is done here, beside requests.
+    ///
+    /// # Errors
+    /// If it cannot be; the device goes on as before.
+    fn prepare(&mut self, _disk: &Arc<Disk>) -> Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "this device has one disk for good"))
+    }
+
+    /// Goes over to a disk it is prepared for. To be called while [`Self::is_idle`].
+    fn move_to(&mut self, _disk: &Arc<Disk>) {
+        unreachable!("a device that was not prepared")
+    }
 
     /// Whether writes are durable before they complete: the driver cannot flush, or chose write-through. Holds for
     /// requests submitted from now on.

@@ -5,6 +5,7 @@ use super::advance::Next;
 use super::chain::Lack;
 use super::channel::{Channel, NOBODY};
 use super::disk::Disk;
+use super::finish::Fence;
 use super::pages::PageId;
 use super::slot::{Copy, CopyFrom, CopyPhase, Job, Owner, Run, Work};
 use crate::error::Failure;
@@ -100,6 +101,13 @@ impl Channel {
                     return Ok(Next::Again); // which ends the plan
                 }
                 Step::Barrier => {}
+                Step::Truncate { .. } | Step::Punch { .. } if self.must_fence(run) => {
+                    if !pending {
+                        self.fence = Fence::At(slot);
+                        self.slot(slot).pending += 1;
+                    }
+                    return Ok(Next::Wait);
+                }
                 Step::HoldSyncs { file } => {
                     run.next += 1;
                     run.holds = Some(file);
@@ -173,7 +181,7 @@ impl Channel {
         }
         let me = self.me(slot);
         self.slot(slot).pending += 1;
-        if self.disk.pages.stage(id, op, me, through) {
+        if self.disk.shared.pages.stage(id, op, me, through) {
             self.submit_page(id, !through);
         }
     }
@@ -203,7 +211,7 @@ impl Channel {
             MetaOp::Count(_) => is_broken(Sabotage::CountNotWritten),
             MetaOp::Entry { pointer: true, .. } if is_broken(Sabotage::AnsweredBeforeEntry) => {
                 publish(&self.disk);
-                if self.disk.pages.stage(id, op, NOBODY, false) {
+                if self.disk.shared.pages.stage(id, op, NOBODY, false) {
                     self.submit_page(id, false);
                 }
                 true

@@ -2,6 +2,7 @@
 //! `sim/tests`.
 
 mod direct;
+mod finish;
 mod pages;
 mod threads;
 

@@ -87,7 +87,7 @@ impl Channel {
     pub(super) fn unit_of(&mut self, slot: u16, packed: Packed) -> Option<Arc<[u8]>> {
         match self.slot(slot).unit.take() {
             Some((p, bytes)) if p == packed => Some(bytes),
-            _ => self.disk.units.find(packed),
+            _ => self.disk.shared.units.find(packed),
         }
     }
 
@@ -113,7 +113,7 @@ impl Channel {
         }
         let me = self.me(slot);
         self.slot(slot).pending += 1;
-        if self.disk.units.join(packed, me) {
+        if self.disk.shared.units.join(packed, me) {
             self.submit_unit(packed);
         }
         // it may have ended at once
@@ -161,7 +161,7 @@ impl Channel {
             let path = self.disk.file(packed.file).file.path().display();
             tracing::error!("{path}: cannot read the packed unit at {}: {f}", packed.off);
         }
-        let (waiters, queue) = self.disk.units.ended(packed, unpacked.as_ref().ok());
+        let (waiters, queue) = self.disk.shared.units.ended(packed, unpacked.as_ref().ok());
         for w in waiters {
             if let Ok(bytes) = &unpacked
                 && w.channel == self.id

@@ -4,6 +4,7 @@
 //! its own [`crate::vd::BlockDevice`] and publishes what has ended. They share nothing but immutable snapshots of guest
 //! memory; the control thread sends orders and waits for their acknowledgement.
 
+mod control;
 mod dirty;
 mod handler;
 mod inflight;
@@ -20,6 +21,7 @@ mod sys;
 mod thread;
 mod worker;
 
+pub use control::{Control, Held};
 pub use dirty::{DirtyLog, RingLog};
 pub use inflight::{InflightRegion, Tracker};
 pub use memory::{Memory, MemoryView, RegionInfo};

@@ -4,6 +4,7 @@
 //! front-end that reconnects before we have noticed its end is served. A message is taken up only when all of it has
 //! arrived and its reply fits the socket, so a front-end that stops in the middle of one holds up nobody but itself.
 
+use super::control::Control;
 use super::handler::Handler;
 use super::memory::SHARE_IT;
 use super::poller::Poller;
@@ -53,6 +54,8 @@ pub struct Device<D> {
     pub make: Box<MakeChannel<D>>,
     /// How it may grow while it is served.
     pub resize: Option<Resize>,
+    /// For whoever pauses its queues, or gives them another disk.
+    pub control: Control,
 }
 
 /// A disk that may grow.
@@ -95,12 +98,24 @@ pub fn serve<D: BlockDevice + 'static>(
         wait_for(r.event.as_raw_fd(), RESIZE)?;
     }
     let shape = Arc::new(device.shape.clone());
+    let control = device.control.clone();
     let workers = start_workers(device)?;
+    control.set(Some(Arc::clone(&workers)));
+    let _unset = Unset(control);
     let mut server = Server { shape, workers, poller, resize };
     ready();
     match endpoint {
         Endpoint::Connected(stream) => server.serve_one(stream, &mut None).map(drop),
         Endpoint::Listener(listener) => server.serve_all(listener, options),
+    }
+}
+
+/// Takes the queues out of a [`Control`] again: their threads end when nobody has them any more.
+struct Unset(Control);
+
+impl Drop for Unset {
+    fn drop(&mut self) {
+        self.0.set(None);
     }
 }
 

@@ -9,13 +9,13 @@ use super::ring::{Ring, RingSetup};
 use super::worker::{QueueWorker, RingExtras, WorkerOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::vd::BlockDevice;
+use crate::vd::{BlockDevice, Disk};
 use epoll::Events;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
@@ -57,6 +57,14 @@ pub(super) enum Order {
     WriteThrough(bool),
     /// The disk has this size now.
     Size(u64),
+    /// Get ready to go over to this disk.
+    Prepare(Arc<Disk>),
+    /// Take no more chains until as many `Release`; the reply comes when what was taken has ended.
+    Hold,
+    /// One `Hold` less.
+    Release,
+    /// Go over to this disk, as prepared; while held.
+    MoveTo(Arc<Disk>),
     /// End what is in flight, and the thread.
     End,
 }
@@ -79,7 +87,20 @@ pub(super) struct Pending(Receiver<Reply>);
 
 impl Pending {
     pub(super) fn wait(self) -> Reply {
-        self.0.recv().unwrap_or_else(|_| Reply::Refused("the queue's worker has ended".to_string()))
+        self.0.recv().unwrap_or_else(|_| Self::gone())
+    }
+
+    /// The same until then; `None`: there is no reply yet.
+    pub(super) fn wait_at_most(self, end: Instant) -> Option<Reply> {
+        match self.0.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Self::gone()),
+            Ok(reply) => Some(reply),
+        }
+    }
+
+    fn gone() -> Reply {
+        Reply::Refused("the queue's worker has ended".to_string())
     }
 }
 
@@ -165,6 +186,8 @@ struct WorkerLoop<D> {
     kickless: bool,
     /// Who waits for the ring to stop.
     stopping: Option<Sender<Reply>>,
+    /// Who waits until nothing is in flight while nothing is taken.
+    holding: Vec<Sender<Reply>>,
     ending: bool,
     spin: Spin,
 }
@@ -190,6 +213,7 @@ impl<D: BlockDevice> WorkerLoop<D> {
             kick: None,
             kickless: false,
             stopping: None,
+            holding: Vec::new(),
             ending: false,
             spin,
         })
@@ -204,6 +228,7 @@ impl<D: BlockDevice> WorkerLoop<D> {
             let moved = self.worker.step(device_ready);
             device_ready = false;
             self.tell_stopped();
+            self.tell_held();
             if moved {
                 self.spin.worked();
                 continue;
@@ -271,6 +296,23 @@ impl<D: BlockDevice> WorkerLoop<D> {
                 self.worker.set_size(bytes);
                 Reply::Done
             }
+            Order::Prepare(disk) => match self.worker.device().prepare(&disk) {
+                Ok(()) => Reply::Done,
+                Err(e) => Reply::Refused(e.to_string()),
+            },
+            Order::Hold => {
+                self.worker.hold();
+                self.holding.push(letter.reply);
+                return;
+            }
+            Order::Release => {
+                self.worker.release_hold();
+                Reply::Done
+            }
+            Order::MoveTo(disk) => {
+                self.worker.device().move_to(&disk);
+                Reply::Done
+            }
             Order::End => {
                 self.worker.stop();
                 self.ending = true;
@@ -318,6 +360,13 @@ impl<D: BlockDevice> WorkerLoop<D> {
             self.kickless = false;
         }
         Ok(())
+    }
+
+    fn tell_held(&mut self) {
+        if !self.holding.is_empty() && self.worker.is_held() {
+            // who has lost patience does not listen any more
+            self.holding.drain(..).for_each(|reply| drop(reply.send(Reply::Done)));
+        }
     }
 
     fn tell_stopped(&mut self) {

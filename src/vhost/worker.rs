@@ -138,6 +138,8 @@ pub struct QueueWorker<D> {
     losses: u64,
     /// A part of ours is lost, or of what the ring has beside it.
     lost: bool,
+    /// How many want nothing to be taken.
+    holds: u32,
     counters: QueueCounters,
 }
 
@@ -161,6 +163,7 @@ impl<D: BlockDevice> QueueWorker<D> {
             retry: false,
             losses: 0,
             lost: false,
+            holds: 0,
             counters: QueueCounters::default(),
         }
     }
@@ -300,6 +303,22 @@ impl<D: BlockDevice> QueueWorker<D> {
         self.active.take().map(|a| a.ring.next_avail())
     }
 
+    /// Takes nothing from the ring until as many [`Self::release_hold`]; [`Self::is_held`] tells when what was taken has ended. Neither
+    /// the driver nor the record of what is in flight notices.
+    pub fn hold(&mut self) {
+        self.holds += 1;
+    }
+
+    /// Undoes a [`Self::hold`].
+    pub fn release_hold(&mut self) {
+        self.holds = self.holds.saturating_sub(1);
+    }
+
+    /// Nothing is taken, and nothing that was is in flight, nor any work of the device's own.
+    pub fn is_held(&self) -> bool {
+        self.holds > 0 && self.in_flight == 0 && self.device.is_idle()
+    }
+
     /// Replaces the descriptor for signals. It gets one at once: what was answered while there was none is seen.
     pub fn set_call(&mut self, call: Option<EventNotifier>) {
         if let Some(a) = &mut self.active {
@@ -337,16 +356,16 @@ impl<D: BlockDevice> QueueWorker<D> {
     /// True if chains wait in the ring.
     pub fn has_work(&self) -> bool {
         self.active.as_ref().is_some_and(|a| match a.repeating {
-            true => !a.again.is_empty(),
-            false => a.popping && a.ring.available() != Ok(0),
+            true => self.holds == 0 && !a.again.is_empty(),
+            false => a.popping && self.holds == 0 && a.ring.available() != Ok(0),
         })
     }
 
     /// To be called before waiting for a kick: asks the driver for it. False if there is something to do at once.
     pub fn arm(&mut self) -> bool {
         match &mut self.active {
-            Some(a) if a.repeating => a.again.is_empty(),
-            Some(a) if a.popping => {
+            Some(a) if a.repeating => self.holds > 0 || a.again.is_empty(),
+            Some(a) if a.popping && self.holds == 0 => {
                 let nothing = !a.ring.enable_kicks();
                 self.log_ring();
                 nothing
@@ -413,7 +432,7 @@ impl<D: BlockDevice> QueueWorker<D> {
     /// Executes again what a former process had in flight; false once all of that has ended. A ring that is stopped
     /// meanwhile ends it first: whoever goes on with the ring need not know of it.
     fn repeat(&mut self) -> bool {
-        let Some(a) = self.active.as_mut().filter(|a| a.repeating) else { return false };
+        let Some(a) = self.active.as_mut().filter(|a| a.repeating && self.holds == 0) else { return false };
         a.repeating = !a.again.is_empty() || self.in_flight > 0;
         let mut moved = false;
         for _ in 0..limits::BATCH_CHAINS {
@@ -427,7 +446,7 @@ impl<D: BlockDevice> QueueWorker<D> {
 
     /// Takes chains that are announced by now: those that come meanwhile are the next batch.
     fn pop_batch(&mut self) -> bool {
-        let Some(a) = self.active.as_mut().filter(|a| a.popping) else { return false };
+        let Some(a) = self.active.as_mut().filter(|a| a.popping && self.holds == 0) else { return false };
         if a.repeating && !is_broken(Sabotage::RepeatedBesideNew) {
             return false;
         }

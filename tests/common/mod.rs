@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use vdblk::vhost::{Device, Endpoint, ServeOptions, serve};
+use vdblk::vhost::{Control, Device, Endpoint, ServeOptions, serve};
 use vdblk::virtio::DeviceShape;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
@@ -39,7 +39,14 @@ pub fn shape(num_queues: u16) -> DeviceShape {
 pub fn device(disk: &Arc<RamDisk>, shape: DeviceShape, pace: Pace) -> Device<ram::RamChannel> {
     let disk = Arc::clone(disk);
     let make = Box::new(move |_queue, _slots| Ok(disk.channel(pace)));
-    Device { shape, serial: "ram-0123456789-0123456789".to_string(), poll_us: 0, make, resize: None }
+    Device {
+        shape,
+        serial: "ram-0123456789-0123456789".to_string(),
+        poll_us: 0,
+        make,
+        resize: None,
+        control: Control::default(),
+    }
 }
 
 impl Server {

@@ -21,7 +21,7 @@ use vdblk::io::{EngineKind, make_engine};
 use vdblk::job::{CompareJob, CopyJob, CreateImage, Watch, check_image, compare_disks, create_image};
 use vdblk::map::ImageInfo;
 use vdblk::vd::{BlockDevice, Channel, Disk, DiskOptions, ImageSpec, OpenDisk, OpenedDisk, open_disk};
-use vdblk::vhost::{Device, Endpoint, ServeOptions, serve};
+use vdblk::vhost::{Control, Device, Endpoint, ServeOptions, serve};
 use vdblk::virtio::DeviceShape;
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -229,7 +229,7 @@ impl Rig {
             let engine = make_engine(engine, u32::from(slots))?.engine;
             Ok(wrap(queue, Channel::new(disk.clone(), engine, slots)?))
         });
-        Device { shape, serial: String::new(), poll_us: 0, make, resize: None }
+        Device { shape, serial: String::new(), poll_us: 0, make, resize: None, control: Control::default() }
     }
 
     /// What a copy job makes of the disk.

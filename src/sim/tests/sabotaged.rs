@@ -76,8 +76,11 @@ fn must_show_as(what: Sabotage) -> &'static [Verdict] {
         | Sabotage::MarkKept
         | Sabotage::RepeatedBesideNew
         | Sabotage::CachedBeforeData
-        | Sabotage::UncleanTrusted => {
-            unreachable!("broken in `rings` and `caching`")
+        | Sabotage::UncleanTrusted
+        | Sabotage::RecordedAfterSwitch
+        | Sabotage::NewImageUnsynced
+        | Sabotage::SwitchedApart => {
+            unreachable!("broken in `rings`, `caching` and `live`")
         }
     }
 }

@@ -218,7 +218,7 @@ fn stress(kind: EngineKind, direct: bool, block: u64, size: u64, diff: bool, see
             s.spawn(move || owner.run(ops, 24));
         }
     });
-    assert_eq!(disk.claims.held(), 0);
+    assert_eq!(disk.shared.claims.held(), 0);
     let mut c = Channel::new(disk, make_engine(kind, 8).unwrap().engine, 1).unwrap();
     let mut buf = AlignedBuf::new(512);
     let mut want = [0; 512];
