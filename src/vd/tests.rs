@@ -2,7 +2,6 @@
 //! `sim/tests`.
 
 mod direct;
-mod finish;
 mod pages;
 mod threads;
 
