@@ -68,7 +68,9 @@ pub(super) fn refuse_parent_in_record(image: &Path) -> Result<()> {
 
 fn may_be_record(path: &Path) -> bool {
     let is_small = |m: fs::Metadata| m.is_file() && m.len() <= MAX_RECORD_BYTES;
-    extension_format(path).is_none() && fs::symlink_metadata(path).is_ok_and(is_small)
+    extension_format(path).is_none()
+        && !record::is_unfinished(path)
+        && fs::symlink_metadata(path).is_ok_and(is_small)
 }
 
 /// The same file, or, if one of them has gone, the same name.
@@ -100,5 +102,26 @@ fn remove_unserved(recorded: &Recorded) {
             "{name}: is left; a snapshot of that name was being made, but this is no child of the disk's image"
         ),
         Err(e) => tracing::warn!("{name}: is left; a snapshot of that name was being made: {e}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Format;
+
+    #[test]
+    fn a_record_that_was_never_finished_keeps_nobody_from_writing() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = ["top.vdi", "below.vdi"].map(|n| dir.path().join(n));
+        images.iter().for_each(|p| fs::write(p, "x").unwrap());
+        let chain = images.iter().map(|p| ImageSpec { path: p.clone(), format: Some(Format::Vdi) }).collect();
+        let path = dir.path().join("record");
+        record::store(&path, &Recorded { began: images[1].clone(), chain, making: None }).unwrap();
+        assert_eq!(refuse_parent_in_record(&images[1]).unwrap_err().kind(), ErrorKind::ReadOnly);
+        refuse_parent_in_record(&images[0]).unwrap();
+        // killed before it had its name: the disk is served from the image that was on top before
+        fs::rename(&path, dir.path().join(".record.new")).unwrap();
+        refuse_parent_in_record(&images[1]).unwrap();
     }
 }

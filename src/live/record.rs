@@ -122,12 +122,21 @@ pub fn store(path: &Path, what: &Recorded) -> Result<()> {
     replace(path, &folder, text.as_bytes())
 }
 
+/// What the name of a record that is being written begins and ends with.
+const UNFINISHED: (&str, &str) = (".", ".new");
+
+/// A record that was being written when its process ended: nobody was ever told of what it says.
+pub fn is_unfinished(path: &Path) -> bool {
+    let name = path.file_name().map(|n| n.to_string_lossy());
+    name.is_some_and(|n| n.starts_with(UNFINISHED.0) && n.ends_with(UNFINISHED.1))
+}
+
 fn replace(path: &Path, folder: &Path, bytes: &[u8]) -> Result<()> {
     let name =
         path.file_name().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "is no name").at(path))?;
-    let mut beside = std::ffi::OsString::from(".");
+    let mut beside = std::ffi::OsString::from(UNFINISHED.0);
     beside.push(name);
-    beside.push(".new");
+    beside.push(UNFINISHED.1);
     let beside = folder.join(beside);
     let tried = |what: &str, e| Error::io(what.to_string(), e).at(path);
     let written = File::create(&beside).and_then(|mut f| {
