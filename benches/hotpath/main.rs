@@ -1,27 +1,14 @@
 //! hotpath: requests through a queue worker, ring to page cache and back, in one thread without a front-end. See README.md.
 mod guest;
-mod parts;
 mod served;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use guest::Ask;
 use served::{Load, Served};
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum Part {
-    /// Ring to answer
-    #[default]
-    All,
-    /// The ring alone: a device that answers at once and does nothing
-    Ring,
-    /// The map alone: where on the images a place of the disk is
-    Map,
-}
 
 /// Batches of random requests to an image, each batch answered before the next is announced
 #[derive(Parser)]
@@ -43,9 +30,6 @@ struct Args {
     /// Batches
     #[arg(long, default_value_t = 10_000)]
     batches: u64,
-    /// What is measured
-    #[arg(long, value_enum, default_value_t)]
-    part: Part,
 }
 
 fn main() -> ExitCode {
@@ -61,11 +45,6 @@ fn main() -> ExitCode {
 fn run(a: &Args) -> io::Result<()> {
     let ask = if a.write { Ask::Write } else { Ask::Read };
     let load = Load { image: &a.image, direct: a.direct, ask, depth: a.depth, bytes: a.bs };
-    match a.part {
-        Part::All => {}
-        Part::Ring => return parts::ring(&load, a.batches),
-        Part::Map => return parts::map(&load, a.batches),
-    }
     let mut served = Served::new(&load)?;
     let start = Instant::now();
     for _ in 0..a.batches {

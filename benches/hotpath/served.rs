@@ -3,9 +3,8 @@
 use super::guest::{Ask, ENTRIES, Guest, Places};
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use vdblk::io::{EngineKind, make_engine};
-use vdblk::vd::{BlockDevice, Channel, Disk, OpenDisk, open_disk};
+use vdblk::vd::{Channel, OpenDisk, open_disk};
 use vdblk::vhost::{QueueCounters, QueueWorker, WorkerOptions};
 use vdblk::virtio::Rules;
 
@@ -23,22 +22,9 @@ pub(crate) struct Load<'a> {
     pub(crate) bytes: u32,
 }
 
-impl Load<'_> {
-    /// Opens the disk.
-    ///
-    /// # Errors
-    /// As one that cannot be opened.
-    pub(crate) fn open(&self) -> io::Result<Arc<Disk>> {
-        let mut how = OpenDisk::new(self.image);
-        how.options.read_only = self.ask != Ask::Write;
-        how.direct = self.direct;
-        Ok(open_disk(&how).map_err(io::Error::other)?.disk)
-    }
-}
-
-/// A disk, or what stands for one, that is served.
-pub(crate) struct Served<D = Channel> {
-    worker: QueueWorker<D>,
+/// A disk that is served.
+pub(crate) struct Served {
+    worker: QueueWorker<Channel>,
     guest: Guest,
     places: Places,
     writes: bool,
@@ -50,35 +36,17 @@ impl Served {
     /// # Errors
     /// From whatever part of that.
     pub(crate) fn new(load: &Load<'_>) -> io::Result<Served> {
-        let disk = load.open()?;
-        let size_bytes = disk.size_bytes();
-        let engine = make_engine(EngineKind::IoUring, u32::from(ENTRIES)).map_err(io::Error::other)?.engine;
-        Self::over(Channel::new(disk, engine, ENTRIES).map_err(io::Error::other)?, size_bytes, load)
-    }
-
-    /// Ends it.
-    ///
-    /// # Errors
-    /// If a disk that was written cannot be closed.
-    pub(crate) fn close(mut self) -> io::Result<()> {
-        self.stop();
-        match self.writes {
-            true => self.worker.device().close_disk(false).map_err(io::Error::other),
-            false => Ok(()),
-        }
-    }
-}
-
-impl<D: BlockDevice> Served<D> {
-    /// Starts the ring of a device.
-    ///
-    /// # Errors
-    /// From the operating system.
-    pub(crate) fn over(device: D, size_bytes: u64, load: &Load<'_>) -> io::Result<Served<D>> {
         let writes = load.ask == Ask::Write;
+        let mut how = OpenDisk::new(load.image);
+        how.options.read_only = !writes;
+        how.direct = load.direct;
+        let disk = open_disk(&how).map_err(io::Error::other)?.disk;
+        let size_bytes = disk.size_bytes();
         let rules = Rules { size_bytes, read_only: !writes, discard: true };
         let options = WorkerOptions { queue: 0, slots: ENTRIES, rules, serial: "hotpath".into() };
-        let mut worker = QueueWorker::new(device, &options);
+        let engine = make_engine(EngineKind::IoUring, u32::from(ENTRIES)).map_err(io::Error::other)?.engine;
+        let channel = Channel::new(disk, engine, ENTRIES).map_err(io::Error::other)?;
+        let mut worker = QueueWorker::new(channel, &options);
         let guest = Guest::new(load.depth, load.bytes, load.ask)?;
         let (memory, ring, extras) = guest.ring()?;
         worker.set_memory(memory);
@@ -104,11 +72,18 @@ impl<D: BlockDevice> Served<D> {
         self.worker.counters()
     }
 
-    /// Lets the ring go.
-    pub(crate) fn stop(&mut self) {
+    /// Ends it.
+    ///
+    /// # Errors
+    /// If a disk that was written cannot be closed.
+    pub(crate) fn close(mut self) -> io::Result<()> {
         self.worker.stop();
         while self.worker.stopped().is_none() {
             self.worker.step(true);
+        }
+        match self.writes {
+            true => self.worker.device().close_disk(false).map_err(io::Error::other),
+            false => Ok(()),
         }
     }
 }
